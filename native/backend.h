@@ -1,0 +1,133 @@
+/* backend.h - all that the model and cache code know about a device: a table of ops.
+ *
+ * Pointers marked [dev] are addresses on the device (on the CPU: plain memory); host code does pointer arithmetic on them
+ * and never reads through them. Shapes are row-major. Activations are float32.
+ *
+ * Ops between begin and end return nothing: a failure or a cancellation makes the rest of the step do nothing, and end()
+ * reports it. One step at a time per backend: the caller holds the model's lock from begin to end. */
+#ifndef KVS_BACKEND_H
+#define KVS_BACKEND_H
+#include "util.h"
+
+typedef struct kvs_ops kvs_ops;
+
+typedef struct kvs_backend { /* a device of this process; each device's own struct begins with it */
+    const kvs_ops *ops;
+    char name[32];    /* "cpu", "cuda:0" */
+    char reason[224]; /* why this one, and which kernels */
+    int32_t threads;
+} kvs_backend;
+
+typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a vector has rows = 1 */
+    int32_t type;           /* kvs_type */
+    int64_t rows, cols;
+    int64_t row_bytes;
+    const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
+} kvs_weight;
+
+typedef struct kvs_matmul { /* y (n, w->rows) = x (n, w->cols) W^T + bias */
+    float *y;               /* [dev] */
+    const kvs_weight *w;
+    const float *bias; /* [dev] (w->rows), or NULL */
+} kvs_matmul;
+
+/* The cache of one session on its device: rows of K and V, and what policies remember of rows. Owned by cache.c.
+ * A row has an index (its place in the timeline), a position (for RoPE) and a physical place; pruning makes them differ. */
+typedef struct kvs_kv {
+    int32_t type, n_layer, n_head, n_kv_head, head_dim, n_ctx;
+    int64_t row_bytes; /* one row of one head: kvs_kv_row_bytes(type, head_dim) */
+    uint8_t *k, *v;    /* [dev] (n_layer, n_kv_head, n_ctx) rows, K after RoPE in the file's interleaved order */
+    /* History by index; entropy and strength are per group: 1, or n_kv_head with one strength per KV head */
+    int32_t n_group;
+    float *entropy;       /* [dev] (n_layer, n_ctx, n_group) row entropy in nats of every row */
+    float *strength;      /* [dev] (n_layer, n_ctx, n_group) lambda; NaN where a row was not smoothed */
+    int32_t exclude_self; /* entropies leave the newest key out */
+    /* Only under smoothing: exact rows as the next mix wants them, slot = index % n_exact */
+    int32_t n_exact;
+    float *exact_k, *exact_v; /* [dev] (n_layer, n_exact, n_kv_head * head_dim) or NULL */
+    float *exact_o;           /* [dev] (n_layer, n_exact, n_head * head_dim) attention outputs, or NULL */
+} kvs_kv;
+
+typedef struct kvs_row { /* one new row of a step */
+    kvs_kv *kv;          /* whose cache; rows of one session are neighbours and in order */
+    int32_t index, pos;
+    int32_t phys; /* its physical place; it sees the places 0..phys, itself included */
+} kvs_row;
+
+typedef struct kvs_step {
+    const kvs_row *rows; /* host memory, valid until end */
+    int32_t n;
+    const int32_t *cancel; /* polled every few milliseconds; may be NULL */
+} kvs_step;
+
+typedef struct kvs_smooth_job {      /* KVSmooth on one generated row of a step, methods.md A.2 steps 4 and 6 */
+    const kvs_smooth_params *params; /* host memory */
+    kvs_kv *kv;
+    int32_t row; /* in the step: where its attention output is */
+    int32_t index, phys;
+    int32_t prev;         /* index of the row to mix with; -1 = rank only, mix nothing */
+    int32_t pos_delta;    /* position of this row minus position of prev, for rope_relative */
+    const int32_t *queue; /* host: (n_queue) indices of the rows in its queue, itself last */
+    int32_t n_queue;
+} kvs_smooth_job;
+
+typedef struct kvs_rope {
+    int32_t n_rot;         /* leading dimensions of a head that turn, even */
+    const float *inv_freq; /* [dev] (n_rot / 2), scaling applied */
+    float *table;          /* [dev] (max rows, n_rot / 2, 2): cos and sin, filled by angles() */
+} kvs_rope;
+
+enum kvs_unary { KVS_GELU, KVS_GELU_TANH, KVS_GELU_QUICK };
+
+struct kvs_ops {
+    void (*close)(kvs_backend *be);
+    /* memory: alloc gives zeroed memory or NULL; copies are synchronous */
+    void *(*alloc)(kvs_backend *be, uint64_t bytes);
+    void (*release)(kvs_backend *be, void *block);
+    void (*upload)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
+    void (*download)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
+    void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
+    /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY or KVS_E_DEVICE, and fills err */
+    void (*begin)(kvs_backend *be, const kvs_step *step);
+    int (*end)(kvs_backend *be, kvs_error *err);
+    /* dense; n rows each */
+    void (*rows)(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);    /* ids: host */
+    void (*matmul)(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n); /* all jobs share x */
+    void (*norm)(kvs_backend *be, float *y, const float *x, const float *w, const float *bias, float eps, int32_t n,
+                 int32_t cols);                            /* bias NULL: RMS, else LayerNorm */
+    void (*angles)(kvs_backend *be, const kvs_rope *rope); /* of the step's positions */
+    void (*rope)(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, int32_t n_head, int32_t head_dim);
+    void (*add)(kvs_backend *be, float *y, const float *x, int64_t n);  /* y += x */
+    void (*gate)(kvs_backend *be, float *g, const float *u, int64_t n); /* g = silu(g) u */
+    void (*unary)(kvs_backend *be, int32_t kind, float *x, int64_t n);  /* kvs_unary, in place */
+    /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim), entropy (n, n_head) in nats */
+    void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy);
+    void (*attn_full)(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                      int32_t head_dim); /* every row sees all n */
+    /* cache rows of the step; k, v (n, n_kv_head * head_dim) */
+    void (*kv_put)(kvs_backend *be, int32_t layer, const float *k, const float *v); /* store, and into exact_k, exact_v */
+    void (*kv_record)(kvs_backend *be, int32_t layer, const float *entropy);        /* group means into kv->entropy; strength = NaN */
+    /* rank, strength, EMA: from exact rows in float32 to the store and to the exact rows; target O mixes out and exact_o */
+    void (*kv_smooth)(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
+    /* attention outputs of prompt rows into exact_o, where a cache has one */
+    void (*kv_put_out)(kvs_backend *be, int32_t layer, const float *out);
+};
+
+static inline int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0: the last block may be part empty */
+    return type == KVS_TYPE_F32   ? 4 * (int64_t)head_dim
+           : type == KVS_TYPE_F16 ? 2 * (int64_t)head_dim
+                                  : 34 * (((int64_t)head_dim + 31) / 32);
+}
+static inline uint8_t *kvs_kv_rows(const kvs_kv *kv, uint8_t *base, int32_t layer, int32_t head) { /* base: kv->k or kv->v */
+    return base + ((int64_t)layer * kv->n_kv_head + head) * kv->n_ctx * kv->row_bytes;
+}
+static inline int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
+    return ((int64_t)layer * kv->n_ctx + index) * kv->n_group;
+}
+static inline int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, int32_t n_head) { /* n_head: of what the ring holds */
+    return ((int64_t)layer * kv->n_exact + index % kv->n_exact) * n_head * kv->head_dim;
+}
+
+/* threads: 0 = what affinity and cgroup quota allow */
+int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
+#endif

@@ -1,0 +1,85 @@
+/* cache.h - the cache manager: one session's rows, its timeline, and the interface of the policies that edit it.
+ *
+ * The timeline is a list of rows by index: what was fed, in order. Rows are committed only when a whole feed has succeeded.
+ * A policy is one file (policy_*.c) behind kvs_policy_ops; whatever can be derived from the timeline is derived, not kept. */
+#ifndef KVS_CACHE_H
+#define KVS_CACHE_H
+#include "backend.h"
+
+enum { KVS_ROW_GENERATED = 1, KVS_ROW_ENDED = 2 }; /* ENDED: policies have done their after-prefill work behind this row */
+
+typedef struct kvs_policy kvs_policy;
+
+typedef struct kvs_cache {
+    kvs_backend *be;
+    kvs_kv kv;
+    kvs_policy *policy; /* NULL = off */
+    int32_t n_past;     /* committed rows of the timeline */
+    int32_t n_rows;     /* physical rows: fewer than n_past after pruning */
+    /* by index, (n_ctx) each */
+    int32_t *ids;       /* -1 for an image row */
+    uint64_t *hashes;   /* picture of an image row, 0 otherwise */
+    uint8_t *flags;     /* KVS_ROW_* */
+    int32_t *positions; /* by physical row */
+    int32_t *turns;     /* (n_turns) n_past at the start of each turn but the first, rising */
+    int32_t n_turns;
+    int32_t exact_from; /* the ring of exact rows holds the indices exact_from..n_past-1 */
+    uint64_t bytes;     /* of all buffers */
+} kvs_cache;
+
+typedef struct kvs_cache_shape {
+    int32_t type, n_layer, n_head, n_kv_head, head_dim, n_ctx;
+    int32_t n_exact; /* 0 without smoothing */
+    bool exact_o;
+    int32_t n_group, exclude_self;
+} kvs_cache_shape;
+
+/* Rows of one session in a pass over the model: first..first+n of the step. */
+typedef struct kvs_span {
+    kvs_cache *cache;
+    int32_t first, n;       /* rows of the step */
+    const int32_t *ids;     /* (n), -1 = image row */
+    const uint64_t *hashes; /* (n) or NULL */
+    bool generated;         /* then n is 1 */
+} kvs_span;
+
+typedef struct kvs_policy_ops {
+    const char *name;
+    void (*free)(kvs_policy *policy);
+    kvs_policy *(*clone)(const kvs_policy *policy); /* NULL = out of memory */
+    /* A generated row, committed last, is about to run: host side, before the first layer. */
+    int (*before_step)(kvs_policy *policy, const kvs_span *span, kvs_error *err);
+    /* Right after the attention of a layer, generated rows only; out: attention outputs (rows of the step, n_head * head_dim). */
+    void (*after_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out);
+    /* Once after a prompt; inside its own begin/end. */
+    int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, const kvs_rope *rope, kvs_error *err);
+    /* Does the next generated row need the exact row before it? Then rewind and step take care of it. */
+    bool (*needs_exact)(const kvs_policy *policy);
+} kvs_policy_ops;
+
+struct kvs_policy {
+    const kvs_policy_ops *ops;
+};
+
+int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *shape, kvs_error *err);
+void kvs_cache_free(kvs_cache *cache); /* the policy, too */
+int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
+
+/* Rows of a span as the backend wants them: (span->n) entries from the end of the timeline on. */
+void kvs_cache_rows(const kvs_span *span, int32_t ahead, kvs_row *rows); /* ahead: rows of the same feed that come before */
+void kvs_cache_commit(const kvs_span *span);
+void kvs_cache_touched(kvs_cache *cache, int32_t n); /* n rows beyond the end were written, committed or not */
+
+/* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. */
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, kvs_error *err);
+int32_t kvs_cache_rewindable(const kvs_cache *cache); /* how many rows that can drop, at most */
+bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
+int32_t kvs_cache_turn_start(const kvs_cache *cache);
+
+/* float32 copies: k, v (n_kv_head, n_rows, head_dim) */
+int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err);
+
+/* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
+int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, int32_t n_kv_head, kvs_policy **out, kvs_error *err);
+const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy); /* NULL if it is another policy */
+#endif

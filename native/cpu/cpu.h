@@ -1,0 +1,79 @@
+/* cpu.h - the CPU backend's insides: what its files share. */
+#ifndef KVS_CPU_H
+#define KVS_CPU_H
+#include "../backend.h"
+#include "../quant.h"
+#include "pool.h"
+
+/* Kernels come in two tables per instruction set; dots.c and rows.c are compiled once per set (KVS_ISA_AVX2, KVS_ISA_AVX512,
+ * or none for base), and everything in them but the table is static. */
+
+/* dots.c: products of weight rows with activation rows */
+typedef struct kvs_dots kvs_dots; /* see dots.h */
+extern const kvs_dots kvs_dots_base, kvs_dots_avx2, kvs_dots_avx512;
+
+/* rows.c: everything else */
+typedef struct kvs_attn_task { /* one KV head, n_q query rows that belong to it, keys 0..n_kv */
+    int32_t kv_type, head_dim;
+    int64_t row_bytes;
+    const uint8_t *k, *v; /* (n_kv) rows of row_bytes */
+    int32_t n_q;
+    const float *const *q;    /* (n_q) pointers to head_dim values */
+    float *const *out;        /* (n_q) */
+    float *const *entropy;    /* (n_q), or NULL when nobody asks */
+    const int32_t *n_visible; /* (n_q) keys that query i sees: 0..n_visible[i], its own the last */
+    int32_t exclude_self;
+    float scale;
+    float *scratch; /* kvs_attn_scratch(head_dim, n_q) floats, the thread's own */
+} kvs_attn_task;
+
+typedef struct kvs_rowops {
+    const char *isa;
+    void (*rms_norm)(float *y, const float *x, const float *w, float eps, int64_t n);
+    void (*layer_norm)(float *y, const float *x, const float *w, const float *b, float eps, int64_t n);
+    void (*rope)(float *x, const float *table, int32_t n_head, int32_t head_dim, int32_t n_rot); /* one row, adjacent pairs */
+    void (*add)(float *y, const float *x, int64_t n);
+    void (*gate)(float *g, const float *u, int64_t n);
+    void (*unary)(int32_t kind, float *x, int64_t n);
+    void (*attn)(const kvs_attn_task *task);
+    void (*store)(int32_t type, void *row, const float *x, int32_t head_dim);         /* one cache row of one head */
+    void (*mix)(float *y, const float *x, float weight_y, float weight_x, int64_t n); /* y = weight_y y + weight_x x */
+} kvs_rowops;
+extern const kvs_rowops kvs_rowops_base, kvs_rowops_avx2, kvs_rowops_avx512;
+int64_t kvs_attn_scratch(int32_t head_dim, int32_t n_q); /* floats; rows.c of base defines it, equal for all */
+
+typedef struct kvs_isa {
+    const char *name;
+    const kvs_dots *dots;
+    const kvs_rowops *rows;
+} kvs_isa;
+/* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
+int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
+
+typedef struct kvs_cpu {
+    kvs_backend base; /* first: a kvs_backend * to it is a kvs_cpu * */
+    kvs_pool *pool;
+    const kvs_isa *isa;
+    const kvs_step *step; /* between begin and end */
+    const int32_t *cancel;
+    int32_t status;  /* first failure of the step, KVS_OK so far */
+    void *x_scratch; /* prepared activations of a matmul, grown as needed (matmul.c) */
+    uint64_t x_scratch_bytes;
+    float *thread_scratch; /* attention scratch of all threads (attention.c) */
+    uint64_t thread_scratch_floats;
+} kvs_cpu;
+
+/* What cpu.c's op table points to, by file: matmul.c */
+void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
+void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
+/* attention.c */
+void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy);
+void kvs_cpu_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                       int32_t head_dim);
+/* kv.c */
+void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
+void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *entropy);
+void kvs_cpu_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
+void kvs_cpu_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
+/* cpu.c: dense ops that only loop over rows.c, memory, step, open, close */
+#endif

@@ -1,0 +1,286 @@
+/* kvs.h - the public interface of libkvs, the runtime below pykvsmooth.
+ *
+ *   kvs_error err = {.struct_size = sizeof err};
+ *   kvs_model_params mp = {.struct_size = sizeof mp, .text_path = "llava.gguf", .mmproj_path = "mmproj.gguf"};
+ *   kvs_model *model;         if (kvs_model_load(&mp, &model, &err)) die(err.message);
+ *   kvs_session_params sp = {.struct_size = sizeof sp, .n_ctx = 2048, .kv_type = KVS_TYPE_F16};
+ *   kvs_session *session;     if (kvs_session_new(model, &sp, &session, &err)) die(err.message);
+ *   kvs_chunk prompt = {.ids = ids, .n = n_ids};
+ *   kvs_session_feed(session, &prompt, 1, NULL, &err);
+ *   kvs_sampling greedy = {.struct_size = sizeof greedy, .top_p = 1, .repetition_penalty = 1};
+ *   kvs_sample token;         kvs_session_sample(session, &greedy, &token, &err);
+ *   kvs_sessions_step(&session, &token.id, 1, NULL, &err);       ... and so on; then free both.
+ *
+ * Status.    Every function that can fail returns 0 or one of KVS_E_*, and then fills *err (err may be NULL).
+ * Ownership. What a *_new, *_load, *_open or *_fork returns belongs to the caller and goes back through the matching
+ *            *_free, which accepts NULL. A session keeps nothing but a pointer to its model: free sessions first.
+ * Threads.   A model may be used from many threads at once. A session belongs to one thread at a time; a second one gets
+ *            KVS_E_BUSY. A cancel flag (int32_t, 0 at first) may be set from any thread with kvs_flag_set; long calls
+ *            poll it every few milliseconds and return KVS_E_CANCELLED with the session as it was before the call.
+ * Output.    Nothing is printed, no signal handler is installed, no file descriptor is kept but those of model files.
+ */
+#ifndef KVS_H
+#define KVS_H
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define KVS_API __attribute__((visibility("default")))
+#else
+#define KVS_API
+#endif
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
+
+enum { KVS_ABI_VERSION = 1 };
+
+enum kvs_status {
+    KVS_OK = 0,
+    KVS_E_FORMAT = 1,      /* a file breaks its format: err.path, err.what, err.offset */
+    KVS_E_UNSUPPORTED = 2, /* a sound file that this runtime can't run: architecture, tensor type, projector */
+    KVS_E_MISMATCH = 3,    /* text model and mmproj, or session and model, do not belong together */
+    KVS_E_CONTEXT = 4,     /* more rows than n_ctx: err.needed, err.available */
+    KVS_E_MEMORY = 5,      /* an allocation failed: err.needed, err.available (bytes; 0 = unknown) */
+    KVS_E_DEVICE = 6,
+    KVS_E_BUSY = 7, /* the session is in use by another thread */
+    KVS_E_CANCELLED = 8,
+    KVS_E_POLICY = 9, /* parameters of a policy make no sense here, or exact rows for a rewind are gone */
+    KVS_E_SESSION_FILE = 10,
+    KVS_E_ARGUMENT = 11, /* a value out of range */
+    KVS_E_IO = 12,       /* the operating system said no: errno in err.offset */
+    KVS_E_NUMERIC = 13   /* logits that are not finite */
+};
+
+typedef struct kvs_error {
+    uint32_t struct_size;
+    int32_t code;   /* kvs_status */
+    int64_t offset; /* byte in the file, or errno; -1 = none */
+    uint64_t needed;
+    uint64_t available;
+    char path[256];    /* the file, cut from the left if it is long */
+    char what[128];    /* key, tensor or argument */
+    char message[512]; /* one whole sentence, all of the above in it */
+} kvs_error;
+
+/* tensor types, numbered as in GGUF */
+enum kvs_type {
+    KVS_TYPE_F32 = 0,
+    KVS_TYPE_F16 = 1,
+    KVS_TYPE_Q4_0 = 2,
+    KVS_TYPE_Q4_1 = 3,
+    KVS_TYPE_Q5_0 = 6,
+    KVS_TYPE_Q5_1 = 7,
+    KVS_TYPE_Q8_0 = 8,
+    KVS_TYPE_Q2_K = 10,
+    KVS_TYPE_Q3_K = 11,
+    KVS_TYPE_Q4_K = 12,
+    KVS_TYPE_Q5_K = 13,
+    KVS_TYPE_Q6_K = 14,
+    KVS_TYPE_IQ4_NL = 20,
+    KVS_TYPE_IQ4_XS = 23,
+    KVS_TYPE_BF16 = 30
+};
+
+/* ---- library ---- */
+int32_t kvs_abi_version(void);
+const char *kvs_version(void);
+int32_t kvs_struct_size(const char *name);       /* sizeof of a public struct by its name, -1 if unknown: the binding compares */
+void kvs_flag_set(int32_t *flag, int32_t value); /* atomic store, for cancel flags */
+int32_t kvs_cpu_info(char *text, int32_t size);  /* "NAME; features: ...; kernels: avx2 (why)": length needed, cut to size */
+const char *kvs_type_name(int32_t type);         /* "Q4_K"; NULL for a type that does not load */
+int64_t kvs_row_bytes(int32_t type, int64_t n);  /* bytes of n elements, -1 if n does not fit whole blocks */
+
+/* ---- GGUF files, for inspection ---- */
+typedef struct kvs_gguf kvs_gguf;
+/* metadata value types, numbered as in the file */
+enum kvs_gguf_value {
+    KVS_GGUF_U8 = 0,
+    KVS_GGUF_I8,
+    KVS_GGUF_U16,
+    KVS_GGUF_I16,
+    KVS_GGUF_U32,
+    KVS_GGUF_I32,
+    KVS_GGUF_F32,
+    KVS_GGUF_BOOL,
+    KVS_GGUF_STRING,
+    KVS_GGUF_ARRAY,
+    KVS_GGUF_U64,
+    KVS_GGUF_I64,
+    KVS_GGUF_F64
+};
+typedef struct kvs_gguf_key {
+    const char *name;     /* zero-terminated, lives as long as the file */
+    int32_t type;         /* kvs_gguf_value */
+    int32_t element_type; /* of an array; -1 otherwise */
+    int64_t count;        /* elements of an array, 1 otherwise */
+} kvs_gguf_key;
+typedef struct kvs_gguf_tensor {
+    const char *name;
+    int32_t type; /* as in the file, also when it does not load */
+    int32_t n_dims;
+    int64_t dims[4]; /* dims[0] is the row length; 1 beyond n_dims */
+    int64_t offset;  /* in the file */
+    int64_t bytes;   /* -1 for an unknown type */
+} kvs_gguf_tensor;
+int32_t kvs_gguf_open(const char *path, kvs_gguf **out, kvs_error *err); /* one file; parts of a split model one by one */
+void kvs_gguf_free(kvs_gguf *file);
+int32_t kvs_gguf_version(const kvs_gguf *file);
+int64_t kvs_gguf_n_keys(const kvs_gguf *file);
+int64_t kvs_gguf_n_tensors(const kvs_gguf *file);
+int32_t kvs_gguf_key_at(const kvs_gguf *file, int64_t i, kvs_gguf_key *key);
+int32_t kvs_gguf_tensor_at(const kvs_gguf *file, int64_t i, kvs_gguf_tensor *tensor);
+int64_t kvs_gguf_int(const kvs_gguf *file, int64_t i, int64_t j); /* element j of key i; bool as 0 or 1 */
+double kvs_gguf_float(const kvs_gguf *file, int64_t i, int64_t j);
+const char *kvs_gguf_string(const kvs_gguf *file, int64_t i, int64_t j, int64_t *length); /* not zero-terminated */
+
+/* ---- model ---- */
+typedef struct kvs_model kvs_model;
+typedef struct kvs_model_params {
+    uint32_t struct_size;
+    int32_t threads;         /* 0 = the processors that affinity and cgroup quota allow */
+    const char *text_path;   /* the first part of a split model stands for all */
+    const char *mmproj_path; /* NULL = text only */
+    const char *device;      /* NULL or "auto" | "cpu" | "cuda" | "cuda:N" */
+    int32_t *cancel;         /* may be NULL */
+    int32_t *progress;       /* may be NULL; set to 0..1000 while loading */
+} kvs_model_params;
+typedef struct kvs_model_info {
+    uint32_t struct_size;
+    int32_t n_ctx_train, n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab;
+    int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
+    int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
+    float image_mean[3], image_std[3];
+    int32_t threads;
+    uint64_t weight_bytes;
+    uint64_t identity; /* hash of hyperparameters, tensor table and a sample of the weights; what a saved session is tied to */
+    uint64_t mmproj_identity;
+    char device[32];
+    char device_reason[224];
+} kvs_model_info;
+int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_error *err);
+void kvs_model_free(kvs_model *model);
+void kvs_model_get_info(const kvs_model *model, kvs_model_info *info);
+/* Text (UTF-8, length bytes) to ids. Returns the number of ids; if it exceeds capacity, only capacity are written.
+ * special: the text may name control tokens ("</s>"). Bytes that are not UTF-8 become byte tokens, nothing is dropped.
+ * -1: out of memory. */
+int64_t kvs_tokenize(const kvs_model *model, const char *text, int64_t length, int32_t add_bos, int32_t special, int32_t *ids,
+                     int64_t capacity);
+/* The bytes that token id stands for (U+2581 turned into spaces); control tokens give zero bytes unless special.
+ * NULL for an id out of range. Lives as long as the model. */
+const char *kvs_token_bytes(const kvs_model *model, int32_t id, int32_t special, int32_t *length);
+int32_t kvs_token_type(const kvs_model *model, int32_t id); /* 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte; -1 */
+/* pixels (n_pictures, 3, image_size, image_size) float32, normalised -> embeddings (n_pictures, n_image, n_embd) float32 */
+int32_t kvs_encode_image(kvs_model *model, const float *pixels, int32_t n_pictures, float *embeddings, int32_t *cancel, kvs_error *err);
+
+/* ---- policy: KVSmooth, methods.md A.2 and A.5 (arXiv 2602.04268, eq. 5 and 13-15) ---- */
+enum { KVS_TARGET_K = 1, KVS_TARGET_V = 2, KVS_TARGET_O = 4 };
+typedef struct kvs_smooth_params {
+    uint32_t struct_size;
+    float lambda_ref, half_width, lambda_max;
+    float lambda_fixed;         /* mode fixed: used as it is; NaN = adaptive */
+    int32_t window;             /* M, 1..1024 */
+    int32_t target;             /* KVS_TARGET_* or-ed */
+    int32_t den_capacity;       /* 0: rank / entries in the queue ("fill"); 1: rank / window */
+    int32_t rope_relative;      /* 1: the previous key is rotated by the step between the two positions first */
+    int32_t skip_first;         /* 1: the first generated token of a turn is not mixed with the prompt */
+    int32_t warm_start;         /* so many last prompt rows enter the queue first; 0 = none */
+    int32_t smooth_last_prompt; /* 1: the last prompt row of a turn is smoothed, too */
+    int32_t norm_log_len;       /* 1: entropies are divided by ln(rows seen) before they are ranked */
+    int32_t per_kv_head;        /* 1: one strength per KV head from its own query heads */
+    int32_t exclude_self;       /* 1: the entropy leaves the newest key out */
+    int32_t midrank;            /* 1: ties count one half */
+    int32_t scope_session;      /* 1: the queue outlives a turn */
+    int32_t ema_one_step;       /* 1: the previous row enters unsmoothed */
+    int32_t damp;               /* 1: rows are scaled by 1 - lambda and nothing is mixed in: an ablation of ours */
+    int32_t n_layers;           /* of the list below */
+    const int32_t *layers;      /* 0-based, each once */
+    int32_t n_skip_ids;
+    const int32_t *skip_ids; /* tokens that are never smoothed (their entropies do enter the queue) */
+} kvs_smooth_params;
+
+/* ---- session ---- */
+typedef struct kvs_session kvs_session;
+typedef struct kvs_session_params {
+    uint32_t struct_size;
+    int32_t n_ctx;
+    int32_t kv_type;    /* KVS_TYPE_F16 | KVS_TYPE_F32 | KVS_TYPE_Q8_0 */
+    int32_t exact_rows; /* rows of float32 history kept for rewind under smoothing; 0 = 32 */
+    uint64_t seed;
+    const kvs_smooth_params *smooth; /* NULL = off; copied */
+} kvs_session_params;
+typedef struct kvs_chunk { /* a run of rows: either ids or embeddings */
+    const int32_t *ids;    /* (n) */
+    const float *embd;     /* (n, n_embd), when ids is NULL */
+    int32_t n;
+    uint64_t hash; /* of the picture behind embd; what the timeline remembers of it */
+} kvs_chunk;
+typedef struct kvs_sampling {
+    uint32_t struct_size;
+    float temperature;        /* 0 = greedy */
+    int32_t top_k;            /* 0 = all */
+    float top_p, min_p;       /* 1 and 0 = off */
+    float repetition_penalty; /* 1 = off; over all ids of the timeline, as in transformers */
+    int32_t n_top;            /* how many top_* entries are wanted, 0..20 */
+} kvs_sampling;
+typedef struct kvs_sample {
+    int32_t id;
+    float logprob; /* natural log, of the raw logits: before temperature and cuts */
+    int32_t n_top;
+    int32_t top_ids[20];
+    float top_logprobs[20];
+} kvs_sample;
+int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err);
+void kvs_session_free(kvs_session *session);
+uint64_t kvs_session_bytes(const kvs_session *session);
+/* Prompt rows: all chunks in one pass, blocks of up to 512 rows. All or nothing: on failure no row has been added. */
+int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err);
+/* One generated token for each of n different sessions of one model, in one pass over the weights; policies act. */
+int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err);
+int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err);           /* what policies do after the prompt, once; idempotent */
+int32_t kvs_session_logits(kvs_session *session, float *logits, kvs_error *err); /* (n_vocab) of the last row */
+int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, kvs_error *err);
+int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err);
+int32_t kvs_session_n_past(const kvs_session *session);                /* rows of the timeline, pruned ones included */
+int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer); /* physical rows of a layer */
+int32_t kvs_session_n_generated(const kvs_session *session);
+int32_t kvs_session_n_exact(const kvs_session *session); /* rows that rewind can drop exactly, now */
+/* The timeline, n_past entries: ids (an image row: -1), for image rows the hash of the picture (0 otherwise), 1 where generated. */
+int32_t kvs_session_timeline(const kvs_session *session, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err);
+int32_t kvs_session_positions(const kvs_session *session, int32_t layer, int32_t *positions, kvs_error *err); /* (n_rows) */
+int32_t kvs_session_kv(kvs_session *session, int32_t layer, float *k, float *v, kvs_error *err); /* each (n_kv_head, n_rows, head_dim) */
+/* Row entropies (nats, mean over heads) and strengths (NaN where not smoothed) of the newest n generated rows, oldest first: (n, n_layer). */
+int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, kvs_error *err);
+int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err); /* policies with queue scope "turn" start afresh */
+int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err);
+/* Drops the newest n rows. KVS_E_POLICY where exact rows are gone (err.needed, err.available): nothing has changed then. */
+int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err);
+int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err); /* temporary name, flush, rename */
+/* The file decides n_ctx and kv_type; params->smooth must equal what the file was saved with (KVS_E_SESSION_FILE names the difference). */
+int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err);
+
+/* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
+int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
+int32_t kvs_test_dequant(int32_t type, const void *rows, int64_t n, float *out);
+int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
+                        int32_t n, const float *bias, float *y);
+int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
+                      float *y); /* b NULL: RMS */
+int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim, const float *inv_freq,
+                      int32_t n_rot);
+int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y,
+                       int64_t n); /* silu_mul, gelu, gelu_tanh, gelu_quick, add */
+/* q (n_q, n_head, head_dim) at positions n_kv - n_q + i against k, v (n_kv, n_head_kv, head_dim) stored as kv_type; causal */
+int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
+                      int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, float *out, float *entropy);
+int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
+                           int32_t head_dim, float *out); /* not causal */
+
+/* [cffi] end */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

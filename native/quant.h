@@ -1,0 +1,63 @@
+/* quant.h - the block layouts of GGUF (see gguf.md 4f) and their plain decoders: the specification that every fast kernel
+ * is tested against. Packed structs, little-endian, no padding. */
+#ifndef KVS_QUANT_H
+#define KVS_QUANT_H
+#include "util.h"
+
+#include <string.h>
+
+static inline float kvs_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = (h >> 10) & 31, man = h & 1023, bits;
+    if (exp == 31)
+        bits = sign | 0x7f800000u | man << 13;
+    else if (exp)
+        bits = sign | (exp + 112) << 23 | man << 13;
+    else { /* zero or subnormal: man * 2^-24 is exact */
+        float f = (float)man * 0x1p-24f;
+        memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline uint16_t kvs_f32_to_f16(float x) { /* round to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = (bits >> 16) & 0x8000, mag = bits & 0x7fffffff;
+    if (mag > 0x7f800000) return (uint16_t)(sign | 0x7e00 | ((mag >> 13) & 0x3ff));
+    if (mag >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and above round to infinity */
+    if (mag < 0x38800000) {                                  /* subnormal in half: scale, and let the adder round */
+        float f;
+        memcpy(&f, &mag, 4);
+        f += 0.5f; /* ulp of 0.5 is 2^-24, the step of half subnormals */
+        uint32_t r;
+        memcpy(&r, &f, 4);
+        return (uint16_t)(sign | (r - 0x3f000000));
+    }
+    uint32_t odd = (mag >> 13) & 1;
+    return (uint16_t)(sign | ((mag - 0x38000000 + 0xfff + odd) >> 13));
+}
+
+static inline float kvs_bf16_to_f32(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* Block layouts go here. */
+
+typedef struct kvs_type_traits {
+    const char *name; /* "Q4_K" */
+    int32_t block;    /* elements of a block */
+    int32_t block_bytes;
+    void (*to_f32)(const void *row, float *out, int64_t n); /* n: whole blocks */
+} kvs_type_traits;
+
+const kvs_type_traits *kvs_type_get(int32_t type); /* NULL for a type that does not load */
+
+/* One cache row of one head (head_dim elements, F32, F16 or Q8_0), the last block of Q8_0 part empty where head_dim is odd. */
+void kvs_kv_row_to_f32(int32_t type, const void *row, float *out, int32_t head_dim);
+#endif

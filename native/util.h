@@ -1,0 +1,33 @@
+/* util.h - what every file of the runtime needs: errors, checked memory, files. Knows nothing above it. */
+#ifndef KVS_UTIL_H
+#define KVS_UTIL_H
+#include "kvs.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#define KVS_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define KVS_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Fills *err (if not NULL) and returns code, so that callers write: return kvs_fail(err, KVS_E_..., "...", ...).
+ * The message is one sentence that a user can act on. kvs_fail clears path, what, offset, needed and available. */
+int kvs_fail(kvs_error *err, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
+/* The same for a file: path and what are stored, and stand in front of the message: "path: what: message (at byte N)". */
+int kvs_fail_file(kvs_error *err, int code, const char *path, const char *what, int64_t offset, const char *format, ...)
+    __attribute__((format(printf, 6, 7)));
+/* Out of memory: "needed N MiB for WHAT". */
+int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what);
+
+/* count * size bytes, zeroed; NULL on overflow or failure. Free with free(). */
+void *kvs_calloc(uint64_t count, uint64_t size);
+/* The same, aligned to 64 bytes. Large blocks are not touched (zero pages of the kernel). Free with kvs_free_aligned. */
+void *kvs_calloc_aligned(uint64_t count, uint64_t size);
+void kvs_free_aligned(void *block);
+bool kvs_mul_u64(uint64_t a, uint64_t b, uint64_t *product); /* false on overflow */
+
+uint64_t kvs_hash(uint64_t seed, const void *data, uint64_t n); /* 64-bit, not cryptographic, stable across machines of one byte order */
+double kvs_now(void);                                           /* seconds, monotonic */
+
+static inline bool kvs_cancelled(const int32_t *flag) { return flag && __atomic_load_n(flag, __ATOMIC_RELAXED) != 0; }
+#endif
