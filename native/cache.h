@@ -23,8 +23,9 @@ typedef struct kvs_cache {
     int32_t *positions; /* by physical row */
     int32_t *turns;     /* (n_turns) n_past at the start of each turn but the first, rising */
     int32_t n_turns;
-    int32_t exact_from; /* the ring of exact rows holds the indices exact_from..n_past-1 */
-    uint64_t bytes;     /* of all buffers */
+    int32_t exact_from;  /* the ring of exact rows holds the indices exact_from..n_past-1 */
+    bool store_is_exact; /* a float32 store that is what the next mix wants: rows can go back into the ring */
+    uint64_t bytes;      /* of all buffers */
 } kvs_cache;
 
 typedef struct kvs_cache_shape {
@@ -80,6 +81,6 @@ int32_t kvs_cache_turn_start(const kvs_cache *cache);
 int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err);
 
 /* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
-int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, int32_t n_kv_head, kvs_policy **out, kvs_error *err);
+int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy); /* NULL if it is another policy */
 #endif

@@ -278,6 +278,14 @@ int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const f
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
                            int32_t head_dim, float *out); /* not causal */
 
+/* n rows one after the other; rows 1.. are generated and smoothed against the row before. k, v, k_out, v_out (n, n_kv_head, head_dim),
+ * entropy (n, n_kv_head), strength (n, groups). */
+int32_t kvs_test_smooth(const char *isa, const kvs_smooth_params *p, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n,
+                        const float *k, const float *v, const float *entropy, float *k_out, float *v_out, float *strength);
+/* draws ids from one row of logits; last: the whole sample of the last draw */
+int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
+                        uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);
+
 /* [cffi] end */
 
 #ifdef __cplusplus

@@ -1,0 +1,215 @@
+#include "cache.h"
+#include "quant.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static void *device_buffer(kvs_cache *cache, uint64_t bytes) {
+    void *block = cache->be->ops->alloc(cache->be, bytes);
+    if (block) cache->bytes += bytes;
+    return block;
+}
+
+/* The sizes can't overflow: n_ctx < 2^24, n_layer <= 1024, heads and head_dim bounded by the loader. */
+static bool alloc_device(kvs_cache *cache, const kvs_cache_shape *shape) {
+    kvs_kv *kv = &cache->kv;
+    uint64_t rows = (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx;
+    uint64_t history = (uint64_t)kv->n_layer * (uint64_t)kv->n_ctx * (uint64_t)kv->n_group * sizeof(float);
+    uint64_t ring = (uint64_t)kv->n_layer * (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
+    kv->k = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
+    kv->v = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
+    kv->entropy = device_buffer(cache, history);
+    kv->strength = device_buffer(cache, history);
+    if (!kv->k || !kv->v || !kv->entropy || !kv->strength) return false;
+    if (!kv->n_exact) return true;
+    kv->exact_k = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
+    kv->exact_v = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
+    if (shape->exact_o) kv->exact_o = device_buffer(cache, ring * (uint64_t)kv->n_head);
+    return kv->exact_k && kv->exact_v && (!shape->exact_o || kv->exact_o);
+}
+
+static bool alloc_timeline(kvs_cache *cache) {
+    uint64_t n = (uint64_t)cache->kv.n_ctx;
+    cache->ids = kvs_calloc(n, sizeof *cache->ids);
+    cache->hashes = kvs_calloc(n, sizeof *cache->hashes);
+    cache->flags = kvs_calloc(n, sizeof *cache->flags);
+    cache->positions = kvs_calloc(n, sizeof *cache->positions);
+    cache->turns = kvs_calloc(n + 1, sizeof *cache->turns);
+    return cache->ids && cache->hashes && cache->flags && cache->positions && cache->turns;
+}
+
+int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *shape, kvs_error *err) {
+    memset(cache, 0, sizeof *cache);
+    cache->be = be;
+    kvs_kv *kv = &cache->kv;
+    kv->type = shape->type;
+    kv->n_layer = shape->n_layer;
+    kv->n_head = shape->n_head;
+    kv->n_kv_head = shape->n_kv_head;
+    kv->head_dim = shape->head_dim;
+    kv->n_ctx = shape->n_ctx;
+    kv->row_bytes = kvs_kv_row_bytes(shape->type, shape->head_dim);
+    kv->n_group = shape->n_group;
+    kv->exclude_self = shape->exclude_self;
+    kv->n_exact = shape->n_exact;
+    if (alloc_device(cache, shape) && alloc_timeline(cache)) return KVS_OK;
+    uint64_t needed = 2 * (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
+    kvs_cache_free(cache);
+    return kvs_fail_memory(err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
+}
+
+void kvs_cache_free(kvs_cache *cache) {
+    if (!cache->be) return;
+    void *device[] = {cache->kv.k,       cache->kv.v,       cache->kv.entropy, cache->kv.strength,
+                      cache->kv.exact_k, cache->kv.exact_v, cache->kv.exact_o};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        if (device[i]) cache->be->ops->release(cache->be, device[i]);
+    free(cache->ids);
+    free(cache->hashes);
+    free(cache->flags);
+    free(cache->positions);
+    free(cache->turns);
+    if (cache->policy) cache->policy->ops->free(cache->policy);
+    memset(cache, 0, sizeof *cache);
+}
+
+static void copy_rows(const kvs_cache *from, kvs_cache *to) {
+    const kvs_kv *src = &from->kv;
+    uint64_t bytes = (uint64_t)from->n_rows * (uint64_t)src->row_bytes;
+    for (int32_t layer = 0; layer < src->n_layer; layer++) {
+        for (int32_t head = 0; head < src->n_kv_head; head++) {
+            from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.k, layer, head), kvs_kv_rows(src, src->k, layer, head), bytes);
+            from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.v, layer, head), kvs_kv_rows(src, src->v, layer, head), bytes);
+        }
+        uint64_t history = (uint64_t)from->n_past * (uint64_t)src->n_group * sizeof(float);
+        int64_t at = kvs_kv_history(src, layer, 0);
+        from->be->ops->copy(from->be, to->kv.entropy + at, src->entropy + at, history);
+        from->be->ops->copy(from->be, to->kv.strength + at, src->strength + at, history);
+    }
+    uint64_t ring = (uint64_t)src->n_layer * (uint64_t)src->n_exact * (uint64_t)src->head_dim * sizeof(float);
+    if (src->exact_k) from->be->ops->copy(from->be, to->kv.exact_k, src->exact_k, ring * (uint64_t)src->n_kv_head);
+    if (src->exact_v) from->be->ops->copy(from->be, to->kv.exact_v, src->exact_v, ring * (uint64_t)src->n_kv_head);
+    if (src->exact_o) from->be->ops->copy(from->be, to->kv.exact_o, src->exact_o, ring * (uint64_t)src->n_head);
+}
+
+int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
+    const kvs_kv *kv = &from->kv;
+    kvs_cache_shape shape = {kv->type,  kv->n_layer, kv->n_head,          kv->n_kv_head, kv->head_dim,
+                             kv->n_ctx, kv->n_exact, kv->exact_o != NULL, kv->n_group,   kv->exclude_self};
+    int status = kvs_cache_init(to, from->be, &shape, err);
+    if (status) return status;
+    if (from->policy && !(to->policy = from->policy->ops->clone(from->policy))) {
+        kvs_cache_free(to);
+        return kvs_fail_memory(err, 0, "a copy of the policy");
+    }
+    copy_rows(from, to);
+    size_t n = (size_t)from->n_past;
+    memcpy(to->ids, from->ids, n * sizeof *to->ids);
+    memcpy(to->hashes, from->hashes, n * sizeof *to->hashes);
+    memcpy(to->flags, from->flags, n * sizeof *to->flags);
+    memcpy(to->positions, from->positions, (size_t)from->n_rows * sizeof *to->positions);
+    memcpy(to->turns, from->turns, (size_t)from->n_turns * sizeof *to->turns);
+    to->n_past = from->n_past;
+    to->n_rows = from->n_rows;
+    to->n_turns = from->n_turns;
+    to->exact_from = from->exact_from;
+    to->store_is_exact = from->store_is_exact;
+    return KVS_OK;
+}
+
+void kvs_cache_rows(const kvs_span *span, int32_t ahead, kvs_row *rows) {
+    kvs_cache *cache = span->cache;
+    for (int32_t i = 0; i < span->n; i++) {
+        int32_t index = cache->n_past + ahead + i;
+        rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows + ahead + i};
+    }
+}
+
+void kvs_cache_touched(kvs_cache *cache, int32_t n) {
+    cache->exact_from = KVS_MAX(cache->exact_from, KVS_MIN(cache->n_past, cache->n_past + n - cache->kv.n_exact));
+}
+
+void kvs_cache_commit(const kvs_span *span) {
+    kvs_cache *cache = span->cache;
+    for (int32_t i = 0; i < span->n; i++) {
+        int32_t index = cache->n_past + i;
+        cache->ids[index] = span->ids[i];
+        cache->hashes[index] = span->hashes ? span->hashes[i] : 0;
+        cache->flags[index] = span->generated ? KVS_ROW_GENERATED : 0;
+        cache->positions[cache->n_rows + i] = index;
+    }
+    cache->n_past += span->n;
+    cache->n_rows += span->n;
+}
+
+bool kvs_cache_exact(const kvs_cache *cache, int32_t index) {
+    return index >= KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
+}
+
+/* May the timeline end behind this row? A prompt row whose exact values are gone can be computed again, a smoothed one can't. */
+static bool can_end_at(const kvs_cache *cache, int32_t n_past) {
+    if (n_past == 0 || n_past == cache->n_past || !cache->policy || !cache->policy->ops->needs_exact(cache->policy)) return true;
+    return cache->store_is_exact || !(cache->flags[n_past - 1] & KVS_ROW_GENERATED) || kvs_cache_exact(cache, n_past - 1);
+}
+
+/* A float32 store holds what the ring of exact rows held: the newest row is all that the next mix needs. */
+static void refill_exact(kvs_cache *cache) {
+    kvs_kv *kv = &cache->kv;
+    uint64_t bytes = (uint64_t)kv->row_bytes;
+    for (int32_t layer = 0; layer < kv->n_layer; layer++) {
+        int64_t slot = kvs_kv_exact(kv, layer, cache->n_past - 1, kv->n_kv_head);
+        for (int32_t head = 0; head < kv->n_kv_head; head++, slot += kv->head_dim) {
+            int64_t row = (int64_t)(cache->n_rows - 1) * kv->row_bytes;
+            cache->be->ops->copy(cache->be, kv->exact_k + slot, kvs_kv_rows(kv, kv->k, layer, head) + row, bytes);
+            cache->be->ops->copy(cache->be, kv->exact_v + slot, kvs_kv_rows(kv, kv->v, layer, head) + row, bytes);
+        }
+    }
+    cache->exact_from = cache->n_past - 1;
+}
+
+int32_t kvs_cache_rewindable(const kvs_cache *cache) {
+    int32_t n = cache->n_past;
+    while (n > 0 && can_end_at(cache, n - 1)) n--;
+    return cache->n_past - n;
+}
+
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, kvs_error *err) {
+    if (!can_end_at(cache, n_past)) {
+        kvs_fail(err, KVS_E_POLICY,
+                 "rewind by %d rows: the row that the next smoothing would mix with is kept exactly for the newest %d rows only; "
+                 "rewind less, or make the session with more exact_rows",
+                 cache->n_past - n_past, cache->n_past - KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact));
+        if (err) {
+            err->needed = (uint64_t)(cache->n_past - n_past);
+            err->available = (uint64_t)kvs_cache_rewindable(cache);
+        }
+        return KVS_E_POLICY;
+    }
+    int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
+    while (cache->n_rows > 0 && cache->positions[cache->n_rows - 1] >= n_past) cache->n_rows--;
+    while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
+    cache->n_past = n_past;
+    cache->exact_from = KVS_MIN(exact_from, n_past);
+    if (n_past > 0 && cache->store_is_exact && !kvs_cache_exact(cache, n_past - 1)) refill_exact(cache);
+    return KVS_OK;
+}
+
+int32_t kvs_cache_turn_start(const kvs_cache *cache) { return cache->n_turns ? cache->turns[cache->n_turns - 1] : 0; }
+
+int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err) {
+    const kvs_kv *kv = &cache->kv;
+    uint64_t bytes = (uint64_t)cache->n_rows * (uint64_t)kv->row_bytes;
+    uint8_t *raw = kvs_calloc(1, bytes);
+    if (!raw) return kvs_fail_memory(err, bytes, "a copy of cache rows");
+    for (int32_t side = 0; side < 2; side++) {
+        float *out = side ? v : k;
+        for (int32_t head = 0; head < kv->n_kv_head; head++) {
+            cache->be->ops->download(cache->be, raw, kvs_kv_rows(kv, side ? kv->v : kv->k, layer, head), bytes);
+            for (int32_t i = 0; i < cache->n_rows; i++)
+                kvs_kv_row_to_f32(kv->type, raw + i * kv->row_bytes, out + ((int64_t)head * cache->n_rows + i) * kv->head_dim,
+                                  kv->head_dim);
+        }
+    }
+    free(raw);
+    return KVS_OK;
+}

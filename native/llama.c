@@ -1,0 +1,109 @@
+/* llama.c - the layer loop: one for prefill and decode, for one session and many, for every device. */
+#include "llama.h"
+
+#include <string.h>
+
+static kvs_matmul job(float *y, const kvs_weight *w, const kvs_weight *bias) { return (kvs_matmul){.y = y, .w = w, .bias = bias->data}; }
+
+/* Token rows from the embedding table, picture rows from the host: x (n, E), run by run. */
+static void input_rows(kvs_model *model, const kvs_pass *pass) {
+    const kvs_ops *ops = model->be->ops;
+    int64_t width = model->text.n_embd;
+    int32_t row = 0;
+    for (int32_t s = 0; s < pass->n_spans; s++) {
+        const kvs_span *span = &pass->spans[s];
+        for (int32_t i = 0; i < span->n;) {
+            bool image = span->ids[i] < 0;
+            int32_t run = 1;
+            while (i + run < span->n && (span->ids[i + run] < 0) == image &&
+                   (!image || pass->embd[row + run] == pass->embd[row] + run * width))
+                run++;
+            float *x = model->work.x + row * width;
+            if (image)
+                ops->upload(model->be, x, pass->embd[row], (uint64_t)run * (uint64_t)width * sizeof(float));
+            else
+                ops->rows(model->be, x, &model->text.token_embd, span->ids + i, run);
+            i += run;
+            row += run;
+        }
+    }
+}
+
+/* x += attention(norm(x)) W_o; the cache gets the new rows, policies see the outputs before W_o. */
+static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t index) {
+    const kvs_ops *ops = model->be->ops;
+    const kvs_text *t = &model->text;
+    const kvs_text_layer *layer = &t->layers[index];
+    kvs_work *w = &model->work;
+    ops->norm(model->be, w->y, w->x, layer->attn_norm.data, NULL, t->rms_eps, pass->n, t->n_embd);
+    kvs_matmul qkv[] = {job(w->q, &layer->q, &layer->q_bias), job(w->k, &layer->k, &layer->k_bias), job(w->v, &layer->v, &layer->v_bias)};
+    ops->matmul(model->be, qkv, 3, w->y, pass->n);
+    ops->rope(model->be, w->q, &t->rope, pass->n, t->n_head, t->head_dim);
+    ops->rope(model->be, w->k, &t->rope, pass->n, t->n_head_kv, t->head_dim);
+    ops->kv_put(model->be, index, w->k, w->v);
+    ops->attn(model->be, index, w->q, w->attn, w->entropy);
+    ops->kv_record(model->be, index, w->entropy);
+    ops->kv_put_out(model->be, index, w->attn);
+    for (int32_t s = 0; s < pass->n_spans; s++) {
+        const kvs_span *span = &pass->spans[s];
+        kvs_policy *policy = span->cache->policy;
+        if (policy && span->generated) policy->ops->after_attn(policy, span, index, &t->rope, w->attn);
+    }
+    kvs_matmul o = job(w->y, &layer->o, &layer->o_bias);
+    ops->matmul(model->be, &o, 1, w->attn, pass->n);
+    ops->add(model->be, w->x, w->y, (int64_t)pass->n * t->n_embd);
+}
+
+/* x += (silu(n W_gate) * (n W_up)) W_down with n = norm(x) */
+static void ffn_block(kvs_model *model, int32_t n, const kvs_text_layer *layer) {
+    const kvs_ops *ops = model->be->ops;
+    const kvs_text *t = &model->text;
+    kvs_work *w = &model->work;
+    ops->norm(model->be, w->y, w->x, layer->ffn_norm.data, NULL, t->rms_eps, n, t->n_embd);
+    kvs_matmul both[] = {job(w->gate, &layer->gate, &layer->gate_bias), job(w->up, &layer->up, &layer->up_bias)};
+    ops->matmul(model->be, both, 2, w->y, n);
+    ops->gate(model->be, w->gate, w->up, (int64_t)n * t->n_ff);
+    kvs_matmul down = job(w->y, &layer->down, &layer->down_bias);
+    ops->matmul(model->be, &down, 1, w->gate, n);
+    ops->add(model->be, w->x, w->y, (int64_t)n * t->n_embd);
+}
+
+/* Logits of the last row of each span, still on the device: (n_spans, V). */
+static void output_rows(kvs_model *model, const kvs_pass *pass) {
+    const kvs_ops *ops = model->be->ops;
+    const kvs_text *t = &model->text;
+    kvs_work *w = &model->work;
+    uint64_t bytes = (uint64_t)t->n_embd * sizeof(float);
+    for (int32_t s = 0; s < pass->n_spans; s++) {
+        int64_t last = pass->spans[s].first + pass->spans[s].n - 1;
+        if (last != s) ops->copy(model->be, w->x + (int64_t)s * t->n_embd, w->x + last * t->n_embd, bytes);
+    }
+    ops->norm(model->be, w->y, w->x, t->output_norm.data, NULL, t->rms_eps, pass->n_spans, t->n_embd);
+    kvs_matmul out = {.y = w->logits, .w = &t->output};
+    ops->matmul(model->be, &out, 1, w->y, pass->n_spans);
+}
+
+int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
+    const kvs_ops *ops = model->be->ops;
+    int status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
+    for (int32_t s = 0; s < pass->n_spans && !status; s++) {
+        kvs_policy *policy = pass->spans[s].cache->policy;
+        if (policy && pass->spans[s].generated) status = policy->ops->before_step(policy, &pass->spans[s], err);
+    }
+    if (status) return status;
+    kvs_step step = {.rows = pass->rows, .n = pass->n, .cancel = pass->cancel};
+    ops->begin(model->be, &step);
+    input_rows(model, pass);
+    ops->angles(model->be, &model->text.rope);
+    for (int32_t i = 0; i < model->text.n_layer; i++) {
+        attention_block(model, pass, i);
+        ffn_block(model, pass->n, &model->text.layers[i]);
+    }
+    if (pass->logits) output_rows(model, pass);
+    status = ops->end(model->be, err);
+    for (int32_t s = 0; s < pass->n_spans && !status && pass->logits; s++) {
+        int64_t vocab = model->text.n_vocab;
+        ops->download(model->be, pass->logits_out[s], model->work.logits + s * vocab, (uint64_t)vocab * sizeof(float));
+    }
+    return status;
+}

@@ -1,0 +1,190 @@
+/* policy_kvsmooth.c - KVSmooth (arXiv 2602.04268): row entropy -> rank among the last M -> strength -> EMA of the newest K, V.
+ * Here is the bookkeeping: which rows are in the queue, which row is mixed with which. The arithmetic is the op kv_smooth. */
+#include "cache.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct smooth {
+    kvs_policy base;
+    kvs_smooth_params params; /* its lists are our own copies */
+    int32_t n_layer;
+    bool *on;       /* (n_layer) */
+    int32_t *queue; /* (window) of the row at hand, itself last */
+    kvs_smooth_job job;
+} smooth;
+
+static int refuse(kvs_error *err, const char *what, const char *message) {
+    kvs_fail(err, KVS_E_POLICY, "KVSmooth: %s", message);
+    if (err) snprintf(err->what, sizeof err->what, "%s", what);
+    return KVS_E_POLICY;
+}
+
+static bool outside(float x, float low, float high) { return !(x >= low && x <= high); } /* NaN is outside */
+
+static int check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
+    if (outside(p->lambda_ref, 0, 1)) return refuse(err, "lambda_ref", "lambda_ref must be in [0, 1]");
+    if (outside(p->half_width, 0, 1)) return refuse(err, "half_width", "half_width must be in [0, 1]");
+    if (outside(p->lambda_max, 0, 1)) return refuse(err, "lambda_max", "lambda_max must be in [0, 1]");
+    if (!isnan(p->lambda_fixed) && outside(p->lambda_fixed, 0, 1)) return refuse(err, "lambda_fixed", "lambda_fixed must be in [0, 1]");
+    if (p->window < 1 || p->window > 1024) return refuse(err, "window", "window must be in 1..1024");
+    if (p->warm_start < 0 || p->warm_start > p->window) return refuse(err, "warm_start", "warm_start must be in 0..window");
+    if (!p->target || (p->target & ~(KVS_TARGET_K | KVS_TARGET_V | KVS_TARGET_O))) return refuse(err, "target", "target is unknown");
+    if (p->smooth_last_prompt && (p->target & KVS_TARGET_O))
+        return refuse(err, "smooth_prompt",
+                      "smooth_prompt and target \"o\" exclude each other: the last prompt row's output is used before "
+                      "it is known to be the last");
+    if (p->per_kv_head && (p->target & KVS_TARGET_O))
+        return refuse(err, "entropy_heads", "entropy_heads \"per_kv_group\" is for targets k and v, not o");
+    if (p->n_layers < 1 || p->n_layers > n_layer) return refuse(err, "layers", "no layers, or more than the model has");
+    for (int32_t i = 0; i < p->n_layers; i++)
+        if (p->layers[i] < 0 || p->layers[i] >= n_layer) {
+            kvs_fail(err, KVS_E_POLICY, "KVSmooth: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
+            return KVS_E_POLICY;
+        }
+    return KVS_OK;
+}
+
+static void smooth_free(kvs_policy *policy) {
+    smooth *s = (smooth *)policy;
+    if (!s) return;
+    free((void *)s->params.layers);
+    free((void *)s->params.skip_ids);
+    free(s->on);
+    free(s->queue);
+    free(s);
+}
+
+static int32_t *copy_list(const int32_t *list, int32_t n) {
+    int32_t *copy = kvs_calloc((uint64_t)n + 1, sizeof *copy);
+    if (copy && n) memcpy(copy, list, (size_t)n * sizeof *copy);
+    return copy;
+}
+
+static smooth *make(const kvs_smooth_params *params, int32_t n_layer);
+
+static kvs_policy *smooth_clone(const kvs_policy *policy) {
+    const smooth *s = (const smooth *)policy;
+    return (kvs_policy *)make(&s->params, s->n_layer);
+}
+
+static bool skipped(const smooth *s, int32_t id) {
+    for (int32_t i = 0; i < s->params.n_skip_ids; i++)
+        if (s->params.skip_ids[i] == id) return true;
+    return false;
+}
+
+/* Did this row's entropy enter the queue? Generated rows; and rows that ended a prompt, as warm_start and smooth_prompt ask. */
+static bool queued(const smooth *s, const kvs_cache *cache, int32_t index) {
+    if (cache->flags[index] & KVS_ROW_GENERATED) return true;
+    int32_t reach = KVS_MAX(s->params.warm_start, s->params.smooth_last_prompt ? 1 : 0);
+    for (int32_t end = index; end < cache->n_past && end < index + reach; end++) {
+        if (cache->flags[end] & KVS_ROW_GENERATED) return false;
+        if (cache->flags[end] & KVS_ROW_ENDED) return true;
+    }
+    return false;
+}
+
+/* Queue of the row index, which may not be committed yet: the newest window entries up to it, oldest first. */
+static int32_t fill_queue(const smooth *s, const kvs_cache *cache, int32_t index) {
+    int32_t first = s->params.scope_session ? 0 : kvs_cache_turn_start(cache);
+    int32_t n = 0;
+    s->queue[n++] = index;
+    for (int32_t i = index - 1; i >= first && n < s->params.window; i--)
+        if (queued(s, cache, i)) s->queue[n++] = i;
+    for (int32_t i = 0; i < n / 2; i++) {
+        int32_t swap = s->queue[i];
+        s->queue[i] = s->queue[n - 1 - i];
+        s->queue[n - 1 - i] = swap;
+    }
+    return n;
+}
+
+static void set_job(smooth *s, kvs_cache *cache, int32_t row, int32_t index, int32_t phys, bool mix) {
+    s->job = (kvs_smooth_job){.params = &s->params,
+                              .kv = &cache->kv,
+                              .row = row,
+                              .index = index,
+                              .phys = phys,
+                              .prev = mix ? index - 1 : -1,
+                              .pos_delta = 1,
+                              .queue = s->queue,
+                              .n_queue = fill_queue(s, cache, index)};
+}
+
+static int smooth_before_step(kvs_policy *policy, const kvs_span *span, kvs_error *err) {
+    (void)err;
+    smooth *s = (smooth *)policy;
+    kvs_cache *cache = span->cache;
+    int32_t index = cache->n_past;
+    bool after_prompt = index > 0 && !(cache->flags[index - 1] & KVS_ROW_GENERATED);
+    bool mix = index > 0 && !skipped(s, span->ids[0]) && !(s->params.skip_first && after_prompt);
+    set_job(s, cache, span->first, index, cache->n_rows, mix);
+    return KVS_OK;
+}
+
+static void smooth_after_attn(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out) {
+    smooth *s = (smooth *)policy;
+    if (s->on[layer]) span->cache->be->ops->kv_smooth(span->cache->be, layer, &s->job, 1, rope, out);
+}
+
+/* smooth_prompt = last_token: nothing has looked at the last prompt row yet, so that it can be smoothed now. */
+static int smooth_end_prefill(kvs_policy *policy, kvs_cache *cache, const kvs_rope *rope, kvs_error *err) {
+    smooth *s = (smooth *)policy;
+    if (!s->params.smooth_last_prompt || cache->n_past < 2) return KVS_OK;
+    const kvs_ops *ops = cache->be->ops;
+    int32_t index = cache->n_past - 1;
+    kvs_row row = {.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows - 1};
+    kvs_step step = {.rows = &row, .n = 1};
+    set_job(s, cache, 0, index, row.phys, !skipped(s, cache->ids[index]));
+    ops->begin(cache->be, &step);
+    for (int32_t layer = 0; layer < s->n_layer; layer++)
+        if (s->on[layer]) ops->kv_smooth(cache->be, layer, &s->job, 1, rope, NULL);
+    return ops->end(cache->be, err);
+}
+
+static bool smooth_needs_exact(const kvs_policy *policy) {
+    (void)policy;
+    return true;
+}
+
+static const kvs_policy_ops smooth_ops = {
+    .name = "kvsmooth",
+    .free = smooth_free,
+    .clone = smooth_clone,
+    .before_step = smooth_before_step,
+    .after_attn = smooth_after_attn,
+    .end_prefill = smooth_end_prefill,
+    .needs_exact = smooth_needs_exact,
+};
+
+static smooth *make(const kvs_smooth_params *params, int32_t n_layer) {
+    smooth *s = kvs_calloc(1, sizeof *s);
+    if (!s) return NULL;
+    s->base.ops = &smooth_ops;
+    s->params = *params;
+    s->n_layer = n_layer;
+    s->params.layers = copy_list(params->layers, params->n_layers);
+    s->params.skip_ids = copy_list(params->skip_ids, params->n_skip_ids);
+    s->on = kvs_calloc((uint64_t)n_layer, sizeof *s->on);
+    s->queue = kvs_calloc((uint64_t)params->window, sizeof *s->queue);
+    if (!s->params.layers || !s->params.skip_ids || !s->on || !s->queue) {
+        smooth_free(&s->base);
+        return NULL;
+    }
+    for (int32_t i = 0; i < params->n_layers; i++) s->on[params->layers[i]] = true;
+    return s;
+}
+
+int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err) {
+    *out = NULL;
+    int status = check(params, n_layer, err);
+    if (status) return status;
+    *out = (kvs_policy *)make(params, n_layer);
+    return *out ? KVS_OK : kvs_fail_memory(err, 0, "a policy");
+}
+
+const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy) {
+    return policy && policy->ops == &smooth_ops ? &((const smooth *)policy)->params : NULL;
+}

@@ -1,0 +1,471 @@
+/* session.c - one timeline over a model: feed, step, read, fork, rewind. */
+#include "session.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { DEFAULT_EXACT_ROWS = 32, MAX_EXACT_ROWS = 4096, MAX_CTX = 1 << 20, MAX_BATCH = 256 };
+
+int kvs_session_enter(kvs_session *session, kvs_error *err) {
+    if (__atomic_exchange_n(&session->busy, 1, __ATOMIC_ACQUIRE))
+        return kvs_fail(err, KVS_E_BUSY, "the session is in use by another thread; make one session per thread, they share the model");
+    return KVS_OK;
+}
+
+void kvs_session_leave(kvs_session *session) { __atomic_store_n(&session->busy, 0, __ATOMIC_RELEASE); }
+
+static int bad_argument(kvs_error *err, const char *what, const char *message) {
+    kvs_fail(err, KVS_E_ARGUMENT, "%s: %s", what, message);
+    if (err) snprintf(err->what, sizeof err->what, "%s", what);
+    return KVS_E_ARGUMENT;
+}
+
+/* ---- make and free ---- */
+
+static int check_params(const kvs_model *model, const kvs_session_params *p, kvs_error *err) {
+    if (p->struct_size != sizeof *p) return bad_argument(err, "struct_size", "kvs_session_params of another version");
+    if (p->n_ctx < 1 || p->n_ctx > MAX_CTX) return bad_argument(err, "n_ctx", "must be in 1..1048576");
+    if (p->kv_type != KVS_TYPE_F32 && p->kv_type != KVS_TYPE_F16 && p->kv_type != KVS_TYPE_Q8_0)
+        return bad_argument(err, "kv_type", "must be F16, F32 or Q8_0");
+    if (p->exact_rows < 0 || p->exact_rows > MAX_EXACT_ROWS) return bad_argument(err, "exact_rows", "must be in 0..4096");
+    const kvs_text *t = &model->text;
+    double bytes = 2.0 * t->n_layer * t->n_head_kv * (double)p->n_ctx * (double)kvs_kv_row_bytes(p->kv_type, t->head_dim);
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (bytes > memory) return kvs_fail_memory(err, (uint64_t)bytes, "the KV cache; a smaller n_ctx or kv_type needs less");
+    return KVS_OK;
+}
+
+static kvs_cache_shape cache_shape(const kvs_model *model, const kvs_session_params *p) {
+    const kvs_text *t = &model->text;
+    kvs_cache_shape shape = {p->kv_type, t->n_layer, t->n_head, t->n_head_kv, t->head_dim, p->n_ctx, 0, false, 1, 0};
+    if (!p->smooth) return shape;
+    shape.n_exact = p->exact_rows ? KVS_MAX(p->exact_rows, 2) : DEFAULT_EXACT_ROWS;
+    shape.exact_o = p->smooth->target & KVS_TARGET_O;
+    shape.n_group = p->smooth->per_kv_head ? t->n_head_kv : 1;
+    shape.exclude_self = p->smooth->exclude_self;
+    return shape;
+}
+
+int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
+    *out = NULL;
+    int status = check_params(model, params, err);
+    if (status) return status;
+    kvs_policy *policy = NULL;
+    if (params->smooth && (status = kvs_policy_kvsmooth(params->smooth, model->text.n_layer, &policy, err))) return status;
+    kvs_session *s = kvs_calloc(1, sizeof *s);
+    float *logits = kvs_calloc((uint64_t)model->text.n_vocab, sizeof *logits);
+    kvs_cache_shape shape = cache_shape(model, params);
+    status = s && logits ? kvs_cache_init(&s->cache, model->be, &shape, err) : kvs_fail_memory(err, 0, "a session");
+    if (status) {
+        if (policy) policy->ops->free(policy);
+        free(logits);
+        free(s);
+        return status;
+    }
+    s->model = model;
+    s->logits = logits;
+    s->cache.policy = policy;
+    s->cache.store_is_exact = policy && params->kv_type == KVS_TYPE_F32 && !params->smooth->ema_one_step && !shape.exact_o;
+    kvs_rng_seed(&s->rng, params->seed);
+    *out = s;
+    return KVS_OK;
+}
+
+int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
+    return kvs_session_create(model, params, out, err);
+}
+
+void kvs_session_free(kvs_session *session) {
+    if (!session) return;
+    kvs_cache_free(&session->cache);
+    free(session->logits);
+    free(session);
+}
+
+uint64_t kvs_session_bytes(const kvs_session *session) { return session->cache.bytes; }
+
+/* ---- prompt rows ---- */
+
+typedef struct flat { /* the chunks of a feed, row by row */
+    int32_t n;
+    int32_t *ids;
+    uint64_t *hashes;
+    const float **embd;
+    kvs_row *rows; /* (min(n, KVS_BLOCK_ROWS)) */
+} flat;
+
+static void flat_free(flat *f) {
+    free(f->ids);
+    free(f->hashes);
+    free(f->embd);
+    free(f->rows);
+}
+
+static int check_room(const kvs_session *s, int64_t n, kvs_error *err) {
+    int64_t needed = s->cache.n_past + n, n_ctx = s->cache.kv.n_ctx;
+    if (needed <= n_ctx) return KVS_OK;
+    kvs_fail(err, KVS_E_CONTEXT, "context overflow: %lld rows needed (%d there, %lld new), n_ctx is %lld", (long long)needed,
+             s->cache.n_past, (long long)n, (long long)n_ctx);
+    if (err) err->needed = (uint64_t)needed, err->available = (uint64_t)n_ctx;
+    return KVS_E_CONTEXT;
+}
+
+static int check_ids(const kvs_session *s, const int32_t *ids, int32_t n, kvs_error *err) {
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->text.n_vocab) {
+            kvs_fail(err, KVS_E_ARGUMENT, "ids: token id %d is not in 0..%d", ids[i], s->model->text.n_vocab - 1);
+            return KVS_E_ARGUMENT;
+        }
+    return KVS_OK;
+}
+
+static int flatten(const kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, flat *f, kvs_error *err) {
+    memset(f, 0, sizeof *f);
+    int64_t n = 0;
+    for (int32_t c = 0; c < n_chunks; c++) {
+        if (chunks[c].n < 0 || (chunks[c].n && !chunks[c].ids && !chunks[c].embd))
+            return bad_argument(err, "chunks", "a chunk without rows");
+        int status = chunks[c].ids ? check_ids(s, chunks[c].ids, chunks[c].n, err) : KVS_OK;
+        if (status) return status;
+        n += chunks[c].n;
+    }
+    int status = check_room(s, n, err);
+    if (status || !n) return status;
+    f->n = (int32_t)n;
+    f->ids = kvs_calloc((uint64_t)n, sizeof *f->ids);
+    f->hashes = kvs_calloc((uint64_t)n, sizeof *f->hashes);
+    f->embd = kvs_calloc((uint64_t)n, sizeof *f->embd);
+    f->rows = kvs_calloc((uint64_t)KVS_MIN(n, KVS_BLOCK_ROWS), sizeof *f->rows);
+    if (!f->ids || !f->hashes || !f->embd || !f->rows) return kvs_fail_memory(err, (uint64_t)n * 32, "a prompt");
+    int32_t row = 0;
+    for (int32_t c = 0; c < n_chunks; c++)
+        for (int32_t i = 0; i < chunks[c].n; i++, row++) {
+            f->ids[row] = chunks[c].ids ? chunks[c].ids[i] : -1;
+            f->hashes[row] = chunks[c].ids ? 0 : chunks[c].hash;
+            f->embd[row] = chunks[c].ids ? NULL : chunks[c].embd + (int64_t)i * s->model->text.n_embd;
+        }
+    return KVS_OK;
+}
+
+/* The lock is taken block by block, so that sessions of other threads get their turn. */
+static int feed_blocks(kvs_session *s, const flat *f, const int32_t *cancel, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t at = 0; at < f->n && !status; at += KVS_BLOCK_ROWS) {
+        int32_t n = KVS_MIN(KVS_BLOCK_ROWS, f->n - at);
+        kvs_span span = {.cache = &s->cache, .n = n, .ids = f->ids + at, .hashes = f->hashes + at};
+        kvs_cache_rows(&span, at, f->rows);
+        kvs_pass pass = {.spans = &span,
+                         .n_spans = 1,
+                         .rows = f->rows,
+                         .embd = f->embd + at,
+                         .n = n,
+                         .logits = at + n == f->n,
+                         .logits_out = &s->logits,
+                         .cancel = cancel};
+        status = kvs_model_lock(s->model, cancel, err);
+        if (status) break;
+        status = kvs_llama_pass(s->model, &pass, err);
+        kvs_model_unlock(s->model);
+    }
+    return status;
+}
+
+static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const int32_t *cancel, kvs_error *err) {
+    flat f;
+    int status = flatten(s, chunks, n_chunks, &f, err);
+    if (!status && f.n) {
+        status = feed_blocks(s, &f, cancel, err);
+        kvs_cache_touched(&s->cache, f.n);
+        if (!status) {
+            kvs_span span = {.cache = &s->cache, .n = f.n, .ids = f.ids, .hashes = f.hashes};
+            kvs_cache_commit(&span);
+            s->has_logits = true;
+        }
+    }
+    flat_free(&f);
+    return status;
+}
+
+int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = feed(session, chunks, n_chunks, cancel, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+static int end_prefill(kvs_session *s, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    uint8_t *flags = cache->n_past ? &cache->flags[cache->n_past - 1] : NULL;
+    if (!flags || *flags & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
+    *flags |= KVS_ROW_ENDED; /* before the policy looks: it derives its queue from the flags */
+    if (!cache->policy) return KVS_OK;
+    int status = kvs_model_lock(s->model, NULL, err);
+    if (status) return status;
+    status = cache->policy->ops->end_prefill(cache->policy, cache, &s->model->text.rope, err);
+    kvs_model_unlock(s->model);
+    if (status) *flags &= (uint8_t)~KVS_ROW_ENDED;
+    return status;
+}
+
+int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = end_prefill(session, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+/* ---- generated rows ---- */
+
+/* After a rewind the row to mix with may be gone from the ring of exact rows: a prompt row is computed once more. */
+static int ensure_exact(kvs_session *s, const int32_t *cancel, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    int32_t last = cache->n_past - 1;
+    if (last < 0 || !cache->policy || !cache->policy->ops->needs_exact(cache->policy) || kvs_cache_exact(cache, last)) return KVS_OK;
+    if (cache->flags[last] & KVS_ROW_GENERATED || cache->ids[last] < 0)
+        return kvs_fail(err, KVS_E_POLICY, "the exact values of row %d, which the next one would be mixed with, are gone; feed text first",
+                        last);
+    int32_t id = cache->ids[last];
+    int status = kvs_cache_rewind(cache, last, err);
+    kvs_chunk again = {.ids = &id, .n = 1};
+    return status ? status : feed(s, &again, 1, cancel, err);
+}
+
+static int prepare_step(kvs_session *s, int32_t id, const int32_t *cancel, kvs_error *err) {
+    int status = check_ids(s, &id, 1, err);
+    if (!status) status = check_room(s, 1, err);
+    if (!status) status = ensure_exact(s, cancel, err);
+    return status ? status : end_prefill(s, err);
+}
+
+static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, const int32_t *cancel, kvs_error *err) {
+    kvs_span spans[MAX_BATCH];
+    kvs_row rows[MAX_BATCH];
+    float *logits[MAX_BATCH];
+    for (int32_t i = 0; i < n; i++) {
+        int status = prepare_step(sessions[i], ids[i], cancel, err);
+        if (status) return status;
+        spans[i] = (kvs_span){.cache = &sessions[i]->cache, .first = i, .n = 1, .ids = &ids[i], .generated = true};
+        kvs_cache_rows(&spans[i], 0, &rows[i]);
+        logits[i] = sessions[i]->logits;
+    }
+    kvs_model *model = sessions[0]->model;
+    kvs_pass pass = {.spans = spans, .n_spans = n, .rows = rows, .n = n, .logits = true, .logits_out = logits, .cancel = cancel};
+    int status = kvs_model_lock(model, cancel, err);
+    if (status) return status;
+    status = kvs_llama_pass(model, &pass, err);
+    kvs_model_unlock(model);
+    for (int32_t i = 0; i < n; i++) {
+        kvs_cache_touched(&sessions[i]->cache, 1);
+        if (status) continue;
+        kvs_cache_commit(&spans[i]);
+        sessions[i]->has_logits = true;
+    }
+    return status;
+}
+
+int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err) {
+    if (n < 1 || n > MAX_BATCH) return bad_argument(err, "n", "must be in 1..256");
+    int32_t entered = 0;
+    int status = KVS_OK;
+    for (; entered < n && !status; entered += !status) {
+        if (sessions[entered]->model != sessions[0]->model)
+            status = kvs_fail(err, KVS_E_MISMATCH, "sessions of different models can't step together");
+        else
+            status = kvs_session_enter(sessions[entered], err); /* the same session twice is busy, too */
+    }
+    if (!status) status = step(sessions, ids, n, cancel, err);
+    while (entered > 0) kvs_session_leave(sessions[--entered]);
+    return status;
+}
+
+/* ---- reading ---- */
+
+/* After a rewind the last row has no logits: it is dropped and fed again, as what it was. */
+static int ensure_logits(kvs_session *s, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    if (s->has_logits) return KVS_OK;
+    int32_t last = cache->n_past - 1;
+    if (last < 0) return bad_argument(err, "logits", "nothing has been fed yet");
+    if (cache->ids[last] < 0) return bad_argument(err, "logits", "rewind left an image row as the last; feed text first");
+    int32_t id = cache->ids[last];
+    bool generated = cache->flags[last] & KVS_ROW_GENERATED;
+    int status = kvs_cache_rewind(cache, last, err);
+    if (status) return status;
+    kvs_chunk again = {.ids = &id, .n = 1};
+    return generated ? step(&s, &id, 1, NULL, err) : feed(s, &again, 1, NULL, err);
+}
+
+static int check_finite(const kvs_session *s, kvs_error *err) {
+    for (int32_t i = 0; i < s->model->text.n_vocab; i++)
+        if (!isfinite(s->logits[i]))
+            return kvs_fail(err, KVS_E_NUMERIC, "the logits of row %d are not finite (first at id %d): the weights hold infinities or NaN",
+                            s->cache.n_past - 1, i);
+    return KVS_OK;
+}
+
+int32_t kvs_session_logits(kvs_session *session, float *logits, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = ensure_logits(session, err);
+    if (!status) status = check_finite(session, err);
+    if (!status) memcpy(logits, session->logits, (size_t)session->model->text.n_vocab * sizeof *logits);
+    kvs_session_leave(session);
+    return status;
+}
+
+static int sample(kvs_session *s, const kvs_sampling *params, kvs_sample *out, kvs_error *err) {
+    int status = ensure_logits(s, err);
+    if (status) return status;
+    return kvs_sampler_draw(s->logits, s->model->text.n_vocab, s->cache.ids, s->cache.n_past, params, &s->rng, out, err);
+}
+
+int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, kvs_error *err) {
+    if (params->struct_size != sizeof *params) return bad_argument(err, "struct_size", "kvs_sampling of another version");
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = sample(session, params, out, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    kvs_rng_seed(&session->rng, seed);
+    kvs_session_leave(session);
+    return KVS_OK;
+}
+
+int32_t kvs_session_n_past(const kvs_session *session) { return session->cache.n_past; }
+
+int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer) {
+    return layer < 0 || layer >= session->cache.kv.n_layer ? -1 : session->cache.n_rows;
+}
+
+int32_t kvs_session_n_generated(const kvs_session *session) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < session->cache.n_past; i++) n += session->cache.flags[i] & KVS_ROW_GENERATED ? 1 : 0;
+    return n;
+}
+
+int32_t kvs_session_n_exact(const kvs_session *session) { return kvs_cache_rewindable(&session->cache); }
+
+int32_t kvs_session_timeline(const kvs_session *session, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err) {
+    (void)err;
+    const kvs_cache *cache = &session->cache;
+    for (int32_t i = 0; i < cache->n_past; i++) {
+        ids[i] = cache->ids[i];
+        hashes[i] = cache->hashes[i];
+        generated[i] = cache->flags[i] & KVS_ROW_GENERATED ? 1 : 0;
+    }
+    return KVS_OK;
+}
+
+static int check_layer(const kvs_session *s, int32_t layer, kvs_error *err) {
+    if (layer >= 0 && layer < s->cache.kv.n_layer) return KVS_OK;
+    kvs_fail(err, KVS_E_ARGUMENT, "layer: %d is not in 0..%d", layer, s->cache.kv.n_layer - 1);
+    return KVS_E_ARGUMENT;
+}
+
+int32_t kvs_session_positions(const kvs_session *session, int32_t layer, int32_t *positions, kvs_error *err) {
+    int status = check_layer(session, layer, err);
+    if (!status) memcpy(positions, session->cache.positions, (size_t)session->cache.n_rows * sizeof *positions);
+    return status;
+}
+
+int32_t kvs_session_kv(kvs_session *session, int32_t layer, float *k, float *v, kvs_error *err) {
+    int status = check_layer(session, layer, err);
+    if (!status) status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = kvs_cache_read(&session->cache, layer, k, v, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+static float group_mean(const kvs_cache *cache, const float *history, int32_t layer, int32_t index, float *groups) {
+    int32_t n = cache->kv.n_group;
+    cache->be->ops->download(cache->be, groups, history + kvs_kv_history(&cache->kv, layer, index), (uint64_t)n * sizeof *groups);
+    double sum = 0;
+    for (int32_t g = 0; g < n; g++) sum += groups[g];
+    return (float)(sum / n);
+}
+
+static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float *strengths, kvs_error *err) {
+    float *groups = kvs_calloc((uint64_t)cache->kv.n_group, sizeof *groups);
+    if (!groups) return kvs_fail_memory(err, 0, "telemetry");
+    int32_t n_layer = cache->kv.n_layer, row = n - 1;
+    for (int32_t i = cache->n_past - 1; i >= 0 && row >= 0; i--) {
+        if (!(cache->flags[i] & KVS_ROW_GENERATED)) continue;
+        for (int32_t layer = 0; layer < n_layer; layer++) {
+            entropies[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.entropy, layer, i, groups);
+            strengths[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.strength, layer, i, groups);
+        }
+        row--;
+    }
+    free(groups);
+    return row < 0 ? KVS_OK : bad_argument(err, "n", "more rows than were generated");
+}
+
+int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = telemetry(&session->cache, n, entropies, strengths, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+/* ---- the timeline ---- */
+
+int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    kvs_cache *cache = &session->cache;
+    if (cache->n_past && kvs_cache_turn_start(cache) != cache->n_past) cache->turns[cache->n_turns++] = cache->n_past;
+    kvs_session_leave(session);
+    return KVS_OK;
+}
+
+static int fork_session(const kvs_session *from, kvs_session **out, kvs_error *err) {
+    kvs_session *s = kvs_calloc(1, sizeof *s);
+    float *logits = kvs_calloc((uint64_t)from->model->text.n_vocab, sizeof *logits);
+    int status = s && logits ? kvs_cache_clone(&from->cache, &s->cache, err) : kvs_fail_memory(err, 0, "a session");
+    if (status) {
+        free(logits);
+        free(s);
+        return status;
+    }
+    s->model = from->model;
+    s->logits = logits;
+    memcpy(logits, from->logits, (size_t)from->model->text.n_vocab * sizeof *logits);
+    s->has_logits = from->has_logits;
+    s->rng = from->rng;
+    *out = s;
+    return KVS_OK;
+}
+
+int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err) {
+    *out = NULL;
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = fork_session(session, out, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    if (n < 0 || n > session->cache.n_past) {
+        kvs_fail(err, KVS_E_ARGUMENT, "n: can't drop %d of %d rows", n, session->cache.n_past);
+        status = KVS_E_ARGUMENT;
+    } else if (n > 0) {
+        status = kvs_cache_rewind(&session->cache, session->cache.n_past - n, err);
+        if (!status) session->has_logits = false;
+    }
+    kvs_session_leave(session);
+    return status;
+}

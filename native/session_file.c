@@ -1,0 +1,342 @@
+/* session_file.c - a session on disk: written to a temporary name, flushed, renamed; checksummed, tied to its model.
+ *
+ * Layout, little-endian: header (struct below), policy fields (doubles), layer list, skip list, timeline, cache rows by
+ * layer and head, history, ring of exact rows, logits, and a 64-bit checksum over all of it. */
+#include "session.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { FILE_VERSION = 1, N_FIELDS = 19, MAX_PATH = 4096 };
+
+typedef struct header {
+    char magic[8];
+    uint32_t version, header_bytes;
+    uint64_t identity, mmproj_identity;
+    int32_t n_ctx, kv_type, n_exact, smoothed;
+    int32_t n_past, n_rows, n_turns, exact_from, has_logits, n_layers, n_skip_ids, reserved;
+    kvs_rng rng;
+} header;
+
+typedef struct stream {
+    FILE *file;
+    bool write, failed;
+    uint64_t hash;
+    const char *path;
+    const kvs_backend *be;
+    uint8_t *buffer; /* for device memory */
+    uint64_t buffer_bytes;
+} stream;
+
+/* One function for both directions, so that reader and writer can't drift apart. */
+static void transfer(stream *f, void *data, uint64_t bytes) {
+    if (f->failed || !bytes) return;
+    size_t done = f->write ? fwrite(data, 1, (size_t)bytes, f->file) : fread(data, 1, (size_t)bytes, f->file);
+    f->failed = done != bytes;
+    if (!f->failed) f->hash = kvs_hash(f->hash, data, bytes);
+}
+
+static void transfer_device(stream *f, void *device, uint64_t bytes) {
+    for (uint64_t at = 0; at < bytes && !f->failed; at += f->buffer_bytes) {
+        uint64_t n = KVS_MIN(bytes - at, f->buffer_bytes);
+        kvs_backend *be = (kvs_backend *)f->be;
+        if (f->write) be->ops->download(be, f->buffer, (uint8_t *)device + at, n);
+        transfer(f, f->buffer, n);
+        if (!f->write && !f->failed) be->ops->upload(be, (uint8_t *)device + at, f->buffer, n);
+    }
+}
+
+static void transfer_cache(stream *f, kvs_cache *cache) {
+    kvs_kv *kv = &cache->kv;
+    uint64_t rows = (uint64_t)cache->n_rows * (uint64_t)kv->row_bytes;
+    uint64_t history = (uint64_t)cache->n_past * (uint64_t)kv->n_group * sizeof(float);
+    transfer(f, cache->ids, (uint64_t)cache->n_past * sizeof *cache->ids);
+    transfer(f, cache->hashes, (uint64_t)cache->n_past * sizeof *cache->hashes);
+    transfer(f, cache->flags, (uint64_t)cache->n_past * sizeof *cache->flags);
+    transfer(f, cache->positions, (uint64_t)cache->n_rows * sizeof *cache->positions);
+    transfer(f, cache->turns, (uint64_t)cache->n_turns * sizeof *cache->turns);
+    for (int32_t layer = 0; layer < kv->n_layer; layer++) {
+        for (int32_t head = 0; head < kv->n_kv_head; head++) {
+            transfer_device(f, kvs_kv_rows(kv, kv->k, layer, head), rows);
+            transfer_device(f, kvs_kv_rows(kv, kv->v, layer, head), rows);
+        }
+        transfer_device(f, kv->entropy + kvs_kv_history(kv, layer, 0), history);
+        transfer_device(f, kv->strength + kvs_kv_history(kv, layer, 0), history);
+    }
+    uint64_t ring = (uint64_t)kv->n_layer * (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
+    if (kv->exact_k) transfer_device(f, kv->exact_k, ring * (uint64_t)kv->n_kv_head);
+    if (kv->exact_v) transfer_device(f, kv->exact_v, ring * (uint64_t)kv->n_kv_head);
+    if (kv->exact_o) transfer_device(f, kv->exact_o, ring * (uint64_t)kv->n_head);
+}
+
+/* The policy as named numbers: what is compared when a file is loaded. */
+static const char *const field_names[N_FIELDS] = {"lambda_ref",    "half_width",   "lambda_max",    "lambda_fixed",         "window",
+                                                  "target",        "lambda_den",   "rope_mode",     "first_token",          "warm_start",
+                                                  "smooth_prompt", "entropy_norm", "entropy_heads", "entropy_include_self", "rank_ties",
+                                                  "queue_scope",   "ema",          "mix",           "number of layers"};
+
+static void policy_fields(const kvs_smooth_params *p, double fields[N_FIELDS]) {
+    const double values[N_FIELDS] = {p->lambda_ref,
+                                     p->half_width,
+                                     p->lambda_max,
+                                     p->lambda_fixed,
+                                     p->window,
+                                     p->target,
+                                     p->den_capacity,
+                                     p->rope_relative,
+                                     p->skip_first,
+                                     p->warm_start,
+                                     p->smooth_last_prompt,
+                                     p->norm_log_len,
+                                     p->per_kv_head,
+                                     p->exclude_self,
+                                     p->midrank,
+                                     p->scope_session,
+                                     p->ema_one_step,
+                                     p->damp,
+                                     p->n_layers};
+    memcpy(fields, values, sizeof values);
+}
+
+static int file_error(kvs_error *err, const char *path, const char *what, const char *message) {
+    return kvs_fail_file(err, KVS_E_SESSION_FILE, path, what, -1, "%s", message);
+}
+
+static int io_error(kvs_error *err, const char *path, int code, const char *action) {
+    kvs_fail_file(err, KVS_E_IO, path, "", code, "%s failed: %s", action, strerror(code));
+    return KVS_E_IO;
+}
+
+static bool open_buffer(stream *f, const kvs_cache *cache) {
+    f->be = cache->be;
+    f->buffer_bytes = 1 << 20;
+    f->buffer = kvs_calloc(1, f->buffer_bytes);
+    return f->buffer != NULL;
+}
+
+/* ---- save ---- */
+
+static header make_header(const kvs_session *s, const kvs_smooth_params *smooth) {
+    const kvs_cache *c = &s->cache;
+    header h = {.magic = "KVSSESS", .version = FILE_VERSION, .header_bytes = sizeof h};
+    h.identity = s->model->identity;
+    h.mmproj_identity = s->model->mmproj_identity;
+    h.n_ctx = c->kv.n_ctx;
+    h.kv_type = c->kv.type;
+    h.n_exact = c->kv.n_exact;
+    h.smoothed = smooth != NULL;
+    h.n_past = c->n_past;
+    h.n_rows = c->n_rows;
+    h.n_turns = c->n_turns;
+    h.exact_from = c->exact_from;
+    h.has_logits = s->has_logits;
+    h.n_layers = smooth ? smooth->n_layers : 0;
+    h.n_skip_ids = smooth ? smooth->n_skip_ids : 0;
+    h.rng = s->rng;
+    return h;
+}
+
+static void write_all(stream *f, kvs_session *s) {
+    const kvs_smooth_params *smooth = kvs_policy_kvsmooth_params(s->cache.policy);
+    header h = make_header(s, smooth);
+    transfer(f, &h, sizeof h);
+    if (smooth) {
+        double fields[N_FIELDS];
+        policy_fields(smooth, fields);
+        transfer(f, fields, sizeof fields);
+        transfer(f, (void *)smooth->layers, (uint64_t)smooth->n_layers * sizeof(int32_t));
+        transfer(f, (void *)smooth->skip_ids, (uint64_t)smooth->n_skip_ids * sizeof(int32_t));
+    }
+    transfer_cache(f, &s->cache);
+    if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
+    uint64_t sum = f->hash;
+    transfer(f, &sum, sizeof sum);
+}
+
+/* The rename lasts only when its folder is on the disk, too. A folder that can't be opened is no reason to fail: the data are safe. */
+static void sync_folder(const char *path) {
+    char folder[MAX_PATH];
+    snprintf(folder, sizeof folder, "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[slash == folder] = 0;
+    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+static int write_temporary(kvs_session *s, const char *path, const char *temporary, int fd, kvs_error *err) {
+    stream f = {.write = true, .path = path, .file = fdopen(fd, "wb")};
+    if (!f.file) {
+        int code = errno;
+        close(fd);
+        return io_error(err, path, code, "writing");
+    }
+    bool memory = open_buffer(&f, &s->cache);
+    errno = 0;
+    if (memory) write_all(&f, s);
+    int code = errno;
+    bool failed = f.failed || fflush(f.file) || fsync(fileno(f.file));
+    if (failed && errno) code = errno;
+    if (fclose(f.file) && !failed) failed = true, code = errno;
+    free(f.buffer);
+    if (!memory) return kvs_fail_memory(err, f.buffer_bytes, "saving a session");
+    if (!failed && rename(temporary, path)) failed = true, code = errno;
+    return failed ? io_error(err, path, code ? code : EIO, "saving the session") : KVS_OK;
+}
+
+/* A new file beside the wanted one, so that the rename stays inside one file system. The number tells savers of one process apart. */
+static int open_temporary(const char *path, char *temporary, size_t size) {
+    static uint32_t counter;
+    for (int attempt = 0; attempt < 100; attempt++) {
+        uint32_t number = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+        int length = snprintf(temporary, size, "%s.%ld-%u.tmp", path, (long)getpid(), number);
+        if (length < 0 || (size_t)length >= size) {
+            errno = ENAMETOOLONG;
+            return -1;
+        }
+        int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd >= 0 || errno != EEXIST) return fd;
+    }
+    return -1;
+}
+
+static int save(kvs_session *s, const char *path, kvs_error *err) {
+    char temporary[MAX_PATH];
+    int fd = open_temporary(path, temporary, sizeof temporary);
+    if (fd < 0) return io_error(err, path, errno, "saving the session");
+    int status = write_temporary(s, path, temporary, fd, err);
+    if (status)
+        unlink(temporary);
+    else
+        sync_folder(path);
+    return status;
+}
+
+int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = save(session, path, err);
+    kvs_session_leave(session);
+    return status;
+}
+
+/* ---- load ---- */
+
+static int check_header(const header *h, const kvs_model *model, const char *path, kvs_error *err) {
+    if (memcmp(h->magic, "KVSSESS", 8)) return file_error(err, path, "magic", "this is not a saved session");
+    if (h->version != FILE_VERSION || h->header_bytes != sizeof *h)
+        return kvs_fail_file(err, KVS_E_SESSION_FILE, path, "version", -1, "saved by another version (%u, this one reads %d)", h->version,
+                             FILE_VERSION);
+    if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
+    if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");
+    bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows >= 0 && h->n_rows <= h->n_past && h->n_turns >= 0 &&
+                h->n_turns <= h->n_past && h->exact_from >= 0 && h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) &&
+                h->n_exact >= 0;
+    return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
+}
+
+static int check_policy(stream *f, const header *h, const kvs_smooth_params *smooth, kvs_error *err) {
+    if (h->smoothed != (smooth != NULL))
+        return file_error(err, f->path, "policy",
+                          h->smoothed ? "saved with KVSmooth: load it with the same policy"
+                                      : "saved without a policy: load it without one");
+    if (!smooth) return KVS_OK;
+    double saved[N_FIELDS], wanted[N_FIELDS];
+    policy_fields(smooth, wanted);
+    transfer(f, saved, sizeof saved);
+    for (int i = 0; i < N_FIELDS && !f->failed; i++)
+        if (saved[i] != wanted[i] && !(isnan(saved[i]) && isnan(wanted[i])))
+            return kvs_fail_file(err, KVS_E_SESSION_FILE, f->path, field_names[i], -1, "saved with %g, the policy given has %g", saved[i],
+                                 wanted[i]);
+    bool same = h->n_layers == smooth->n_layers && h->n_skip_ids == smooth->n_skip_ids;
+    for (int32_t i = 0; i < h->n_layers + h->n_skip_ids && same && !f->failed; i++) {
+        int32_t id;
+        transfer(f, &id, sizeof id);
+        same = id == (i < h->n_layers ? smooth->layers[i] : smooth->skip_ids[i - h->n_layers]);
+    }
+    return same || f->failed ? KVS_OK : file_error(err, f->path, "layers or skip_token_ids", "saved with other layers or skip_token_ids");
+}
+
+/* What was read must be a timeline before anything derives from it. */
+static bool sane_timeline(const kvs_session *s) {
+    const kvs_cache *c = &s->cache;
+    for (int32_t i = 0; i < c->n_past; i++)
+        if (c->ids[i] < -1 || c->ids[i] >= s->model->text.n_vocab || (c->flags[i] & KVS_ROW_GENERATED && c->ids[i] < 0)) return false;
+    for (int32_t i = 0; i < c->n_rows; i++)
+        if (c->positions[i] < (i ? c->positions[i - 1] + 1 : 0) || c->positions[i] >= c->n_past) return false;
+    for (int32_t i = 0; i < c->n_turns; i++)
+        if (c->turns[i] < (i ? c->turns[i - 1] + 1 : 1) || c->turns[i] > c->n_past) return false;
+    return true;
+}
+
+static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err) {
+    kvs_cache *c = &s->cache;
+    c->n_past = h->n_past;
+    c->n_rows = h->n_rows;
+    c->n_turns = h->n_turns;
+    c->exact_from = h->exact_from;
+    s->has_logits = h->has_logits;
+    s->rng = h->rng;
+    if (!open_buffer(f, c)) return kvs_fail_memory(err, f->buffer_bytes, "loading a session");
+    transfer_cache(f, c);
+    if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
+    uint64_t sum = f->hash, saved = 0;
+    transfer(f, &saved, sizeof saved);
+    if (f->failed || fgetc(f->file) != EOF) return file_error(err, f->path, "length", "the file is cut off or has grown");
+    if (saved != sum || !sane_timeline(s)) return file_error(err, f->path, "checksum", "the file is damaged");
+    return KVS_OK;
+}
+
+static int load(stream *f, kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
+    header h;
+    transfer(f, &h, sizeof h);
+    if (f->failed) return file_error(err, f->path, "length", "too short for a saved session");
+    int status = check_header(&h, model, f->path, err);
+    if (!status) status = check_policy(f, &h, params->smooth, err);
+    if (status) return status;
+    kvs_session_params as_saved = *params;
+    as_saved.n_ctx = h.n_ctx;
+    as_saved.kv_type = h.kv_type;
+    as_saved.exact_rows = h.n_exact;
+    if ((status = kvs_session_create(model, &as_saved, out, err))) {
+        return status == KVS_E_ARGUMENT ? file_error(err, f->path, "header", "the file is damaged") : status;
+    }
+    status =
+        (*out)->cache.kv.n_exact == h.n_exact ? read_body(f, &h, *out, err) : file_error(err, f->path, "header", "the file is damaged");
+    if (status) {
+        kvs_session_free(*out);
+        *out = NULL;
+    }
+    return status;
+}
+
+int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
+    *out = NULL;
+    stream f = {.path = path};
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) {
+        int code = errno;
+        if (fd >= 0) close(fd);
+        return io_error(err, path, code, "loading the session");
+    }
+    if (!S_ISREG(st.st_mode)) {
+        close(fd);
+        return file_error(err, path, "", "this is not a regular file");
+    }
+    f.file = fdopen(fd, "rb");
+    if (!f.file) {
+        close(fd);
+        return kvs_fail_memory(err, 0, "loading a session");
+    }
+    int status = load(&f, model, params, out, err);
+    fclose(f.file);
+    free(f.buffer);
+    return status;
+}

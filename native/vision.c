@@ -1,0 +1,123 @@
+/* vision.c - the CLIP tower and the projector of LLaVA-1.5, in backend ops. What Hugging Face computes: class row first, the
+ * outputs of the feature layer, class row dropped, no post-norm, Linear - GELU (erf) - Linear. */
+#include "llama.h"
+
+#include <stdlib.h>
+
+typedef struct tower { /* one encode: N = n_image + 1 rows, E, F of the tower, P = rows of mm0 */
+    kvs_model *model;
+    const kvs_vision *v;
+    int32_t n;
+    float *patches;     /* (n_image, 3 patch^2) */
+    float *x, *y;       /* (N, E) */
+    float *q, *k, *val; /* (N, E) */
+    float *wide;        /* (N, max(F, P)) */
+    float *out;         /* (n_image, n_embd of the text) */
+} tower;
+
+/* host: (3, S, S) -> (n_image, 3 patch^2), columns ordered channel, row, column, as the convolution's weights are */
+static void cut_patches(const kvs_vision *v, const float *pixels, float *patches) {
+    int64_t size = v->image_size, patch = v->patch_size, grid = size / patch;
+    for (int64_t p = 0; p < grid * grid; p++)
+        for (int64_t c = 0; c < 3; c++)
+            for (int64_t row = 0; row < patch; row++) {
+                const float *src = pixels + (c * size + p / grid * patch + row) * size + p % grid * patch;
+                for (int64_t col = 0; col < patch; col++) *patches++ = src[col];
+            }
+}
+
+static bool allocate(tower *t) {
+    const kvs_ops *ops = t->model->be->ops;
+    uint64_t row = (uint64_t)t->n * sizeof(float), width = (uint64_t)t->v->n_embd;
+    uint64_t wide = (uint64_t)KVS_MAX((int64_t)t->v->n_ff, t->v->mm0.rows);
+    t->patches = ops->alloc(t->model->be, row * (uint64_t)t->v->patch_embd.cols);
+    float **rows[] = {&t->x, &t->y, &t->q, &t->k, &t->val};
+    bool ok = t->patches != NULL;
+    for (int i = 0; i < 5; i++) ok = (*rows[i] = ops->alloc(t->model->be, row * width)) && ok;
+    t->wide = ops->alloc(t->model->be, row * wide);
+    t->out = ops->alloc(t->model->be, row * (uint64_t)t->v->mm2.rows);
+    return ok && t->wide && t->out;
+}
+
+static void release(tower *t) {
+    float *all[] = {t->patches, t->x, t->y, t->q, t->k, t->val, t->wide, t->out};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]) t->model->be->ops->release(t->model->be, all[i]);
+}
+
+static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
+    kvs_matmul job = {.y = y, .w = w, .bias = bias->data};
+    t->model->be->ops->matmul(t->model->be, &job, 1, x, n);
+}
+
+/* x = pre_ln([class row; patches W] + positions) */
+static void embed(const tower *t, const int32_t *ids) {
+    const kvs_ops *ops = t->model->be->ops;
+    kvs_backend *be = t->model->be;
+    const kvs_vision *v = t->v;
+    int64_t n = (int64_t)t->n * v->n_embd;
+    ops->rows(be, t->y, &v->class_embd, ids, 1);
+    linear(t, t->y + v->n_embd, t->patches, &v->patch_embd, &v->patch_bias, v->n_image);
+    ops->rows(be, t->x, &v->position_embd, ids, t->n);
+    ops->add(be, t->y, t->x, n);
+    ops->norm(be, t->x, t->y, v->pre_ln.data, v->pre_ln_bias.data, v->eps, t->n, v->n_embd);
+}
+
+static void block(const tower *t, const kvs_vision_layer *layer) {
+    const kvs_ops *ops = t->model->be->ops;
+    kvs_backend *be = t->model->be;
+    const kvs_vision *v = t->v;
+    int64_t size = (int64_t)t->n * v->n_embd;
+    ops->norm(be, t->y, t->x, layer->ln1.data, layer->ln1_bias.data, v->eps, t->n, v->n_embd);
+    kvs_matmul qkv[] = {
+        {t->q, &layer->q, layer->q_bias.data}, {t->k, &layer->k, layer->k_bias.data}, {t->val, &layer->v, layer->v_bias.data}};
+    ops->matmul(be, qkv, 3, t->y, t->n);
+    ops->attn_full(be, t->q, t->k, t->val, t->y, t->n, v->n_head, v->n_embd / v->n_head);
+    linear(t, t->q, t->y, &layer->o, &layer->o_bias, t->n);
+    ops->add(be, t->x, t->q, size);
+    ops->norm(be, t->y, t->x, layer->ln2.data, layer->ln2_bias.data, v->eps, t->n, v->n_embd);
+    linear(t, t->wide, t->y, &layer->up, &layer->up_bias, t->n);
+    ops->unary(be, v->act, t->wide, (int64_t)t->n * v->n_ff);
+    linear(t, t->y, t->wide, &layer->down, &layer->down_bias, t->n);
+    ops->add(be, t->x, t->y, size);
+}
+
+static void project(const tower *t) {
+    const kvs_vision *v = t->v;
+    linear(t, t->wide, t->x + v->n_embd, &v->mm0, &v->mm0_bias, v->n_image);
+    t->model->be->ops->unary(t->model->be, KVS_GELU, t->wide, v->n_image * v->mm0.rows);
+    linear(t, t->out, t->wide, &v->mm2, &v->mm2_bias, v->n_image);
+}
+
+static int run(tower *t, const float *patches, const int32_t *ids, float *embeddings, const int32_t *cancel, kvs_error *err) {
+    const kvs_ops *ops = t->model->be->ops;
+    const kvs_vision *v = t->v;
+    kvs_step step = {.cancel = cancel};
+    ops->begin(t->model->be, &step);
+    ops->upload(t->model->be, t->patches, patches, (uint64_t)v->n_image * (uint64_t)v->patch_embd.cols * sizeof(float));
+    embed(t, ids);
+    for (int32_t i = 0; i < v->n_layer; i++) block(t, &v->layers[i]);
+    project(t);
+    int status = ops->end(t->model->be, err);
+    if (!status) ops->download(t->model->be, embeddings, t->out, (uint64_t)v->n_image * (uint64_t)v->mm2.rows * sizeof(float));
+    return status;
+}
+
+int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err) {
+    tower t = {.model = model, .v = &model->vision, .n = model->vision.n_image + 1};
+    float *patches = kvs_calloc((uint64_t)t.v->n_image, (uint64_t)t.v->patch_embd.cols * sizeof *patches);
+    int32_t *ids = kvs_calloc((uint64_t)t.n, sizeof *ids);
+    int status = KVS_OK;
+    if (!patches || !ids || !allocate(&t)) {
+        status = kvs_fail_memory(err, (uint64_t)t.n * (uint64_t)(6 * t.v->n_embd + t.v->n_ff + t.v->mm2.rows) * sizeof(float),
+                                 "an image encode");
+    } else {
+        for (int32_t i = 0; i < t.n; i++) ids[i] = i;
+        cut_patches(t.v, pixels, patches);
+        status = run(&t, patches, ids, embeddings, cancel, err);
+    }
+    release(&t);
+    free(ids);
+    free(patches);
+    return status;
+}
