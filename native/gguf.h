@@ -7,6 +7,7 @@
 
 const char *kvs_gguf_path(const kvs_gguf *file);
 uint64_t kvs_gguf_size(const kvs_gguf *file);
+void kvs_gguf_prefetch(const kvs_gguf *file); /* asks the system to read ahead; returns at once */
 
 /* Metadata by key. Each returns KVS_OK, or KVS_E_FORMAT with file, key and offset in err when the key has another type, is
  * out of [min, max] or not finite. A key that is absent gives *found = false (if found is not NULL), otherwise an error. */
@@ -14,12 +15,13 @@ int kvs_gguf_get_u32(const kvs_gguf *file, const char *key, uint32_t min, uint32
                      kvs_error *err); /* any integer type */
 int kvs_gguf_get_f32(const kvs_gguf *file, const char *key, float min, float max, bool *found, float *value, kvs_error *err);
 int kvs_gguf_get_bool(const kvs_gguf *file, const char *key, bool *found, bool *value, kvs_error *err);
-/* Zero-terminated copy into buffer, cut to size with an error if it does not fit or holds a zero byte. */
+/* Zero-terminated copy into buffer of a short name: an error if it does not fit or is no printable ASCII. */
 int kvs_gguf_get_string(const kvs_gguf *file, const char *key, bool *found, char *buffer, size_t size, kvs_error *err);
 /* An array of count elements of the wanted class (all integer types read as int64 through kvs_gguf_int, F32 and F64 through
  * kvs_gguf_float, strings through kvs_gguf_string): *index for those functions. want: 'i', 'f' or 's'. */
 int kvs_gguf_get_array(const kvs_gguf *file, const char *key, char want, bool *found, int64_t *index, int64_t *count, kvs_error *err);
-int64_t kvs_gguf_find_key(const kvs_gguf *file, const char *key); /* index or -1 */
+int64_t kvs_gguf_find_key(const kvs_gguf *file, const char *key);   /* index or -1 */
+int64_t kvs_gguf_key_offset(const kvs_gguf *file, const char *key); /* byte of its value in the file, or -1; for messages */
 
 int64_t kvs_gguf_find_tensor(const kvs_gguf *file, const char *name); /* index or -1 */
 const void *kvs_gguf_tensor_data(const kvs_gguf *file, int64_t i);    /* in the mapping; NULL if its type does not load */

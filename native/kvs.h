@@ -24,14 +24,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
-#define KVS_API __attribute__((visibility("default")))
-#else
 #define KVS_API
-#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
@@ -287,6 +285,8 @@ int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *see
                         uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);
 
 /* [cffi] end */
+
+#pragma GCC visibility pop
 
 #ifdef __cplusplus
 }

@@ -74,6 +74,8 @@ struct kvs_model {
     kvs_backend *be;
     kvs_work work;
     pthread_mutex_t lock; /* one pass at a time: backend step and work buffers */
+    void **owned;         /* (n_owned) [dev] blocks: vectors widened to F32, rope.inv_freq; released by kvs_text_unload */
+    int32_t n_owned;
     uint64_t weight_bytes, identity, mmproj_identity;
 };
 

@@ -47,7 +47,72 @@ static inline float kvs_bf16_to_f32(uint16_t h) {
     return y;
 }
 
-/* Block layouts go here. */
+/* Block layouts. Packed: a block may stand at any address, so take no pointer to a d or an m. Fields named d and m are F16
+ * bits; qN holds the low bits of the values, h their high bits. Q*_0, Q*_1: low nibbles are the first 16 values, high nibbles the
+ * last 16. K types have 256 values in sub-blocks of 16 or 32, each with a scale of its own (see quant.c for the bit order). */
+#define KVS_PACKED __attribute__((packed))
+typedef struct KVS_PACKED kvs_q4_0 {
+    uint16_t d;
+    uint8_t q[16];
+} kvs_q4_0; /* d (q - 8) */
+typedef struct KVS_PACKED kvs_q4_1 {
+    uint16_t d, m;
+    uint8_t q[16];
+} kvs_q4_1; /* d q + m */
+typedef struct KVS_PACKED kvs_q5_0 {
+    uint16_t d;
+    uint8_t h[4], q[16];
+} kvs_q5_0; /* d (q - 16) */
+typedef struct KVS_PACKED kvs_q5_1 {
+    uint16_t d, m;
+    uint8_t h[4], q[16];
+} kvs_q5_1; /* d q + m */
+typedef struct KVS_PACKED kvs_q8_0 {
+    uint16_t d;
+    int8_t q[32];
+} kvs_q8_0; /* d q */
+typedef struct KVS_PACKED kvs_q2_k {
+    uint8_t scales[16], q[64];
+    uint16_t d, m;
+} kvs_q2_k; /* 16 x 16: d s q - m t */
+typedef struct KVS_PACKED kvs_q3_k {
+    uint8_t h[32], q[64], scales[12];
+    uint16_t d;
+} kvs_q3_k; /* 16 x 16: d (s - 32) (q - 4) */
+typedef struct KVS_PACKED kvs_q4_k {
+    uint16_t d, m;
+    uint8_t scales[12], q[128];
+} kvs_q4_k; /* 8 x 32: d s q - m t */
+typedef struct KVS_PACKED kvs_q5_k {
+    uint16_t d, m;
+    uint8_t scales[12], h[32], q[128];
+} kvs_q5_k;
+typedef struct KVS_PACKED kvs_q6_k {
+    uint8_t q[128], h[64];
+    int8_t scales[16];
+    uint16_t d;
+} kvs_q6_k; /* 16 x 16: d s (q - 32) */
+typedef struct KVS_PACKED kvs_iq4_nl {
+    uint16_t d;
+    uint8_t q[16];
+} kvs_iq4_nl; /* d table[q] */
+typedef struct KVS_PACKED kvs_iq4_xs {
+    uint16_t d, scales_h;
+    uint8_t scales_l[4], q[128];
+} kvs_iq4_xs; /* 8 x 32: d (s - 32) table[q] */
+
+extern const int8_t kvs_iq4_values[16];
+
+/* Q4_K and Q5_K: scale and minimum of sub-block j, six bits each, in 12 bytes. */
+static inline void kvs_k4_scale(const uint8_t s[12], int j, uint8_t *scale, uint8_t *min) {
+    if (j < 4) {
+        *scale = s[j] & 63;
+        *min = s[j + 4] & 63;
+    } else {
+        *scale = (uint8_t)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4);
+        *min = (uint8_t)(s[j + 4] >> 4 | (s[j] >> 6) << 4);
+    }
+}
 
 typedef struct kvs_type_traits {
     const char *name; /* "Q4_K" */

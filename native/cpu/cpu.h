@@ -49,6 +49,7 @@ typedef struct kvs_isa {
 } kvs_isa;
 /* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
+const char *kvs_isa_why(void); /* "best of this CPU" | "forced by KVS_CPU": why name NULL gives what it gives */
 
 typedef struct kvs_cpu {
     kvs_backend base; /* first: a kvs_backend * to it is a kvs_cpu * */
@@ -62,6 +63,12 @@ typedef struct kvs_cpu {
     float *thread_scratch; /* attention scratch of all threads (attention.c) */
     uint64_t thread_scratch_floats;
 } kvs_cpu;
+
+/* Every op begins with: if (kvs_cpu_stopped(cpu)) return; - a failure or a cancellation, once seen, stands until end(). */
+static inline bool kvs_cpu_stopped(kvs_cpu *cpu) {
+    if (!cpu->status && kvs_cancelled(cpu->cancel)) cpu->status = KVS_E_CANCELLED;
+    return cpu->status != KVS_OK;
+}
 
 /* What cpu.c's op table points to, by file: matmul.c */
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);

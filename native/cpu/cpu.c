@@ -1,0 +1,207 @@
+/* cpu.c - the CPU backend: memory, steps, and the dense ops that are loops over rows.c. */
+#include "cpu.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PIECE = 16384 }; /* elements that are worth a thread's while */
+
+/* ---- memory ---- */
+
+static void *cpu_alloc(kvs_backend *be, uint64_t bytes) {
+    (void)be;
+    return kvs_calloc_aligned(bytes, 1);
+}
+
+static void cpu_release(kvs_backend *be, void *block) {
+    (void)be;
+    kvs_free_aligned(block);
+}
+
+static void cpu_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    (void)be;
+    memmove(dst, src, (size_t)bytes);
+}
+
+/* ---- steps ---- */
+
+static void cpu_begin(kvs_backend *be, const kvs_step *step) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    cpu->step = step;
+    cpu->cancel = step->cancel;
+    cpu->status = KVS_OK;
+}
+
+static int cpu_end(kvs_backend *be, kvs_error *err) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    kvs_cpu_stopped(cpu); /* a flag that was set during the last op counts, too: it may have left pieces out */
+    int status = cpu->status;
+    cpu->step = NULL;
+    cpu->cancel = NULL;
+    cpu->status = KVS_OK;
+    if (status == KVS_E_CANCELLED) return kvs_fail(err, status, "cancelled");
+    if (status == KVS_E_MEMORY) return kvs_fail(err, status, "out of memory: no room for the working space of a step");
+    if (status) return kvs_fail(err, status, "a step failed on the CPU (status %d)", status);
+    return KVS_OK;
+}
+
+/* ---- dense ops ---- */
+
+typedef struct dense { /* arguments of any of them */
+    const kvs_rowops *ops;
+    float *y;
+    const float *x, *w, *bias;
+    float eps;
+    int32_t kind, n_head, head_dim, n_rot;
+    int64_t cols;
+    const kvs_row *rows;
+    const kvs_rope *rope;
+} dense;
+
+static void run(kvs_backend *be, kvs_task task, dense *args, int64_t n, int64_t row_size) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (kvs_cpu_stopped(cpu)) return;
+    args->ops = cpu->isa->rows;
+    kvs_pool_run(cpu->pool, task, args, n, KVS_MAX(PIECE / KVS_MAX(row_size, 1), 1), cpu->cancel);
+}
+
+static void norm_rows(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        float *y = a->y + i * a->cols;
+        const float *x = a->x + i * a->cols;
+        if (a->bias)
+            a->ops->layer_norm(y, x, a->w, a->bias, a->eps, a->cols);
+        else
+            a->ops->rms_norm(y, x, a->w, a->eps, a->cols);
+    }
+}
+
+static void cpu_norm(kvs_backend *be, float *y, const float *x, const float *w, const float *bias, float eps, int32_t n, int32_t cols) {
+    dense args = {.y = y, .x = x, .w = w, .bias = bias, .eps = eps, .cols = cols};
+    run(be, norm_rows, &args, n, cols);
+}
+
+/* In double: a float product of position and frequency is off by 1e-4 rad at position 4000. */
+static void angle_rows(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        float *table = a->rope->table + i * a->rope->n_rot;
+        for (int32_t j = 0; j < a->rope->n_rot / 2; j++) {
+            double angle = (double)a->rows[i].pos * (double)a->rope->inv_freq[j];
+            table[2 * j] = (float)cos(angle);
+            table[2 * j + 1] = (float)sin(angle);
+        }
+    }
+}
+
+static void cpu_angles(kvs_backend *be, const kvs_rope *rope) {
+    const kvs_step *step = ((kvs_cpu *)be)->step;
+    dense args = {.rope = rope, .rows = step->rows};
+    run(be, angle_rows, &args, step->n, 16 * (int64_t)rope->n_rot);
+}
+
+static void rope_rows(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++)
+        a->ops->rope(a->y + i * a->cols, a->rope->table + i * a->rope->n_rot, a->n_head, a->head_dim, a->rope->n_rot);
+}
+
+static void cpu_rope(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, int32_t n_head, int32_t head_dim) {
+    dense args = {.y = x, .rope = rope, .n_head = n_head, .head_dim = head_dim, .cols = (int64_t)n_head * head_dim};
+    run(be, rope_rows, &args, n, args.cols);
+}
+
+static void add_piece(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    a->ops->add(a->y + begin, a->x + begin, end - begin);
+}
+
+static void cpu_add(kvs_backend *be, float *y, const float *x, int64_t n) {
+    dense args = {.y = y, .x = x};
+    run(be, add_piece, &args, n, 1);
+}
+
+static void gate_piece(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    a->ops->gate(a->y + begin, a->x + begin, end - begin);
+}
+
+static void cpu_gate(kvs_backend *be, float *g, const float *u, int64_t n) {
+    dense args = {.y = g, .x = u};
+    run(be, gate_piece, &args, n, 2);
+}
+
+static void unary_piece(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const dense *a = arg;
+    (void)thread;
+    a->ops->unary(a->kind, a->y + begin, end - begin);
+}
+
+static void cpu_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) {
+    dense args = {.y = x, .kind = kind};
+    run(be, unary_piece, &args, n, 2);
+}
+
+/* ---- open and close ---- */
+
+static void cpu_close(kvs_backend *be) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (!cpu) return;
+    kvs_pool_free(cpu->pool);
+    kvs_free_aligned(cpu->x_scratch);
+    kvs_free_aligned(cpu->thread_scratch);
+    free(cpu);
+}
+
+static const kvs_ops cpu_ops = {
+    .close = cpu_close,
+    .alloc = cpu_alloc,
+    .release = cpu_release,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .copy = cpu_copy,
+    .begin = cpu_begin,
+    .end = cpu_end,
+    .rows = kvs_cpu_rows,
+    .matmul = kvs_cpu_matmul,
+    .norm = cpu_norm,
+    .angles = cpu_angles,
+    .rope = cpu_rope,
+    .add = cpu_add,
+    .gate = cpu_gate,
+    .unary = cpu_unary,
+    .attn = kvs_cpu_attn,
+    .attn_full = kvs_cpu_attn_full,
+    .kv_put = kvs_cpu_kv_put,
+    .kv_record = kvs_cpu_kv_record,
+    .kv_smooth = kvs_cpu_kv_smooth,
+    .kv_put_out = kvs_cpu_kv_put_out,
+};
+
+int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
+    *out = NULL;
+    const kvs_isa *isa;
+    int status = kvs_isa_choose(NULL, &isa, err);
+    if (status) return status;
+    kvs_cpu *cpu = kvs_calloc(1, sizeof *cpu);
+    if (!cpu) return kvs_fail_memory(err, sizeof *cpu, "the CPU backend");
+    status = kvs_pool_new(threads ? threads : kvs_pool_default_threads(), &cpu->pool, err);
+    if (status) {
+        free(cpu);
+        return status;
+    }
+    cpu->isa = isa;
+    cpu->base.ops = &cpu_ops;
+    cpu->base.threads = kvs_pool_threads(cpu->pool);
+    snprintf(cpu->base.name, sizeof cpu->base.name, "cpu");
+    snprintf(cpu->base.reason, sizeof cpu->base.reason, "kernels: %s (%s)", isa->name, kvs_isa_why());
+    *out = &cpu->base;
+    return KVS_OK;
+}

@@ -1,0 +1,61 @@
+/* dots.h - products of weight rows with activation rows: what dots.c (once per instruction set) gives to matmul.c.
+ *
+ * Integer types (Q4_0, Q8_0, Q4_K, Q5_K, Q6_K): activations are rounded to int8 first, in blocks as long as the weights'
+ * (32 or 256 values) with one float32 scale each. A block's product is an exact int32, so that
+ *     p[b % 4] += (d d_x) (float)isum       and, for types with minima,       p[b % 4] -= (m d_x) (float)msum
+ * over the blocks b, without fused operations, and at last (p0 + p1) + (p2 + p3), give the same bits on every instruction set,
+ * whatever the batch. dots_base.h says it in plain C.
+ * Other types: activations stay float32. Columns are summed in panels of KVS_KC, one vector of partial sums each; the bits do
+ * not depend on the batch, but they do on the instruction set. */
+#ifndef KVS_DOTS_H
+#define KVS_DOTS_H
+#include "../quant.h"
+
+enum {
+    KVS_KC = 512,        /* columns of a float panel: a multiple of every block */
+    KVS_XT = 128,        /* activation rows of one call of gemm at most */
+    KVS_FEW = 3,         /* up to so many activation rows, weights are read once per row, straight from the file */
+    KVS_ROWS_FLOAT = 32, /* weight rows of a float panel */
+    KVS_ROWS_MAX = 32,   /* weight rows of any panel at most */
+    KVS_UNIT = 32        /* what matmul.c hands out: a multiple of every panel */
+};
+
+typedef struct kvs_acts { /* activations as integers; block b of row r stands at place r * row_step + b * block_step */
+    int32_t block;        /* 32 or 256; 0 = not prepared */
+    int64_t row_step, block_step;
+    int8_t *q;    /* (places, block) in -127..127 */
+    float *d;     /* (places) q d = x; NaN where x was not finite */
+    int16_t *s32; /* (places, block / 32) sums of 32 values of q */
+    int16_t *s16; /* (places, 16) sums of 16, for 256 only */
+} kvs_acts;
+/* With few rows, row_step is the number of blocks rounded up to 4, block_step 1, and the places left over hold zeros: kernels
+ * work on groups of four blocks. With many, the rows of one block are neighbours: row_step 1. */
+
+typedef struct kvs_panel { /* the part of a weight matrix that one call works on */
+    int32_t type;
+    const uint8_t *w; /* first row */
+    int64_t row_bytes, rows, cols;
+} kvs_panel;
+
+typedef struct kvs_dots {
+    const char *isa;
+    void (*quantize)(const float *x, int64_t cols, const kvs_acts *acts, int64_t row);
+    /* y[i * y_step + r] for activation rows row..row + n and all rows of the panel; n <= KVS_FEW: no scratch; n <= KVS_XT */
+    void (*few)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step);
+    void (*many)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step, void *scratch);
+    void (*floats)(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch);
+} kvs_dots;
+
+enum { KVS_DOTS_SCRATCH = 192 << 10 }; /* bytes per thread, aligned to 64 */
+
+static inline int32_t kvs_acts_block(int32_t type) { /* 0: activations stay float */
+    switch (type) {
+    case KVS_TYPE_Q4_0:
+    case KVS_TYPE_Q8_0: return 32;
+    case KVS_TYPE_Q4_K:
+    case KVS_TYPE_Q5_K:
+    case KVS_TYPE_Q6_K: return 256;
+    default: return 0;
+    }
+}
+#endif

@@ -1,0 +1,144 @@
+/* dots_float.h - weights times float32 activations. Tiles of four weight rows by up to three activation rows: twelve vectors of
+ * sums, which is what 16 registers hold. Every product of a row pair is summed in the same order in every tile. */
+#ifndef KVS_DOTS_FLOAT_H
+#define KVS_DOTS_FLOAT_H
+#include "dots.h"
+#include "simd.h"
+
+#define KVS_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__ /* loops over registers: an array that is indexed at run time would live in memory */
+#define KVS_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+#else
+#define KVS_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#endif
+
+/* sums of the lanes of four vectors */
+KVS_INLINE void lane_sums(float out[4], vf a, vf b, vf c, vf d) {
+#if defined(KVS_ISA_AVX2) || defined(KVS_ISA_AVX512)
+#ifdef KVS_ISA_AVX512
+    __m256 v[4];
+    const vf in[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) v[i] = _mm256_add_ps(_mm512_castps512_ps256(in[i]), _mm512_extractf32x8_ps(in[i], 1));
+#else
+    const __m256 v[4] = {a, b, c, d};
+#endif
+    __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+    __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+    out[0] = v_sum(a), out[1] = v_sum(b), out[2] = v_sum(c), out[3] = v_sum(d);
+#endif
+}
+
+KVS_INLINE vf load_weights(int32_t type, const uint8_t *row, int64_t k) {
+    return type == KVS_TYPE_F32   ? v_load((const float *)(const void *)row + k)
+           : type == KVS_TYPE_F16 ? v_load_f16((const uint16_t *)(const void *)row + k)
+                                  : v_load_bf16((const uint16_t *)(const void *)row + k);
+}
+
+KVS_INLINE vf load_last(int32_t type, const void *row, int64_t k, int64_t n) { /* n < VW values, zeros after them */
+    int64_t size = type == KVS_TYPE_F32 ? 4 : 2;
+    uint8_t part[VW * 4] = {0};
+    memcpy(part, (const uint8_t *)row + k * size, (size_t)(n * size));
+    return load_weights(type, part, 0);
+}
+
+/* sums[x][row] of n columns; rows row_bytes apart, of activations x_step values */
+KVS_INLINE void tile(int32_t type, int nx, const uint8_t *const w[4], const float *x, int64_t x_step, int64_t n, float sums[][4]) {
+    vf s[3][4];
+    KVS_EACH (i, nx)
+        for (int r = 0; r < 4; r++) s[i][r] = v_zero();
+    int64_t k = 0;
+    for (; k + VW <= n; k += VW) {
+        vf v[3];
+        KVS_EACH (i, nx) v[i] = v_load(x + i * x_step + k);
+        KVS_EACH (r, 4) {
+            vf u = load_weights(type, w[r], k);
+            KVS_EACH (i, nx) s[i][r] = v_fma(u, v[i], s[i][r]);
+        }
+    }
+    if (k < n) {
+        KVS_EACH (r, 4) {
+            vf u = load_last(type, w[r], k, n - k);
+            KVS_EACH (i, nx) s[i][r] = v_fma(u, load_last(KVS_TYPE_F32, x + i * x_step, k, n - k), s[i][r]);
+        }
+    }
+    KVS_EACH (i, nx) lane_sums(sums[i], s[i][0], s[i][1], s[i][2], s[i][3]);
+}
+
+typedef struct strip { /* up to four weight rows, n columns of them */
+    const uint8_t *w[4];
+    int64_t rows, n;
+    bool first; /* the first panel of columns sets y, the others add to it */
+} strip;
+
+KVS_INLINE void strip_times(int32_t type, int nx, const strip *s, const float *x, int64_t x_step, float *y, int64_t y_step) {
+    float sums[3][4];
+    tile(type, nx, s->w, x, x_step, s->n, sums);
+    for (int i = 0; i < nx; i++)
+        for (int64_t r = 0; r < s->rows; r++) y[i * y_step + r] = s->first ? sums[i][r] : y[i * y_step + r] + sums[i][r];
+}
+
+KVS_INLINE void strip_by_type(int32_t type, const strip *s, const float *x, int64_t x_step, int64_t n, float *y, int64_t y_step) {
+    int64_t i = 0;
+    for (; i + 3 <= n; i += 3) strip_times(type, 3, s, x + i * x_step, x_step, y + i * y_step, y_step);
+    if (n - i == 2) strip_times(type, 2, s, x + i * x_step, x_step, y + i * y_step, y_step);
+    if (n - i == 1) strip_times(type, 1, s, x + i * x_step, x_step, y + i * y_step, y_step);
+}
+
+static void strip_f32(const strip *s, const float *x, int64_t x_step, int64_t n, float *y, int64_t y_step) {
+    strip_by_type(KVS_TYPE_F32, s, x, x_step, n, y, y_step);
+}
+static void strip_f16(const strip *s, const float *x, int64_t x_step, int64_t n, float *y, int64_t y_step) {
+    strip_by_type(KVS_TYPE_F16, s, x, x_step, n, y, y_step);
+}
+static void strip_bf16(const strip *s, const float *x, int64_t x_step, int64_t n, float *y, int64_t y_step) {
+    strip_by_type(KVS_TYPE_BF16, s, x, x_step, n, y, y_step);
+}
+
+/* n columns of a row, from column k, as float32 */
+static void widen(const kvs_panel *p, int64_t row, int64_t k, int64_t n, float *out) {
+    const kvs_type_traits *t = kvs_type_get(p->type);
+    const uint8_t *from = p->w + row * p->row_bytes + k / t->block * t->block_bytes;
+    int64_t i = 0;
+    if (p->type == KVS_TYPE_F16)
+        for (; i + VW <= n; i += VW) v_store(out + i, load_weights(KVS_TYPE_F16, from, i));
+    t->to_f32(from + i / t->block * t->block_bytes, out + i, n - i);
+}
+
+/* Rows are taken as they are (wide NULL), or from wide, which holds the panel's columns k..k + n as float32. */
+static void float_strips(const kvs_panel *p, const float *wide, int64_t k, int64_t n, const float *x, int64_t nx, float *y,
+                         int64_t y_step) {
+    int64_t at = p->type == KVS_TYPE_F32 ? 4 * k : 2 * k;
+    void (*times)(const strip *, const float *, int64_t, int64_t, float *, int64_t) = wide || p->type == KVS_TYPE_F32 ? strip_f32
+                                                                                      : p->type == KVS_TYPE_F16       ? strip_f16
+                                                                                                                      : strip_bf16;
+    for (int64_t r = 0; r < p->rows; r += 4) {
+        strip s = {.rows = KVS_MIN(4, p->rows - r), .n = n, .first = k == 0};
+        for (int64_t j = 0; j < 4; j++) { /* a strip that is not full reads its last row again */
+            int64_t row = r + KVS_MIN(j, s.rows - 1);
+            s.w[j] = wide ? (const uint8_t *)(wide + row * KVS_KC) : p->w + row * p->row_bytes + at;
+        }
+        times(&s, x + k, p->cols, nx, y + r, y_step);
+    }
+}
+
+static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, float *wide) {
+    bool plain = p->type == KVS_TYPE_F32 || ((p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16) && n <= KVS_FEW);
+    for (int64_t k = 0; k < p->cols; k += KVS_KC) {
+        int64_t kn = KVS_MIN(KVS_KC, p->cols - k);
+        for (int64_t r = 0; r < p->rows && !plain; r++) widen(p, r, k, kn, wide + r * KVS_KC);
+        float_strips(p, plain ? NULL : wide, k, kn, x, n, y, y_step);
+    }
+}
+
+static void floats(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch) {
+    for (int64_t r = 0; r < p->rows; r += KVS_ROWS_FLOAT) {
+        kvs_panel part = *p;
+        part.w += r * p->row_bytes;
+        part.rows = KVS_MIN(KVS_ROWS_FLOAT, p->rows - r);
+        float_panel(&part, x, n, y + r, y_step, scratch);
+    }
+}
+#endif

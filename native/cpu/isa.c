@@ -1,0 +1,149 @@
+/* isa.c - which kernels this CPU, this operating system and this build can run. */
+#include "cpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+#ifdef KVS_HAVE_X86
+#include <cpuid.h>
+#endif
+
+enum feature {
+    F_AVX2 = 1,
+    F_FMA = 2,
+    F_F16C = 4,
+    F_AVX512F = 8,
+    F_AVX512BW = 16,
+    F_AVX512VL = 32,
+    F_AVX512DQ = 64,
+    F_AVX512VNNI = 128,
+    F_AVX512BF16 = 256,
+    F_AMX_INT8 = 512,
+    F_AMX_BF16 = 1024,
+    NEED_AVX2 = F_AVX2 | F_FMA | F_F16C,
+    NEED_AVX512 = NEED_AVX2 | F_AVX512F | F_AVX512BW | F_AVX512VL | F_AVX512DQ | F_AVX512VNNI
+};
+static const char *const feature_names[] = {"avx2",     "fma",        "f16c",       "avx512f",  "avx512bw", "avx512vl",
+                                            "avx512dq", "avx512vnni", "avx512bf16", "amx_int8", "amx_bf16"};
+enum { N_FEATURES = sizeof feature_names / sizeof *feature_names };
+
+#ifdef KVS_HAVE_X86
+/* What the operating system saves and restores: a CPU may have registers that its kernel knows nothing of. */
+static uint32_t enabled_state(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static int32_t cpu_features(void) {
+    uint32_t a, b, c, d, has = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* OSXSAVE */
+    uint32_t state = enabled_state();
+    bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+    if (!ymm) return 0;
+    has |= (c >> 12 & 1 ? F_FMA : 0) | (c >> 29 & 1 ? F_F16C : 0);
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return (int32_t)has;
+    has |= b >> 5 & 1 ? F_AVX2 : 0;
+    if (zmm)
+        has |= (b >> 16 & 1 ? F_AVX512F : 0) | (b >> 17 & 1 ? F_AVX512DQ : 0) | (b >> 30 & 1 ? F_AVX512BW : 0) |
+               (b >> 31 & 1 ? F_AVX512VL : 0) | (c >> 11 & 1 ? F_AVX512VNNI : 0);
+    if (tiles) has |= (d >> 24 & 1 ? F_AMX_INT8 : 0) | (d >> 22 & 1 ? F_AMX_BF16 : 0);
+    if (zmm && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) has |= a >> 5 & 1 ? F_AVX512BF16 : 0;
+    return (int32_t)has;
+}
+
+static void cpu_name(char name[64]) {
+    uint32_t words[12];
+    for (uint32_t i = 0; i < 3; i++) {
+        uint32_t *w = words + 4 * i;
+        if (!__get_cpuid(0x80000002 + i, &w[0], &w[1], &w[2], &w[3])) {
+            strcpy(name, "unknown x86-64 CPU");
+            return;
+        }
+    }
+    char brand[49] = {0};
+    memcpy(brand, words, 48);
+    const char *p = brand;
+    while (*p == ' ') p++;
+    size_t n = strlen(p);
+    while (n && p[n - 1] == ' ') n--;
+    memcpy(name, p, n);
+    name[n] = 0;
+}
+#else
+static int32_t cpu_features(void) { return 0; }
+static void cpu_name(char name[64]) { strcpy(name, "CPU without kernels of its own"); }
+#endif
+
+/* From the plainest to the best. */
+static const struct {
+    kvs_isa isa;
+    int32_t need;
+} table[] = {
+    {{"base", &kvs_dots_base, &kvs_rowops_base}, 0},
+#ifdef KVS_HAVE_X86
+    {{"avx2", &kvs_dots_avx2, &kvs_rowops_avx2}, NEED_AVX2},
+    {{"avx512", &kvs_dots_avx512, &kvs_rowops_avx512}, NEED_AVX512},
+#endif
+};
+enum { N_ISAS = sizeof table / sizeof *table };
+
+static int32_t needed(int i, bool named) {
+#ifdef KVS_EMULATE_AVX512 /* these kernels are AVX2 code underneath; only tests, by name, should meet them */
+    if (named && table[i].need == NEED_AVX512) return NEED_AVX2;
+#endif
+    (void)named;
+    return table[i].need;
+}
+
+static const char *forced(void) {
+    const char *name = getenv("KVS_CPU");
+    return name && *name ? name : NULL;
+}
+
+const char *kvs_isa_why(void) { return forced() ? "forced by KVS_CPU" : "best of this CPU"; }
+
+static void list_features(int32_t features, char *text, size_t size) {
+    size_t n = 0;
+    text[0] = 0;
+    for (int i = 0; i < N_FEATURES && n < size; i++)
+        if (features >> i & 1) n += (size_t)snprintf(text + n, size - n, "%s%s", n ? " " : "", feature_names[i]);
+}
+
+int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err) {
+    int32_t has = cpu_features();
+    const char *source = name ? "" : "KVS_CPU: ";
+    if (!name) name = forced();
+    *out = NULL;
+    if (!name) {
+        for (int i = 0; i < N_ISAS; i++)
+            if (!(needed(i, false) & ~has)) *out = &table[i].isa;
+        return KVS_OK;
+    }
+    for (int i = 0; i < N_ISAS; i++) {
+        if (strcmp(table[i].isa.name, name)) continue;
+        int32_t lacking = needed(i, true) & ~has;
+        char text[160];
+        list_features(lacking, text, sizeof text);
+        if (lacking)
+            return kvs_fail(err, KVS_E_DEVICE, "%sthe kernels \"%s\" need %s, which this CPU or its operating system does not offer",
+                            source, name, text);
+        *out = &table[i].isa;
+        return KVS_OK;
+    }
+    return kvs_fail(err, KVS_E_DEVICE, "%sthere are no kernels \"%.32s\" in this build; it has base%s", source, name,
+                    N_ISAS > 1 ? ", avx2 and avx512" : "");
+}
+
+KVS_API int32_t kvs_cpu_info(char *text, int32_t size) {
+    char name[64], features[160], line[640];
+    kvs_error err = {.struct_size = sizeof err};
+    const kvs_isa *isa;
+    cpu_name(name);
+    list_features(cpu_features(), features, sizeof features);
+    int status = kvs_isa_choose(NULL, &isa, &err);
+    int n = status ? snprintf(line, sizeof line, "%s; features: %s; kernels: none (%s)", name, features, err.message)
+                   : snprintf(line, sizeof line, "%s; features: %s; kernels: %s (%s)", name, features[0] ? features : "none", isa->name,
+                              kvs_isa_why());
+    if (text && size > 0) snprintf(text, (size_t)size, "%s", line);
+    return KVS_MIN(n, (int)sizeof line - 1);
+}

@@ -1,0 +1,135 @@
+"""The exceptions of pykvsmooth. All of them derive from KVSmoothError; where a builtin says the same, they derive from it, too.
+
+Wrong argument types and values are plain TypeError and ValueError.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BusyError",
+    "CancelledError",
+    "ClosedError",
+    "ContextOverflowError",
+    "DeviceError",
+    "ImageError",
+    "KVSmoothError",
+    "ModelFileError",
+    "ModelFileNotFoundError",
+    "ModelFormatError",
+    "ModelMismatchError",
+    "NumericError",
+    "OutOfMemoryError",
+    "PolicyError",
+    "SessionFileError",
+    "UnsupportedModelError",
+]
+
+
+class KVSmoothError(Exception):
+    """Root of all errors that this package raises on its own account."""
+
+
+class ModelFormatError(KVSmoothError):
+    """A model file breaks its format.
+
+    Attributes: path (the file), what (key or tensor, may be empty), offset (byte in the file, None if it has none).
+    """
+
+    def __init__(self, message: str, path: str = "", what: str = "", offset: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.what = what
+        self.offset = offset
+
+
+class ModelFileError(ModelFormatError, OSError):
+    """The operating system refuses a model file: missing, a folder, no permission. Also an OSError, with errno."""
+
+    def __init__(self, message: str, path: str = "", errno: int | None = None) -> None:
+        super().__init__(message, path)
+        self.errno = errno
+        self.filename = path or None
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ModelFileNotFoundError(ModelFileError, FileNotFoundError):
+    """There is no such model file. Also a FileNotFoundError."""
+
+
+class UnsupportedModelError(KVSmoothError):
+    """A sound file that this runtime can't run, or something asked of a model that it can't do (a picture without an mmproj).
+
+    Attributes: path, what.
+    """
+
+    def __init__(self, message: str, path: str = "", what: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.what = what
+
+
+class ModelMismatchError(KVSmoothError):
+    """Text model and mmproj do not belong together. Attributes: path, what."""
+
+    def __init__(self, message: str, path: str = "", what: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.what = what
+
+
+class ImageError(KVSmoothError, ValueError):
+    """A picture can't be read or used. Never answered without it."""
+
+
+class ContextOverflowError(KVSmoothError, ValueError):
+    """More rows than the session has room for. Raised before any work. Attributes: needed, n_ctx (rows)."""
+
+    def __init__(self, message: str, needed: int = 0, n_ctx: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.n_ctx = n_ctx
+
+
+class OutOfMemoryError(KVSmoothError, MemoryError):
+    """An allocation failed. Attributes: needed, free (bytes; 0 where unknown)."""
+
+    def __init__(self, message: str, needed: int = 0, free: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.free = free
+
+
+class DeviceError(KVSmoothError, RuntimeError):
+    """A device that was asked for by name can't be had, or failed."""
+
+
+class SessionFileError(KVSmoothError):
+    """A saved session is damaged, belongs to another model, or can't be written or read. Attributes: path, what, offset."""
+
+    def __init__(self, message: str, path: str = "", what: str = "", offset: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.what = what
+        self.offset = offset
+
+
+class BusyError(KVSmoothError, RuntimeError):
+    """A session is in use: by another thread, or by a stream that has not ended."""
+
+
+class ClosedError(KVSmoothError, ValueError):
+    """A model, session or stream was used after close()."""
+
+
+class PolicyError(KVSmoothError, ValueError):
+    """Parameters of a policy make no sense for this model, or the exact rows that a rewind needs are gone."""
+
+
+class NumericError(KVSmoothError, ArithmeticError):
+    """The model gave logits that are not finite: damaged weights, or an overflow."""
+
+
+class CancelledError(KVSmoothError):
+    """A call was cancelled by its flag. Streams report finish_reason "cancelled" instead of raising this."""

@@ -1,0 +1,277 @@
+"""Pictures: from whatever a caller has in hand to the exact pixels that the vision tower was trained on.
+
+``load_image`` decodes to upright 8-bit RGB, ``preprocess`` turns that into one normalised (3, size, size) array. A picture
+that can't be had is an ``ImageError`` that says which picture, what is wrong and what to do: the runtime never answers
+without the picture. Nothing here changes a setting of Pillow, so both functions may run in many threads.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from typing import IO, Any, Union
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError
+
+ImageLike = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, "np.ndarray[Any, Any]"]
+
+MODES = ("pad", "crop", "stretch")
+MEAN_COLOUR = (122, 116, 104)  # CLIP's mean in 8 bits: what transparent pixels show
+MAX_PIXELS = 89_478_485  # Pillow's own warning mark: 256 MiB of RGB
+MAX_BYTES = 512 << 20  # of a stream, which has no size to look up first
+MAX_CANVAS = 32 << 20  # pixels of a square canvas that is really made; see _pad
+
+_REFUSED_FORMATS = {"EPS"}  # Pillow would start Ghostscript on a stranger's PostScript
+_BROKEN_EXIF = (OSError, SyntaxError, LookupError, TypeError, ValueError, AttributeError, struct.error)
+_log = logging.getLogger("pykvsmooth")
+
+
+def load_image(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Any picture as an upright RGB image of 8 bits: a path, bytes, a file object, a PIL image or an HWC uint8 array.
+
+    EXIF turns are applied, alpha is laid over CLIP's mean colour, of an animation the first frame is taken. 16-bit gray
+    becomes round(v / 257); the wide modes I and F are read as 0..1 (F only), 0..255 or 0..65535, the smallest range that
+    holds every value. Pictures over ``max_pixels`` are refused before they are decoded.
+    """
+    if isinstance(image, Image.Image):
+        name = f"PIL image {image.width} x {image.height} {image.mode}"
+        return _guard(name, lambda: _to_rgb(image, name, max_pixels))
+    if isinstance(image, np.ndarray):
+        return _from_array(image, max_pixels)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        data = bytes(image)
+        return _decode(io.BytesIO(data), f"<{len(data)} bytes>", data[:64], max_pixels)
+    if isinstance(image, (str, os.PathLike)):
+        return _from_path(os.fspath(image), max_pixels)
+    if hasattr(image, "read"):
+        return _from_stream(image, str(getattr(image, "name", "<file object>")), max_pixels)
+    raise TypeError(f"image must be a path, bytes, a file object, a PIL image or a uint8 array, not {type(image).__name__}")
+
+
+def preprocess(
+    image: Image.Image, size: int, mode: str = "pad", mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """An RGB image as (3, size, size) float32: (pixel / 255 - mean) / std after Pillow's bicubic resize.
+
+    ``pad`` lays the picture in the middle of a square of the mean colour (the original LLaVA), ``crop`` keeps the middle
+    square (Hugging Face's default), ``stretch`` ignores the proportions.
+    """
+    if mode not in MODES:
+        raise ValueError(f"image mode {mode!r}: one of {', '.join(MODES)}")
+    if image.mode != "RGB":
+        raise ValueError(f"preprocess takes an RGB image, not {image.mode}: use load_image first")
+    if mode != "stretch" and max(image.size) > size * min(image.size):
+        raise ImageError(
+            f"a picture of {image.width} x {image.height} would be less than one pixel wide at the model's {size} x {size}"
+            f" (mode {mode!r}); cut it into parts, or use mode 'stretch'"
+        )
+    square = _RESIZE[mode](image, size, tuple(int(m * 255) for m in mean))
+    mean32, std32 = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    levels = (np.arange(256) / 255).astype(np.float32)
+    table = (levels[:, None] - mean32) / std32  # each of 256 levels in each channel, computed once
+    pixels = np.asarray(square)
+    return np.stack([table[pixels[:, :, c], c] for c in range(3)])
+
+
+# ---- sources ----
+
+
+def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
+    plain = os.fsdecode(path)
+    name = plain if plain and plain.isprintable() else repr(plain)
+    scheme = name.split(":", 1)[0].lower()
+    if "://" in name or scheme == "data":
+        raise ImageError(f"{name[:100]}: addresses are not fetched; download the picture and give its path or bytes")
+    try:
+        with open(path, "rb") as file:
+            kind = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(kind):
+                head = file.read(64)
+                file.seek(0)
+                return _decode(file, name, head, max_pixels)
+            if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+                return _from_stream(file, name, max_pixels)
+    except ImageError:
+        raise
+    except IsADirectoryError:
+        raise ImageError(f"{name}: is a folder; give the pictures in it one by one") from None
+    except FileNotFoundError:
+        start = "" if os.path.isabs(plain) else f" (it starts at {os.getcwd()})"
+        raise ImageError(f"{name}: no such file; check the path{start}") from None
+    except OSError as error:
+        raise ImageError(f"{name}: can't be opened: {error.strerror or error}; check the path and its permissions") from error
+    except ValueError as error:  # a NUL in the path
+        raise ImageError(f"{name}: not a path: {error}") from error
+    raise ImageError(f"{name}: is a device, not a file; give a picture file")
+
+
+def _from_stream(stream: Any, name: str, max_pixels: int) -> Image.Image:
+    try:
+        data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{name}: can't be read: {error}") from error
+    except UnicodeDecodeError:
+        data = ""
+    if isinstance(data, str):
+        raise TypeError(f"{name}: the file object gives text; open it with mode 'rb'")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name}: more than {MAX_BYTES >> 20} MiB came and no end; give a picture file")
+    return _decode(io.BytesIO(data), name, bytes(data[:64]), max_pixels)
+
+
+def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> Image.Image:
+    name = f"array {array.shape} {array.dtype}"
+    if array.dtype != np.uint8:
+        hint = (
+            "(a * 255).round().astype('uint8') if it holds 0..1"
+            if array.dtype.kind == "f"
+            else "scale it to 0..255, then a.astype('uint8')"
+        )
+        raise ImageError(f"{name}: pictures are uint8 arrays; {hint}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        chw = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        hint = "it looks like channels first: use a.transpose(1, 2, 0)" if chw else "give one picture at a time"
+        raise ImageError(f"{name}: not (height, width) or (height, width, 1 | 3 | 4); {hint}")
+    if array.size == 0:
+        raise ImageError(f"{name}: has no pixels")
+    return _guard(name, lambda: _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, max_pixels))
+
+
+# ---- decoding ----
+
+
+def _decode(file: IO[bytes], name: str, head: bytes, max_pixels: int) -> Image.Image:
+    if not head:
+        raise ImageError(f"{name}: is empty; give a picture file")
+    Image.init()
+    formats = [f for f in Image.ID if f not in _REFUSED_FORMATS]
+
+    def decode() -> Image.Image:
+        with Image.open(file, formats=formats) as picture:
+            return _to_rgb(picture, name, max_pixels)
+
+    try:
+        return _guard(name, decode)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: {_what_instead(head)}") from None
+
+
+def _guard(name: str, decode: Any) -> Image.Image:
+    """Pillow's decoders raise almost anything on damaged files: every one becomes an ImageError with the picture's name."""
+    try:
+        result: Image.Image = decode()
+        return result
+    except (ImageError, UnidentifiedImageError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: too large: {error}; make it smaller first") from error
+    except MemoryError as error:
+        raise ImageError(f"{name}: not enough memory to decode it; make it smaller first") from error
+    except Exception as error:
+        raise ImageError(f"{name}: damaged or cut short: {error}; get the picture again, or save it anew as PNG") from error
+
+
+def _what_instead(head: bytes) -> str:
+    """What a file that is no picture most likely is, from its first bytes."""
+    text = head.lstrip().lower()
+    if head[:4] == b"GGUF":
+        return "is a model (GGUF), not a picture"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "is HEIC, which needs the package pillow-heif (and its register_heif_opener()); or save it as JPEG"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not a picture (a download that went wrong?)"
+    if text.startswith((b"<svg", b"<?xml")):
+        return "is SVG or XML; save it as PNG first"
+    if head[:4] in (b"%PDF", b"%!PS"):
+        return "is a document; save the page as PNG first"
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return f"is text ({head[:24].decode('ascii')!r}...), not a picture"
+    return f"not a picture that Pillow can read, or damaged (it starts with {head[:8].hex(' ')}); save it as PNG or JPEG"
+
+
+def _to_rgb(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: has no pixels ({width} x {height})")
+    if width * height > max_pixels:  # before load(): this is what stops a decompression bomb
+        raise ImageError(f"{name}: {width} x {height} is more than {max_pixels:,} pixels; make it smaller first")
+    picture.load()
+    picture = _upright(picture, name)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = Image.fromarray(_to_8bit(np.asarray(picture), name))
+    if picture.mode == "La":  # premultiplied; Pillow turns it into RGBA by this way only
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, (*MEAN_COLOUR, 255))
+        picture = Image.alpha_composite(ground, picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _upright(picture: Image.Image, name: str) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except _BROKEN_EXIF as error:  # says nothing about the pixels
+        _log.debug("%s: EXIF can't be read: %s", name, error)
+        return picture
+
+
+def _to_8bit(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    low, high = float(values.min()), float(values.max())  # NaN if any value is
+    if values.dtype.itemsize == 2:
+        top = 65535.0
+    elif 0 <= low and high <= 65535:
+        top = 1.0 if values.dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    else:
+        raise ImageError(f"{name}: holds values from {low:g} to {high:g}, for which no range of brightness is known; scale it to 0..255")
+    return np.floor(values * (255.0 / top) + 0.5).astype(np.uint8)
+
+
+# ---- geometry ----
+
+
+def _stretch(image: Image.Image, size: int, _: tuple[int, ...]) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int, _: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    side = max(width, height)
+    if side * side > MAX_CANVAS:
+        return _pad_long(image, size, colour)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _pad_long(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
+    """_pad without the square canvas. Pillow resizes rows first, then columns, and rows of one colour stay what they are:
+    so the picture's rows alone are resized, and only the narrow result is laid out to the full height. A tall picture is
+    turned over its diagonal for this, which swaps the two passes: up to a level or two of rounding, nothing else."""
+    if image.height > image.width:
+        flipped = _pad_long(image.transpose(Image.Transpose.TRANSPOSE), size, colour)
+        return flipped.transpose(Image.Transpose.TRANSPOSE)
+    rows = image.resize((size, image.height), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (size, image.width), colour)
+    canvas.paste(rows, (0, (image.width - image.height) // 2))
+    return canvas.resize((size, size), Image.Resampling.BICUBIC)
+
+
+_RESIZE = {"pad": _pad, "crop": _crop, "stretch": _stretch}

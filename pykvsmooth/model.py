@@ -1,0 +1,353 @@
+"""Model: the weights, shared by any number of sessions and threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import errors, gguf
+from ._native import Flag, check, ffi, lib, native_call, new_error, string
+from .handles import ModelHandle, refuse_pickle
+from .options import integer
+from .prompt import Picture, read_picture
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .policy import KVSmooth
+    from .session import Session
+
+_log = logging.getLogger("pykvsmooth")
+IMAGE_CACHE_BYTES = 64 << 20
+END_OF_TURN = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
+
+
+class _ImageCache:
+    """Embeddings of the last pictures, by digest of their pixels: never by file name. Safe for threads."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def get(self, digest: bytes) -> np.ndarray | None:
+        with self._lock:
+            rows = self._rows.get(digest)
+            if rows is not None:
+                self._rows.move_to_end(digest)
+            return rows
+
+    def put(self, digest: bytes, rows: np.ndarray) -> None:
+        rows.flags.writeable = False
+        with self._lock:
+            if digest in self._rows or rows.nbytes > self._budget:
+                return
+            self._rows[digest] = rows
+            self._bytes += rows.nbytes
+            while self._bytes > self._budget:
+                self._bytes -= self._rows.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._rows.clear()
+            self._bytes = 0
+
+
+class Model:
+    """A text model and, if there is one, the vision tower that belongs to it.
+
+    path: a GGUF file (the first part of a split one); None: the environment variable PYKVSMOOTH_MODEL. mmproj: the tower's file; None:
+    PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
+    "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" or a number, of a GPU. threads: None takes
+    the processors that affinity and cgroup quota allow. progress(fraction) is called while loading; returning False cancels the load.
+
+    Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
+
+    Raises ModelFormatError (path, what, offset), ModelFileError (also an OSError), UnsupportedModelError, ModelMismatchError, DeviceError,
+    OutOfMemoryError, CancelledError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | bool | None = None,
+        device: str = "auto",
+        gpu_layers: str | int = "auto",
+        threads: int | None = None,
+        progress: Callable[[float], Any] | None = None,
+    ) -> None:
+        begin = time.perf_counter()
+        self.path = gguf.model_path(path)
+        _check_device(device, gpu_layers)
+        n_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
+        self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
+        found = gguf.find_mmproj(self.path, self.metadata, mmproj)
+        self.mmproj, self._no_vision = found.path, found.reason
+        self._handle = ModelHandle(_load(self.path, self.mmproj, device, n_threads, progress))
+        self._finalizer = weakref.finalize(self, self._handle.close)
+        self._finalizer.atexit = False
+        self._info = ffi.new("kvs_model_info *")
+        self._info.struct_size = ffi.sizeof("kvs_model_info")
+        lib.kvs_model_get_info(self._handle.pointer, self._info)
+        self._images = _ImageCache(IMAGE_CACHE_BYTES)
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._end_ids = self._find_end_ids()
+        self.load_s = time.perf_counter() - begin
+        _log.info("%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+
+    # ---- facts ----
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda:N"."""
+        return string(self._info.device)
+
+    @property
+    def device_reason(self) -> str:
+        """Why it runs there, and with which kernels."""
+        return string(self._info.device_reason)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Rows of context that the model was trained for."""
+        return self._info.n_ctx_train
+
+    @property
+    def n_layer(self) -> int:
+        return self._info.n_layer
+
+    @property
+    def n_embd(self) -> int:
+        return self._info.n_embd
+
+    @property
+    def n_vocab(self) -> int:
+        return self._info.n_vocab
+
+    @property
+    def n_head(self) -> int:
+        return self._info.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        return self._info.n_head_kv
+
+    @property
+    def head_dim(self) -> int:
+        return self._info.head_dim
+
+    @property
+    def n_image(self) -> int:
+        """Rows of one encoded picture; 0 for a text-only model."""
+        return self._info.n_image
+
+    @property
+    def has_vision(self) -> bool:
+        return bool(self._info.has_vision)
+
+    @property
+    def threads(self) -> int:
+        return self._info.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._info.weight_bytes
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._info.bos if self._info.bos >= 0 else None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._info.eos if self._info.eos >= 0 else None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's own template (jinja2), or None."""
+        template = self.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) and template else None
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    # ---- vocabulary ----
+
+    def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of text. special: names of control tokens in it ("</s>") become those tokens, otherwise they are plain text."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, not {type(text).__name__}")
+        data = text.encode("utf-8", "surrogateescape")
+        capacity = len(data) + 8
+        with self._handle as model:
+            while True:
+                ids = np.empty(capacity, np.int32)
+                n = lib.kvs_tokenize(model, data, len(data), bool(add_bos), bool(special), ffi.from_buffer("int32_t[]", ids), capacity)
+                if n < 0:
+                    raise errors.OutOfMemoryError("out of memory while tokenizing")
+                if n <= capacity:
+                    return ids[:n].tolist()
+                capacity = n
+
+    def token_bytes(self, id: int, special: bool = False) -> bytes:
+        """The bytes that a token stands for. Control tokens have none unless special. ValueError for an id out of range."""
+        id = integer("id", id, 0, self.n_vocab - 1)
+        length = ffi.new("int32_t *")
+        with self._handle as model:
+            chars = lib.kvs_token_bytes(model, id, bool(special), length)
+            if chars == ffi.NULL:
+                raise ValueError(f"id: {id} is not a token of this model")
+            return ffi.buffer(chars, length[0])[:]
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Text of ids: control tokens are left out, and so is the space that the tokenizer put in front, as in transformers' decode."""
+        data = b"".join(self.token_bytes(i) for i in ids)
+        return (data.removeprefix(b" ") if self._info.add_space_prefix else data).decode("utf-8", "replace")
+
+    # ---- pictures ----
+
+    def encode_image(self, image: Any, mode: str = "pad") -> np.ndarray:
+        """The rows that stand for a picture: (n_image, n_embd) float32, a copy.
+
+        image: path, bytes, file object, PIL.Image, or HWC uint8 array. mode: "pad", "crop" or "stretch". Ctrl-C ends it.
+        Raises ImageError for a bad picture and UnsupportedModelError for a text-only model.
+        """
+        return self._encode(read_picture(self, image, mode), Flag())[0].copy()
+
+    def _encode(self, picture: Picture, flag: Flag) -> tuple[np.ndarray, bool]:
+        """((n_image, n_embd) float32 that nobody may write to, was it there already)"""
+        known = self._images.get(picture.digest)
+        if known is not None:
+            return known, True
+        info = self._vision_info()
+        pixels = np.ascontiguousarray(picture.pixels, np.float32)
+        rows = np.empty((info.n_image, info.n_embd), np.float32)
+        err, source, target = new_error(), ffi.from_buffer("float[]", pixels), ffi.from_buffer("float[]", rows)
+        with self._handle as model:
+            check(native_call(lambda: lib.kvs_encode_image(model, source, 1, target, flag.pointer, err), flag), err)
+        self._images.put(picture.digest, rows)
+        return rows, False
+
+    def _vision_info(self) -> Any:
+        if self._handle.closed:
+            raise errors.ClosedError("the model is closed")
+        if not self.has_vision:
+            raise errors.UnsupportedModelError(
+                f"{self.path}: a picture was given, but no mmproj file is loaded ({self._no_vision}); load the pair with Model(path, mmproj=...)",
+                self.path,
+            )
+        return self._info
+
+    # ---- sessions ----
+
+    def session(
+        self,
+        n_ctx: int = 2048,
+        kv_type: str = "f16",
+        policy: KVSmooth | list[KVSmooth] | None = None,
+        seed: int | None = None,
+        *,
+        exact_rows: int = 0,
+    ) -> Session:
+        """A new timeline with its own cache of n_ctx rows.
+
+        kv_type: "f16", "f32" or "q8_0". policy: None, one, or a list. seed: of the sampler; None draws one. exact_rows: rows that
+        rewind can drop exactly under smoothing (0 = 32).
+        """
+        from .session import Session
+
+        return Session(self, n_ctx=n_ctx, kv_type=kv_type, policy=policy, seed=seed, exact_rows=exact_rows)
+
+    def generate_batch(
+        self,
+        requests: Iterable[Any],
+        n_ctx: int = 2048,
+        kv_type: str = "f16",
+        policy: KVSmooth | list[KVSmooth] | None = None,
+        *,
+        parallel: int = 4,
+        on_error: str = "raise",
+        **options: Any,
+    ) -> Batch:
+        """Answers to many requests, up to parallel of them stepping together in one pass over the weights.
+
+        requests: an iterable of prompts or of dicts with the arguments of Session.generate; options are defaults for all of them.
+        Gives (index, Token) as tokens come and (index, Result) at the end of each. on_error "yield": a request that
+        fails gives (index, the exception) and the others go on.
+        """
+        from .batch import Batch
+
+        return Batch(self, requests, n_ctx=n_ctx, kv_type=kv_type, policy=policy, parallel=parallel, on_error=on_error, options=options)
+
+    # ---- life ----
+
+    def close(self) -> None:
+        """Ends the model's sessions and gives the memory back. May be called again."""
+        for session in list(self._sessions):
+            session.close()
+        self._images.clear()
+        self._handle.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        refuse_pickle(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.device}, {self.n_layer} layers, {'vision' if self.has_vision else 'text only'}"
+        return f"<pykvsmooth.Model {Path(self.path).name}: {state}>"
+
+    def _find_end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: EOS, the keys eot and eom, and control tokens of well-known names."""
+        ids = {self._info.eos, *(self.metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in ("eot", "eom"))}
+        for name in END_OF_TURN:
+            found = self.tokenize(name, special=True)
+            if len(found) == 1 and lib.kvs_token_type(self._handle.pointer, found[0]) == 3:
+                ids.add(found[0])
+        return frozenset(i for i in ids if isinstance(i, int) and i >= 0)
+
+    def _special_text(self, id: int) -> str:
+        return self.token_bytes(id, special=True).decode("utf-8", "replace") if 0 <= id < self.n_vocab else ""
+
+
+def _check_device(device: Any, gpu_layers: Any) -> None:
+    if not isinstance(device, str):
+        raise TypeError(f"device must be text, not {type(device).__name__}")
+    if gpu_layers == "auto":
+        return
+    if integer("gpu_layers", gpu_layers, 0) > 0:
+        raise errors.DeviceError("gpu_layers: this build has no GPU backend; leave gpu_layers away")
+
+
+def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None) -> Any:
+    flag, permille, err, out = Flag(), Flag(), new_error(), ffi.new("kvs_model **")
+    names = [ffi.new("char[]", os.fsencode(name)) if name else ffi.NULL for name in (path, mmproj, device)]
+    params = ffi.new("kvs_model_params *")
+    params.struct_size = ffi.sizeof("kvs_model_params")
+    params.text_path, params.mmproj_path, params.device = names
+    params.threads, params.cancel, params.progress = threads, flag.pointer, permille.pointer
+
+    def report() -> None:
+        if progress is not None and progress(permille.pointer[0] / 1000) is False:
+            flag.set()
+
+    try:
+        check(native_call(lambda: lib.kvs_model_load(params, out, err), flag, report if progress is not None else None), err)
+    except BaseException:
+        if out[0] != ffi.NULL:
+            lib.kvs_model_free(out[0])
+        raise
+    return out[0]

@@ -1,0 +1,514 @@
+"""Session: one timeline over a model, with its own cache. One thread at a time."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import errors
+from ._native import Flag, check, ffi, lib, make_exception, native_call, new_error
+from .handles import SessionHandle, refuse_pickle
+from .options import Options, integer, seed_of
+from .policy import KVSmooth
+from .prompt import Part, Picture, Prompt, build_prompt, digest_of, key_of, read_picture
+from .stream import Stream
+from .template import Message, choose, place_marks
+
+if TYPE_CHECKING:
+    from .aio import AsyncStream
+    from .generation import Generation
+    from .model import Model
+
+KV_TYPES = {"f16": lib.KVS_TYPE_F16, "f32": lib.KVS_TYPE_F32, "q8_0": lib.KVS_TYPE_Q8_0}
+NO_LIMIT = 1 << 30
+
+
+def one_policy(policy: Any) -> KVSmooth | None:
+    """policy= of the public functions: None, one policy, or a list of them."""
+    if policy is None or isinstance(policy, KVSmooth):
+        return policy
+    if isinstance(policy, (list, tuple)) and all(isinstance(p, KVSmooth) for p in policy):
+        if len(policy) > 1:
+            raise errors.PolicyError("policy: two KVSmooth policies in one session exclude each other; give one")
+        return policy[0] if policy else None
+    raise TypeError(f"policy must be None, a KVSmooth or a list of them, not {type(policy).__name__}")
+
+
+def _native_params(model: Model, n_ctx: int, kv_type: str, policy: KVSmooth | None, seed: int, exact_rows: int) -> tuple[Any, Any]:
+    """(kvs_session_params *, what must be kept alive beside it)"""
+    params = ffi.new("kvs_session_params *")
+    params.struct_size = ffi.sizeof("kvs_session_params")
+    params.n_ctx, params.kv_type, params.seed, params.exact_rows = n_ctx, KV_TYPES[kv_type], seed, exact_rows
+    smooth, keep = policy.to_native(model.n_layer) if policy else (ffi.NULL, [])
+    params.smooth = smooth
+    return params, (smooth, keep)
+
+
+@dataclass
+class _Chat:
+    """Turns of chat(). rows: the length of the timeline behind the last one, to notice when somebody else moved it."""
+
+    turns: list[Message] = field(default_factory=list)
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stream will feed. fresh: a new timeline, whose common prefix with the old one is reused; otherwise it is appended."""
+
+    prompt: Prompt
+    fresh: bool
+    message: str | None = None  # of chat
+    system: str | None = None
+
+
+class Session:
+    """One timeline: rows of text and pictures, the cache of their keys and values, and a policy that edits it.
+
+    Made by Model.session(), fork() and Session.load(). A session belongs to one thread at a time (BusyError for a second one); many
+    sessions may run at once over one model. Every array that it gives is a copy.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int = 2048,
+        kv_type: str = "f16",
+        policy: KVSmooth | Sequence[KVSmooth] | None = None,
+        seed: int | None = None,
+        exact_rows: int = 0,
+    ) -> None:
+        n_ctx = integer("n_ctx", n_ctx, 1, 1 << 20)
+        if kv_type not in KV_TYPES:
+            raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+        exact_rows = integer("exact_rows", exact_rows, 0, 4096)
+        policy = one_policy(policy)
+        params, keep = _native_params(model, n_ctx, kv_type, policy, seed_of(seed), exact_rows)
+        self._adopt(model, policy, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err))
+        self.n_ctx, self.kv_type = n_ctx, kv_type
+        del keep
+
+    def _adopt(self, model: Model, policy: KVSmooth | None, make: Callable[[Any, Any, Any], int]) -> None:
+        """Fills this object with the native session that make gives."""
+        err, out = new_error(), ffi.new("kvs_session **")
+        pointer = model._handle.retain()
+        try:
+            check(make(pointer, out, err), err)
+        except BaseException:
+            model._handle.release()
+            raise
+        self.model = model
+        self.policy = policy
+        self._handle = SessionHandle(out[0], model._handle)
+        self._layers = policy.resolve_layers(model.n_layer) if policy else list(range(model.n_layer))
+        self._chat = _Chat()
+        self._prompt_end = NO_LIMIT  # rows before the first row at which a prompt ended
+        self._active: weakref.ref[Generation] | None = None
+        model._sessions.add(self)
+
+    # ---- answers ----
+
+    def generate(
+        self,
+        prompt: str,
+        image: Any = None,
+        images: Sequence[Any] | None = None,
+        mode: str = "pad",
+        system: str | None = None,
+        template: str | None = "auto",
+        max_tokens: int | None = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        logprobs: int = 0,
+    ) -> Stream:
+        """An answer to prompt, as a Stream of tokens.
+
+        Starts a new timeline; of the old one the longest common prefix is reused, but no row that a policy has changed.
+        image, images: path, bytes, file object, PIL.Image or HWC uint8 array. "<image>" marks in the prompt say where each goes; without
+        marks they go in front. mode: "pad", "crop", "stretch". template: "auto" (the model's own, else Vicuna's), "vicuna", None (the
+        prompt as it is), or jinja2 text. system: a sentence in front. temperature 0 is greedy. stop: texts that end the answer and are
+        not part of it. seed: of this answer; None goes on with the session's. logprobs: so many top_logprobs per token, up to 20.
+
+        Arguments, pictures and room are checked here, work begins with the first token. Raises ImageError, UnsupportedModelError (a
+        picture for a text-only model), ContextOverflowError (needed, n_ctx), BusyError, ClosedError, TypeError, ValueError.
+        """
+        options = Options(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,  # type: ignore[arg-type]
+            seed=seed,
+            logprobs=logprobs,
+        )
+        pictures = self._pictures(image, images, mode)
+        plan = self._plan_first(prompt, pictures, system, template, chat=False)
+        return self._stream(lambda n_past: plan, options)
+
+    def chat(
+        self,
+        message: str,
+        image: Any = None,
+        images: Sequence[Any] | None = None,
+        mode: str = "pad",
+        system: str | None = None,
+        template: str | None = "auto",
+        **options: Any,
+    ) -> Stream:
+        """The next turn of a conversation, as a Stream. What was said before stays in the cache: only the new turn is computed.
+
+        Arguments as in generate(); system belongs to the first message. reset() begins another conversation. An answer that was cut
+        short counts as it is. ValueError where the timeline was changed by something else since the last turn.
+        """
+        checked = Options(**options)
+        pictures = self._pictures(image, images, mode)
+        return self._stream(lambda n_past: self._plan_chat(n_past, message, pictures, system, template), checked)
+
+    def reset(self) -> None:
+        """Empties the timeline and forgets the conversation."""
+        with self._handle as pointer:
+            self._refuse_active()
+            self._rewind(pointer, lib.kvs_session_n_past(pointer))
+            self._chat = _Chat()
+
+    def agenerate(self, prompt: str, *args: Any, **options: Any) -> AsyncStream:
+        """generate() for asyncio: `async for token in session.agenerate(...)`. Native work runs in a thread; cancelling the task stops it."""
+        from .aio import AsyncStream
+
+        return AsyncStream(self.generate(prompt, *args, **options))
+
+    def achat(self, message: str, *args: Any, **options: Any) -> AsyncStream:
+        """chat() for asyncio."""
+        from .aio import AsyncStream
+
+        return AsyncStream(self.chat(message, *args, **options))
+
+    def _stream(self, plan: Callable[[int], Plan], options: Options) -> Stream:
+        from .generation import Generation
+
+        with self._handle as pointer:
+            self._refuse_active()
+            return Stream(Generation(self, plan, options, lib.kvs_session_n_past(pointer)))
+
+    def _pictures(self, image: Any, images: Sequence[Any] | None, mode: str) -> list[Picture]:
+        if image is not None and images is not None:
+            raise ValueError("give image or images, not both")
+        if images is not None and (isinstance(images, (str, bytes)) or not isinstance(images, Sequence)):
+            raise TypeError("images must be a list of pictures")
+        chosen = list(images) if images is not None else list(image) if isinstance(image, (list, tuple)) else [image]
+        if image is None and images is None:
+            chosen = []
+        return [read_picture(self.model, one, mode) for one in chosen]
+
+    def _template(self, template: str | None) -> Any:
+        info = self.model._info
+        return choose(template, self.model.chat_template, self.model._special_text(info.bos), self.model._special_text(info.eos))
+
+    def _plan_first(self, message: str, pictures: list[Picture], system: str | None, template: str | None, chat: bool) -> Plan:
+        for name, value in (("prompt", message), ("system", system)):
+            if not isinstance(value, str) and not (name == "system" and value is None):
+                raise TypeError(f"{name} must be text, not {type(value).__name__}")
+        _check_marks(message, len(pictures))
+        text = self._template(template).first(message, len(pictures), system)
+        prompt = build_prompt(self.model, text, pictures, begin=True)
+        if not prompt.n_rows:
+            raise ValueError("the prompt is empty and the model has no BOS token: there is nothing to begin with")
+        return Plan(prompt, True, message if chat else None, system)
+
+    def _plan_chat(self, n_past: int, message: str, pictures: list[Picture], system: str | None, template: str | None) -> Plan:
+        turns = self._chat.turns
+        if not turns:
+            return self._plan_first(message, pictures, system, template, chat=True)
+        if system is not None:
+            raise ValueError("system belongs to the first message of a conversation; call reset() to begin another one")
+        if n_past != self._chat.rows:
+            raise ValueError("the timeline has changed since the last turn of the conversation; call reset() to begin another one")
+        if not isinstance(message, str):
+            raise TypeError(f"message must be text, not {type(message).__name__}")
+        _check_marks(message, len(pictures))
+        text = self._template(template).next(turns, message, len(pictures))
+        return Plan(build_prompt(self.model, text, pictures, begin=False), False, message)
+
+    def _check_room(self, plan: Plan, n_past: int) -> None:
+        needed = plan.prompt.n_rows + (0 if plan.fresh else n_past) + 1
+        if needed > self.n_ctx:
+            raise errors.ContextOverflowError(
+                f"context overflow: the prompt and one token of the answer need {needed} rows, n_ctx is {self.n_ctx}; "
+                "make the session with a larger n_ctx, or shorten the prompt",
+                needed,
+                self.n_ctx,
+            )
+
+    # ---- the lower floor ----
+
+    def feed(self, ids: Iterable[int], generated: bool = False) -> None:
+        """Adds rows, synchronously; no BOS is added. generated=True: each id counts as just generated, one by one, so that policies act on it.
+
+        Prompt rows are all or nothing: on an error or Ctrl-C none has been added. Raises ContextOverflowError, ValueError.
+        """
+        run = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
+        if run.size and (run.ndim != 1 or run.dtype.kind not in "iu"):
+            raise TypeError("ids must be a list of integers")
+        if run.size and (run.min() < 0 or run.max() >= self.model.n_vocab):
+            raise ValueError(f"ids: token ids must be in 0..{self.model.n_vocab - 1}")
+        run = run.astype(np.int32)
+        flag = Flag()
+        with self._handle as pointer:
+            self._refuse_active()
+            if not generated:
+                self._feed(pointer, [Part(0, len(run), ids=run)] if run.size else [], [None], flag)
+                return
+            for id in run.tolist():
+                self._note_prompt_end(pointer)
+                self._step(pointer, id, flag)
+
+    def feed_image(self, image: Any, mode: str = "pad") -> None:
+        """Adds the rows of a picture: n_image of them. See Model.encode_image."""
+        picture, flag = read_picture(self.model, image, mode), Flag()
+        with self._handle as pointer:
+            self._refuse_active()
+            rows, _ = self.model._encode(picture, flag)
+            self._feed(pointer, [Part(0, len(rows), picture=picture)], [rows], flag)
+
+    def feed_embeddings(self, embeddings: Any) -> None:
+        """Adds rows given as embeddings: (n, n_embd) float32, finite."""
+        rows = np.ascontiguousarray(embeddings, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.model.n_embd:
+            raise ValueError(f"embeddings must be (n, {self.model.n_embd}), not {rows.shape}")
+        if not np.isfinite(rows).all():
+            raise ValueError("embeddings must be finite")
+        if not len(rows):
+            return
+        with self._handle as pointer:
+            self._refuse_active()
+            self._feed(pointer, [Part(0, len(rows), picture=Picture(rows, digest_of(rows, "rows")))], [rows], Flag())
+
+    def logits(self) -> np.ndarray:
+        """(n_vocab,) float32 of the last row fed. ValueError before anything was fed."""
+        out = np.empty(self.model.n_vocab, np.float32)
+        with self._handle as pointer:
+            self._end_prefill(pointer)
+            err = new_error()
+            check(lib.kvs_session_logits(pointer, ffi.from_buffer("float[]", out), err), err)
+        return out
+
+    def kv(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """(K, V) of a layer, each (n_kv_head, n_rows, head_dim) float32: the physical rows, the newest already smoothed. K after rotary
+        embedding, in the GGUF's interleaved order."""
+        layer = self._layer(layer)
+        with self._handle as pointer:
+            self._end_prefill(pointer)
+            shape = (self.model.n_kv_head, lib.kvs_session_n_rows(pointer, layer), self.model.head_dim)
+            k, v, err = np.empty(shape, np.float32), np.empty(shape, np.float32), new_error()
+            check(lib.kvs_session_kv(pointer, layer, ffi.from_buffer("float[]", k), ffi.from_buffer("float[]", v), err), err)
+        return k, v
+
+    def positions(self, layer: int) -> np.ndarray:
+        """(n_rows,) int32: the rotary position of each physical row of a layer."""
+        layer = self._layer(layer)
+        with self._handle as pointer:
+            out, err = np.empty(lib.kvs_session_n_rows(pointer, layer), np.int32), new_error()
+            check(lib.kvs_session_positions(pointer, layer, ffi.from_buffer("int32_t[]", out), err), err)
+        return out
+
+    def entropies(self) -> np.ndarray:
+        """(n_generated, n_layer) float32: row entropies in nats, mean over heads (arXiv 2602.04268 eq. 5), also without a policy."""
+        return self._telemetry()[0]
+
+    def strengths(self) -> np.ndarray:
+        """(n_generated, n_layer) float32: strengths (eq. 14); NaN where a layer was not smoothed."""
+        return self._telemetry()[1]
+
+    @property
+    def n_past(self) -> int:
+        """Rows of the timeline."""
+        with self._handle as pointer:
+            return lib.kvs_session_n_past(pointer)
+
+    @property
+    def n_generated(self) -> int:
+        """Rows that were generated."""
+        with self._handle as pointer:
+            return lib.kvs_session_n_generated(pointer)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache, in bytes."""
+        with self._handle as pointer:
+            return lib.kvs_session_bytes(pointer)
+
+    def fork(self) -> Session:
+        """An independent copy, the sampler's state and the conversation too."""
+        with self._handle as pointer:
+            twin = object.__new__(Session)
+            twin._adopt(self.model, self.policy, lambda _, out, err: lib.kvs_session_fork(pointer, out, err))
+            twin.n_ctx, twin.kv_type = self.n_ctx, self.kv_type
+            twin._chat = _Chat(list(self._chat.turns), self._chat.rows)
+            twin._prompt_end = self._prompt_end
+        return twin
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone (then nothing has changed)."""
+        n_tokens = integer("n_tokens", n_tokens, 0)
+        with self._handle as pointer:
+            self._refuse_active()
+            if n_tokens > lib.kvs_session_n_past(pointer):
+                raise ValueError(f"n_tokens: can't drop {n_tokens} of {lib.kvs_session_n_past(pointer)} rows")
+            self._rewind(pointer, n_tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the timeline, the cache and the sampler's state to a file, completely or not at all. SessionFileError if it can't."""
+        err = new_error()
+        with self._handle as pointer:
+            _check_file(lib.kvs_session_save(pointer, os.fsencode(path), err), err)
+
+    @classmethod
+    def load(
+        cls, model: Model, path: str | os.PathLike[str], policy: KVSmooth | Sequence[KVSmooth] | None = None, exact_rows: int = 0
+    ) -> Session:
+        """A session that save() wrote, over the same model. policy must be what it was saved with; n_ctx and kv_type come from the file.
+        The words of a chat() are not in it. SessionFileError says what is wrong."""
+        policy, err = one_policy(policy), new_error()
+        params, keep = _native_params(model, 1, "f16", policy, 0, integer("exact_rows", exact_rows, 0, 4096))
+
+        def make(pointer: Any, out: Any, _: Any) -> int:
+            _check_file(lib.kvs_session_load(pointer, os.fsencode(path), params, out, err), err)
+            return 0
+
+        session = object.__new__(cls)
+        session._adopt(model, policy, make)
+        with session._handle as pointer:
+            session.n_ctx = lib.kvs_session_n_ctx(pointer)
+            session.kv_type = next(name for name, kind in KV_TYPES.items() if kind == lib.kvs_session_kv_type(pointer))
+        session._prompt_end = 0
+        del keep
+        return session
+
+    def close(self) -> None:
+        """Stops a running stream and gives the memory back. May be called again."""
+        active = self._active_generation()
+        if active is not None:
+            active.flag.set()
+        self._handle.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        refuse_pickle(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"n_ctx={self.n_ctx}, kv_type={self.kv_type!r}, policy={self.policy!r}"
+        return f"<pykvsmooth.Session {state}>"
+
+    # ---- inside: the handle is held ----
+
+    def _feed(self, pointer: Any, parts: list[Part], rows: list[Any], flag: Flag) -> None:
+        """All parts in one go; rows[i]: the embeddings of part i, None for ids."""
+        chunks = ffi.new("kvs_chunk[]", len(parts) or 1)
+        keep = []
+        for chunk, part, embeddings in zip(chunks, parts, rows, strict=False):
+            chunk.n = part.end - part.begin
+            if part.ids is not None:
+                keep.append(ffi.from_buffer("int32_t[]", np.ascontiguousarray(part.ids)))
+                chunk.ids = keep[-1]
+            else:
+                keep.append(ffi.from_buffer("float[]", embeddings))
+                chunk.embd, chunk.hash = keep[-1], part.picture.key
+        err = new_error()
+        check(native_call(lambda: lib.kvs_session_feed(pointer, chunks, len(parts), flag.pointer, err), flag), err)
+
+    def _step(self, pointer: Any, id: int, flag: Flag) -> None:
+        step([pointer], [id], flag)
+
+    def _note_prompt_end(self, pointer: Any) -> None:
+        """Rows from here on must not be reused as a prefix where the policy marks the end of a prompt."""
+        self._prompt_end = min(self._prompt_end, max(0, lib.kvs_session_n_past(pointer) - 1))
+
+    def _end_prefill(self, pointer: Any) -> None:
+        if self._active_generation() is None:
+            self._note_prompt_end(pointer)
+        err = new_error()
+        check(lib.kvs_session_end_prefill(pointer, err), err)
+
+    def _rewind(self, pointer: Any, n: int) -> None:
+        err = new_error()
+        check(lib.kvs_session_rewind(pointer, n, err), err)
+        if lib.kvs_session_n_past(pointer) <= self._prompt_end:
+            self._prompt_end = NO_LIMIT
+
+    def _reusable(self, pointer: Any, prompt: Prompt) -> int:
+        """How many rows of the timeline a new one that begins with prompt may keep."""
+        n, err = lib.kvs_session_n_past(pointer), new_error()
+        ids, keys, generated = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty(n, np.int32)
+        buffers = [ffi.from_buffer(kind, array) for kind, array in (("int32_t[]", ids), ("uint64_t[]", keys), ("int32_t[]", generated))]
+        check(lib.kvs_session_timeline(pointer, *buffers, err), err)
+        limit = n
+        if self.policy is not None:
+            changed = np.flatnonzero(generated)
+            limit = int(changed[0]) if len(changed) else n
+            if self.policy.touches_prompt:
+                limit = min(limit, self._prompt_end, prompt.n_rows - self.policy.warm_rows)
+        return prompt.common(ids, keys, limit)
+
+    def _telemetry(self) -> tuple[np.ndarray, np.ndarray]:
+        with self._handle as pointer:
+            self._end_prefill(pointer)
+            shape = (lib.kvs_session_n_generated(pointer), self.model.n_layer)
+            entropies, strengths = np.empty(shape, np.float32), np.empty(shape, np.float32)
+            err, out = new_error(), [ffi.from_buffer("float[]", entropies), ffi.from_buffer("float[]", strengths)]
+            check(lib.kvs_session_telemetry(pointer, shape[0], *out, err), err)
+        return entropies, strengths
+
+    def _layer(self, layer: int) -> int:
+        n = self.model.n_layer
+        return integer("layer", layer, -n, n - 1) % n
+
+    def _active_generation(self) -> Generation | None:
+        """The answer that is being written, if its stream is still there and has neither ended nor been cancelled."""
+        active = self._active() if self._active is not None else None
+        return active if active is not None and active.finish_reason is None and not active.flag else None
+
+    def _refuse_active(self, mine: Generation | None = None) -> None:
+        active = self._active_generation()
+        if active is not None and active is not mine:
+            raise errors.BusyError("a stream of this session has not ended: read it to its end, or close() it first")
+
+
+def step(pointers: list[Any], ids: list[int], flag: Flag) -> None:
+    """One generated token for each of several sessions of one model, in one pass."""
+    sessions, tokens, err = ffi.new("kvs_session *[]", pointers), ffi.new("int32_t[]", ids), new_error()
+    check(native_call(lambda: lib.kvs_sessions_step(sessions, tokens, len(ids), flag.pointer, err), flag), err)
+
+
+def _check_marks(message: str, n_pictures: int) -> None:
+    marks = message.count("<image>")
+    if marks and marks != n_pictures:
+        raise ValueError(f"the prompt has {marks} <image> marks for {n_pictures} pictures; give one picture per mark")
+
+
+def _check_file(code: int, err: Any) -> None:
+    """Like check, for session files: trouble of the operating system is a SessionFileError, too."""
+    if code == lib.KVS_E_IO:
+        error = make_exception(lib.KVS_E_SESSION_FILE, err)
+        raise error
+    check(code, err)

@@ -1,0 +1,65 @@
+"""Fixtures: random inputs are fresh in each run; KVS_SEED=N repeats the run whose seed a failure printed."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
+SHARED = HERE.parents[1] / "shared" / "data"
+
+import tiny  # noqa: E402
+
+
+@dataclass
+class Pair:
+    text: str
+    mmproj: str
+    weights: tiny.Weights
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+def pytest_report_header() -> str:
+    return f"KVS_SEED={SEED}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("seed", f"KVS_SEED={SEED} repeats this run"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A stream of its own per test, so that a test alone sees the numbers that it saw in the whole run."""
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(*tiny.write_pair(tmp_path_factory.mktemp("tiny"), seed=SEED))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("no folder shared/data beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def isas() -> list[str]:
+    """Kernel sets that this CPU runs."""
+    from pykvsmooth import _native
+
+    return [isa for isa in ("base", "avx2", "avx512") if _native.lib.kvs_test_isa(isa.encode())]

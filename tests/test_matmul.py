@@ -1,0 +1,186 @@
+"""Matrix products on the CPU: every type, every instruction set that this CPU runs, odd sizes, threads, against NumPy in float64.
+
+Types with integer kernels round activations to int8 first; the NumPy model below does the same, and all instruction sets must
+give the bits of the plain C kernels. The other types are exact up to the rounding of float32 sums. For both, a row's result
+must not depend on the other rows of its batch.
+"""
+
+import numpy as np
+import pytest
+from pykvsmooth._native import ffi, lib
+
+from test_quant import TYPES, expected, random_blocks, type_id
+
+BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # of rounded activations
+WEIGHT_BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "IQ4_NL": 32, "Q4_0": 32, "Q8_0": 32}
+
+
+def block_of(name: str) -> int:
+    return WEIGHT_BLOCK.get(name, 256)
+
+
+def pointer(a: np.ndarray) -> object:
+    return ffi.cast("float *", a.ctypes.data)
+
+
+def matmul(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+    n, rows = len(x), len(w)
+    guard = 16  # nothing may be written beyond y
+    y = np.full(n * rows + guard, 7.5, np.float32)
+    x = np.ascontiguousarray(x)
+    code = lib.kvs_test_matmul(
+        isa.encode(), threads, type_id(name), ffi.from_buffer(w), rows, x.shape[1], pointer(x), n,
+        ffi.NULL if bias is None else pointer(bias), pointer(y),
+    )  # fmt: skip
+    assert code == 0
+    assert (y[n * rows :] == 7.5).all()
+    return y[: n * rows].reshape(n, rows)
+
+
+def rounded(x: np.ndarray, block: int) -> np.ndarray:
+    """What the integer kernels see of x: 127 steps of the largest magnitude of each block."""
+    parts = x.reshape(len(x), -1, block)
+    top = np.abs(parts).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.where(top > 0, np.rint(parts * (np.float32(127) / top)), 0)
+    return (q.astype(np.float64) * (top / np.float32(127))).reshape(x.shape)
+
+
+def check(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+    weights = expected(name, w).astype(np.float64)
+    seen = rounded(x, BLOCK[name]) if name in BLOCK else x.astype(np.float64)
+    want = seen @ weights.T + (0 if bias is None else bias)
+    # Terms of Q4_K and Q5_K are differences of scaled sums: their rounding is relative to both parts
+    size = np.abs(seen) @ np.abs(weights).T + (0 if bias is None else np.abs(bias)) + parts_of_minima(name, w, seen)
+    error = np.abs(y - want) / (size + 1e-30)
+    assert error.max() < 4e-7, f"{name} {w.shape} x {x.shape}: {error.max():.2e} of the sum of magnitudes"
+
+
+def parts_of_minima(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray | float:
+    if name not in ("Q4_K", "Q5_K"):
+        return 0.0
+    blocks = w.reshape(len(w), -1, 144 if name == "Q4_K" else 176)
+    m = np.abs(blocks[:, :, 2:4].copy().view(np.float16)[:, :, 0].astype(np.float64)) * 63
+    return np.abs(seen).reshape(len(seen), -1, 256).sum(-1) @ m.T
+
+
+def all_isas() -> list[str]:
+    return [isa for isa in ("base", "avx2", "avx512") if lib.kvs_test_isa(isa.encode())]
+
+
+@pytest.mark.parametrize("isa", all_isas())
+@pytest.mark.parametrize("name", TYPES)
+def test_against_numpy(isa: str, name: str, rng: np.random.Generator) -> None:
+    block = block_of(name)
+    for n in (1, 2, 3, 4, 5, 8, 23, 64, 130):
+        rows = int(rng.integers(1, 71))
+        cols = block * int(rng.integers(1, 10)) if block > 1 else int(rng.integers(1, 1400))
+        w = random_blocks(rng, name, rows, cols)
+        x = rng.standard_normal((n, cols)).astype(np.float32) * np.float32(10 ** rng.uniform(-3, 3))
+        bias = rng.standard_normal(rows).astype(np.float32) if rng.random() < 0.5 else None
+        y = matmul(isa, name, w, x, bias, int(rng.integers(1, 4)))
+        check(name, w, x, bias, y)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_edges(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    block = block_of(name)
+    for rows, n_blocks, n in ((1, 1, 1), (1, 3, 4), (33, 1, 5), (15, 3, 1), (16, 8, 16), (65, 5, 2), (70, 43, 3)):
+        cols = n_blocks * block
+        w, x = random_blocks(rng, name, rows, cols), rng.standard_normal((n, cols)).astype(np.float32)
+        for isa in isas:
+            check(name, w, x, None, matmul(isa, name, w, x))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_every_tail(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    for cols in (*range(1, 34), 511, 512, 513, 1025):
+        w, x = random_blocks(rng, name, 5, cols), rng.standard_normal((4, cols)).astype(np.float32)
+        for isa in isas:
+            check(name, w, x, None, matmul(isa, name, w, x))
+            check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+
+
+@pytest.mark.parametrize("name", list(BLOCK))
+def test_integer_kernels_agree_to_the_bit(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    if isas == ["base"]:
+        pytest.skip("this CPU runs the base kernels only")
+    for n in (1, 2, 7, 129):
+        cols = block_of(name) * int(rng.integers(1, 20))
+        w = random_blocks(rng, name, int(rng.integers(1, 71)), cols)
+        x = rng.standard_normal((n, cols)).astype(np.float32)
+        base = matmul("base", name, w, x)
+        for isa in isas[1:]:
+            np.testing.assert_array_equal(matmul(isa, name, w, x).view(np.uint32), base.view(np.uint32), f"{isa}, {n} rows")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_does_not_depend_on_its_batch(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    block = block_of(name)
+    cols = block * 5 if block > 1 else 1029
+    w = random_blocks(rng, name, 37, cols)
+    x = rng.standard_normal((131, cols)).astype(np.float32)
+    for isa in isas:
+        together = matmul(isa, name, w, x, threads=2)
+        for n in (1, 2, 3, 4, 6, 23):
+            part = matmul(isa, name, w, x[-n:], threads=1)
+            np.testing.assert_array_equal(part.view(np.uint32), together[-n:].view(np.uint32), f"{isa}: {n} rows against 131")
+
+
+@pytest.mark.parametrize("name", list(BLOCK))
+def test_extreme_integers(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    """The largest products of one sign, which is where sums of 16 bits would overflow."""
+    cols = block_of(name) * 4
+    for fill in (0x00, 0xFF, 0x80, 0x7F, 0xF0, 0x0F):
+        w = random_blocks(rng, name, 20, cols)
+        d = random_blocks(rng, name, 20, cols)
+        w[:] = fill
+        for at in halves_of(name, cols):
+            w[:, at : at + 2] = d[:, at : at + 2]
+        for sign in (np.ones(cols), -np.ones(cols), np.where(np.arange(cols) % 2, 1, -1)):
+            x = np.tile(sign.astype(np.float32), (6, 1))
+            for isa in isas:
+                check(name, w, x, None, matmul(isa, name, w, x))
+                check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+
+
+def halves_of(name: str, cols: int) -> list[int]:
+    from test_quant import HALVES
+
+    width = lib.kvs_row_bytes(type_id(name), block_of(name))
+    return [b * width + at for b in range(cols // block_of(name)) for at in HALVES[name]]
+
+
+@pytest.mark.parametrize("name", list(BLOCK))
+def test_unusual_activations(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    cols = block_of(name) * 6
+    w = random_blocks(rng, name, 18, cols)
+    x = rng.standard_normal((5, cols)).astype(np.float32)
+    x[0] = 0
+    x[1, : cols // 2] = 0
+    x[2] *= np.float32(1e-38)  # too small to count: no overflow of the inverse scale
+    x[3, 1], x[4, cols - 1] = np.inf, np.nan
+    for isa in isas:
+        for y in (matmul(isa, name, w, x), np.concatenate([matmul(isa, name, w, row[None]) for row in x])):
+            assert (y[0] == 0).all() and (y[2] == 0).all()
+            assert np.isnan(y[3]).all() and np.isnan(y[4]).all()
+            check(name, w, x[:2], None, y[:2])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_wide_rows(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    """11008 columns, as in a feed-forward matrix of 7B width."""
+    w = random_blocks(rng, name, 9, 11008)
+    x = rng.standard_normal((5, 11008)).astype(np.float32)
+    for isa in isas:
+        check(name, w, x, None, matmul(isa, name, w, x, threads=2))
+        check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+
+
+def test_bad_arguments() -> None:
+    y = np.zeros(8, np.float32)
+    args = (ffi.from_buffer(bytes(1024)), 1, 100, pointer(y), 1, ffi.NULL, pointer(y))
+    assert lib.kvs_test_matmul(b"base", 1, type_id("Q4_K"), *args) == lib.KVS_E_ARGUMENT
+    assert lib.kvs_test_matmul(b"base", 1, 99, *args) == lib.KVS_E_ARGUMENT
+    assert lib.kvs_test_matmul(b"no such kernels", 1, type_id("F32"), *args) == lib.KVS_E_DEVICE
+    assert lib.kvs_test_isa(b"base") == 1 and lib.kvs_test_isa(b"no such kernels") == 0

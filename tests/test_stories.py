@@ -1,0 +1,107 @@
+"""stories260K, a real trained model: the exact text that llama2.c's own test expects, also across save and load, rewind and fork."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pykvsmooth as kvs
+import pytest
+
+CONTINUE = """
+import sys
+import pykvsmooth as kvs
+from test_stories import greedy
+path, saved, n = sys.argv[1:]
+with kvs.Model(path, device="cpu") as model:
+    session = kvs.Session.load(model, saved, policy=None)
+    sys.stdout.write(" ".join(map(str, greedy(session, int(n)))))
+"""
+
+
+def greedy(session: kvs.Session, n: int) -> list[int]:
+    ids = []
+    for _ in range(n):
+        ids.append(int(session.logits().argmax()))
+        session.feed(ids[-1:], generated=True)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def expected(shared_data: Path) -> tuple[list[int], str]:
+    folder = shared_data / "stories260K"
+    return json.loads((folder / "greedy200.json").read_text())["ids"], (folder / "expected_stdout.200.txt").read_text()
+
+
+@pytest.fixture(scope="module", params=["f32", "Q8_0"])
+def model(shared_data: Path, request: pytest.FixtureRequest) -> Iterator[kvs.Model]:
+    with kvs.Model(shared_data / "stories260K" / f"stories260K-{request.param}.gguf", device="cpu") as model:
+        yield model
+
+
+def begin(model: kvs.Model, kv_type: str = "f32") -> kvs.Session:
+    """llama2.c's test starts from the beginning-of-sequence token alone."""
+    session = model.session(n_ctx=256, kv_type=kv_type)
+    session.feed([1])
+    return session
+
+
+def test_the_expected_text(model: kvs.Model, expected: tuple[list[int], str]) -> None:
+    ids, text = expected
+    with begin(model) as session:
+        assert greedy(session, len(ids)) == ids
+    assert model.detokenize(ids) == text
+
+
+def test_after_save_and_a_new_process(shared_data: Path, model: kvs.Model, expected: tuple[list[int], str], tmp_path: Path) -> None:
+    ids, text = expected
+    with begin(model) as session:
+        head = greedy(session, 83)
+        session.save(tmp_path / "half")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    arguments = [sys.executable, "-c", CONTINUE, model_path(shared_data, model), str(tmp_path / "half"), str(len(ids) - 83)]
+    tail = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert model.detokenize(head + [int(i) for i in tail.split()]) == text
+
+
+def model_path(shared_data: Path, model: kvs.Model) -> str:
+    quantized = "Q8_0" if model.metadata["general.file_type"] == 7 else "f32"
+    return str(shared_data / "stories260K" / f"stories260K-{quantized}.gguf")
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("policy", [None, kvs.KVSmooth(layers=[1, 2, 3])])
+def test_after_rewind_and_replay(model: kvs.Model, expected: tuple[list[int], str], kv_type: str, policy: kvs.KVSmooth | None) -> None:
+    """Twenty tokens elsewhere, back, and the same text again; under KVSmooth the text is its own, and repeats."""
+    with model.session(n_ctx=256, kv_type=kv_type, policy=policy) as session:
+        session.feed([1])
+        head = greedy(session, 60)
+        with session.fork() as straight:
+            tail = greedy(straight, 120)
+        session.feed(list(range(300, 320)), generated=True)
+        session.rewind(20)
+        again = greedy(session, 30)
+        session.rewind(30)
+        assert again == tail[:30]
+        assert greedy(session, 120) == tail
+    if policy is None and kv_type == "f32":
+        assert head + tail == expected[0][:180]
+
+
+def test_from_a_fork(model: kvs.Model, expected: tuple[list[int], str]) -> None:
+    ids, text = expected
+    with begin(model) as session:
+        head = greedy(session, 50)
+        with session.fork() as fork:
+            session.feed([300, 301, 302], generated=True)  # what the parent does is not the fork's business
+            assert model.detokenize(head + greedy(fork, len(ids) - 50)) == text
+
+
+def test_as_a_stream(model: kvs.Model, expected: tuple[list[int], str]) -> None:
+    """The same through generate: no template, greedy by default."""
+    ids, text = expected
+    with model.session(n_ctx=256, kv_type="f32") as session:
+        stream = session.generate("", template=None, max_tokens=len(ids))
+        assert "".join(token.text for token in stream) == text

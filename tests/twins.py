@@ -1,0 +1,147 @@
+"""A session of the runtime and one of the NumPy reference, fed alike and compared after each step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pykvsmooth as kvs
+from pykvsmooth import _native
+from pykvsmooth._native import ffi, lib
+
+from reference import KVSmooth, Session
+from tiny import MEAN, STD, Weights
+
+Array = np.ndarray
+# Entropies closer than this may be ranked either way (float32 sums against float64). With a rounded cache a value on the edge
+# between two stored numbers falls to either side, and entropies differ by more.
+TIE = {"f32": 3e-5, "f16": 1e-3, "q8_0": 1e-2}
+BOUNDS = {
+    "f32": {"entropy": 1e-4, "logits": 1e-3, "kv": 1e-3},
+    "f16": {"entropy": 2e-3, "logits": 2e-2, "kv": 1e-2},
+    "q8_0": {"entropy": 2e-2, "logits": 0.2, "kv": 0.1},
+}
+
+
+def tokens(rng: np.random.Generator, n: int) -> list[int]:
+    """n ids, the three control tokens of the tiny vocabulary left out"""
+    return rng.integers(3, 400, n).tolist()
+
+
+def picture(rng: np.random.Generator, size: int = 56) -> Array:
+    """A smooth random picture (size, size, 3) uint8: what a photograph scaled down looks like to the tower."""
+    coarse = rng.integers(0, 256, (5, 5, 3)).repeat(size // 5 + 1, axis=0).repeat(size // 5 + 1, axis=1)[:size, :size]
+    return np.clip(coarse + rng.normal(0, 20, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def pixels(image: Array) -> Array:
+    """uint8 (S, S, 3) -> normalised (3, S, S)"""
+    return ((image / 255.0 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
+
+
+# ---- the native floor below pykvsmooth.Session, for what only generate() and generate_batch() reach in Python ----
+
+
+def call(function: Callable[..., int], *arguments: Any) -> None:
+    err = _native.new_error()
+    _native.check(function(*arguments, err), err)
+
+
+def new_turn(session: kvs.Session) -> None:
+    call(lib.kvs_session_new_turn, session._handle)
+
+
+def step_together(sessions: Sequence[kvs.Session], ids: Sequence[int]) -> None:
+    """One generated token for each session in one pass over the weights."""
+    handles = ffi.new("kvs_session *[]", [session._handle for session in sessions])
+    call(lib.kvs_sessions_step, handles, ffi.new("int32_t[]", list(ids)), len(ids), ffi.NULL)
+
+
+def feed_with_flag(session: kvs.Session, ids: Sequence[int], flag: _native.Flag) -> None:
+    array = ffi.new("int32_t[]", list(ids))
+    call(lib.kvs_session_feed, session._handle, ffi.new("kvs_chunk *", {"ids": array, "n": len(ids)}), 1, flag.pointer)
+
+
+def timeline(session: kvs.Session) -> list[int]:
+    """Ids of all rows, -1 for an image row."""
+    n = session.n_past
+    ids, generated, hashes = ffi.new("int32_t[]", n), ffi.new("int32_t[]", n), ffi.new("uint64_t[]", n)
+    call(lib.kvs_session_timeline, session._handle, ids, hashes, generated)
+    return list(ids)
+
+
+@dataclass
+class Twins:
+    model: kvs.Model
+    weights: Weights
+    policy: dict[str, Any] | None = None
+    kv_type: str = "f32"
+    n_ctx: int = 256
+    bounds: dict[str, float] | None = None
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bounds = self.bounds or BOUNDS[self.kv_type]
+        self.ours = self.model.session(
+            n_ctx=self.n_ctx, kv_type=self.kv_type, policy=None if self.policy is None else kvs.KVSmooth(**self.policy)
+        )
+        followed = None if self.policy is None else KVSmooth(**self.policy, observed={}, tolerance=TIE[self.kv_type])
+        self.truth = Session(self.weights.text, followed, self.kv_type)
+
+    def close(self) -> None:
+        self.ours.close()
+
+    def __enter__(self) -> "Twins":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def feed(self, ids: Sequence[int]) -> None:
+        self.ours.feed(list(ids))
+        self.truth.feed(list(ids))
+
+    def feed_image(self, image: Array) -> None:
+        self.ours.feed_image(image)
+        self.truth.feed(self.weights.clip.encode(pixels(image)))
+
+    def step(self, token: int) -> None:
+        """One generated token; strengths must agree before anything is compared that follows from them."""
+        row = self.truth.n_past
+        self.ours.feed([token], generated=True)
+        strengths = self.ours.strengths()[-1]
+        if self.policy is not None and self.truth.n_group == 1:
+            self.truth.policy.observed |= {(row, layer): float(lam) for layer, lam in enumerate(strengths)}
+        self.truth.feed([token], generated=True)
+        expected = self.truth.strengths()[-1]
+        assert np.allclose(strengths, expected, rtol=0, atol=1e-5, equal_nan=True), (row, strengths, expected)
+        self.compare("entropy", self.ours.entropies()[-1], self.truth.entropies()[-1])
+        self.compare("logits", self.ours.logits(), self.truth.logits())
+
+    def steps(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self.step(int(token))
+
+    def greedy(self, n: int) -> list[int]:
+        """n tokens as the reference chooses them; ours must choose the same where the margin is not within the bound of logits."""
+        tokens = []
+        for _ in range(n):
+            logits = self.truth.logits()
+            tokens.append(int(logits.argmax()))
+            top = np.sort(logits)[-2:]
+            if top[1] - top[0] > 2 * self.bounds["logits"]:
+                assert int(self.ours.logits().argmax()) == tokens[-1], f"token {len(tokens) - 1}: margin {top[1] - top[0]:.4g}"
+            self.step(tokens[-1])
+        return tokens
+
+    def check_cache(self) -> None:
+        for layer in range(self.weights.text.n_layer):
+            for ours, truth in zip(self.ours.kv(layer), self.truth.kv(layer), strict=True):
+                self.compare("kv", ours, truth, f"layer {layer}")
+
+    def compare(self, what: str, ours: Array, truth: Array, where: str = "") -> None:
+        assert ours.shape == truth.shape, (what, where, ours.shape, truth.shape)
+        assert np.isfinite(ours).all(), (what, where)
+        error = float(np.abs(ours - truth).max(initial=0))
+        self.worst[what] = max(self.worst.get(what, 0.0), error)
+        assert error <= self.bounds[what], f"{what} {where} at row {self.truth.n_past - 1}: off by {error:.3g}"
