@@ -25,7 +25,9 @@ static bool alloc_device(kvs_cache *cache, const kvs_cache_shape *shape) {
     kv->exact_k = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
     kv->exact_v = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
     if (shape->exact_o) kv->exact_o = device_buffer(cache, ring * (uint64_t)kv->n_head);
-    return kv->exact_k && kv->exact_v && (!shape->exact_o || kv->exact_o);
+    uint64_t row = (uint64_t)kv->n_layer * (uint64_t)kv->head_dim * sizeof(float);
+    cache->kept = device_buffer(cache, row * (2 * (uint64_t)kv->n_kv_head + (shape->exact_o ? (uint64_t)kv->n_head : 0)));
+    return cache->kept && kv->exact_k && kv->exact_v && (!shape->exact_o || kv->exact_o);
 }
 
 static bool alloc_timeline(kvs_cache *cache) {
@@ -61,7 +63,7 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
 void kvs_cache_free(kvs_cache *cache) {
     if (!cache->be) return;
     void *device[] = {cache->kv.k,       cache->kv.v,       cache->kv.entropy, cache->kv.strength,
-                      cache->kv.exact_k, cache->kv.exact_v, cache->kv.exact_o};
+                      cache->kv.exact_k, cache->kv.exact_v, cache->kv.exact_o, cache->kept};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i]) cache->be->ops->release(cache->be, device[i]);
     free(cache->ids);
@@ -129,6 +131,28 @@ void kvs_cache_touched(kvs_cache *cache, int32_t n) {
     cache->exact_from = KVS_MAX(cache->exact_from, KVS_MIN(cache->n_past, cache->n_past + n - cache->kv.n_exact));
 }
 
+static void move_newest_exact(const kvs_cache *cache, bool back) {
+    const kvs_kv *kv = &cache->kv;
+    float *rings[] = {kv->exact_k, kv->exact_v, kv->exact_o}, *kept = cache->kept;
+    for (int i = 0; i < 3; i++) {
+        int32_t heads = i < 2 ? kv->n_kv_head : kv->n_head;
+        for (int32_t layer = 0; rings[i] && layer < kv->n_layer; layer++, kept += (int64_t)heads * kv->head_dim) {
+            float *row = rings[i] + kvs_kv_exact(kv, layer, cache->n_past - 1, heads);
+            cache->be->ops->copy(cache->be, back ? row : kept, back ? kept : row, (uint64_t)heads * (uint64_t)kv->head_dim * sizeof *row);
+        }
+    }
+}
+
+void kvs_cache_keep_exact(kvs_cache *cache) {
+    if (cache->kept && cache->n_past > 0) move_newest_exact(cache, false);
+}
+
+void kvs_cache_restore_exact(kvs_cache *cache) {
+    if (!cache->kept || cache->n_past == 0 || cache->exact_from < cache->n_past) return;
+    move_newest_exact(cache, true);
+    cache->exact_from = cache->n_past - 1;
+}
+
 void kvs_cache_commit(const kvs_span *span) {
     kvs_cache *cache = span->cache;
     for (int32_t i = 0; i < span->n; i++) {
@@ -146,10 +170,17 @@ bool kvs_cache_exact(const kvs_cache *cache, int32_t index) {
     return index >= KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
 }
 
-/* May the timeline end behind this row? A prompt row whose exact values are gone can be computed again, a smoothed one can't. */
-static bool can_end_at(const kvs_cache *cache, int32_t n_past) {
+/* Can row index be had exactly? A prompt row of text can be computed again, a smoothed one or one of a picture can't. */
+static bool can_have(const kvs_cache *cache, int32_t index) {
+    return index < 0 || kvs_cache_exact(cache, index) || (!(cache->flags[index] & KVS_ROW_GENERATED) && cache->ids[index] >= 0);
+}
+
+/* May the timeline end here? Its logits (if wanted) need the last row run once more, and that needs the row before it. */
+static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
     if (n_past == 0 || n_past == cache->n_past || !cache->policy || !cache->policy->ops->needs_exact(cache->policy)) return true;
-    return cache->store_is_exact || !(cache->flags[n_past - 1] & KVS_ROW_GENERATED) || kvs_cache_exact(cache, n_past - 1);
+    if (cache->store_is_exact) return true;
+    if (!(cache->flags[n_past - 1] & KVS_ROW_GENERATED)) return true; /* text can follow a picture */
+    return kvs_cache_exact(cache, n_past - 1) && (!logits || can_have(cache, n_past - 2));
 }
 
 /* A float32 store holds what the ring of exact rows held: the newest row is all that the next mix needs. */
@@ -169,12 +200,12 @@ static void refill_exact(kvs_cache *cache) {
 
 int32_t kvs_cache_rewindable(const kvs_cache *cache) {
     int32_t n = cache->n_past;
-    while (n > 0 && can_end_at(cache, n - 1)) n--;
+    while (n > 0 && can_end_at(cache, n - 1, true)) n--;
     return cache->n_past - n;
 }
 
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, kvs_error *err) {
-    if (!can_end_at(cache, n_past)) {
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
+    if (!can_end_at(cache, n_past, logits)) {
         kvs_fail(err, KVS_E_POLICY,
                  "rewind by %d rows: the row that the next smoothing would mix with is kept exactly for the newest %d rows only; "
                  "rewind less, or make the session with more exact_rows",

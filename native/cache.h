@@ -23,6 +23,7 @@ typedef struct kvs_cache {
     int32_t *positions; /* by physical row */
     int32_t *turns;     /* (n_turns) n_past at the start of each turn but the first, rising */
     int32_t n_turns;
+    float *kept;         /* [dev] the newest exact row of each layer while a prompt runs that may fail, or NULL */
     int32_t exact_from;  /* the ring of exact rows holds the indices exact_from..n_past-1 */
     bool store_is_exact; /* a float32 store that is what the next mix wants: rows can go back into the ring */
     uint64_t bytes;      /* of all buffers */
@@ -69,11 +70,14 @@ int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
 /* Rows of a span as the backend wants them: (span->n) entries from the end of the timeline on. */
 void kvs_cache_rows(const kvs_span *span, int32_t ahead, kvs_row *rows); /* ahead: rows of the same feed that come before */
 void kvs_cache_commit(const kvs_span *span);
+/* Around a prompt of n rows that may be cancelled: what it writes into the ring of exact rows takes the newest one's place. */
+void kvs_cache_keep_exact(kvs_cache *cache);
+void kvs_cache_restore_exact(kvs_cache *cache);      /* after kvs_cache_touched */
 void kvs_cache_touched(kvs_cache *cache, int32_t n); /* n rows beyond the end were written, committed or not */
 
 /* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. */
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, kvs_error *err);
-int32_t kvs_cache_rewindable(const kvs_cache *cache); /* how many rows that can drop, at most */
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err); /* logits: they will be asked for, without a new row */
+int32_t kvs_cache_rewindable(const kvs_cache *cache);                                /* how many rows that can drop, at most */
 bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
 int32_t kvs_cache_turn_start(const kvs_cache *cache);
 

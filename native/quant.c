@@ -1,8 +1,6 @@
 /* quant.c - plain decoders of every type that loads. Slow and obvious on purpose: the fast kernels are tested against them. */
 #include "quant.h"
 
-#include "backend.h"
-
 const int8_t kvs_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 static void f32_to_f32(const void *row, float *out, int64_t n) { memcpy(out, row, (size_t)n * sizeof *out); }
@@ -216,6 +214,6 @@ void kvs_kv_row_to_f32(int32_t type, const void *row, float *out, int32_t head_d
     traits[type].to_f32(row, out, whole);
     if (whole == head_dim) return;
     float last[32]; /* only Q8_0 gets here */
-    q8_0_to_f32((const uint8_t *)row + kvs_kv_row_bytes(type, whole), last, 32);
+    q8_0_to_f32((const uint8_t *)row + (int64_t)whole / 32 * 34, last, 32);
     memcpy(out + whole, last, (size_t)(head_dim - whole) * sizeof *out);
 }

@@ -176,8 +176,11 @@ static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const
     flat f;
     int status = flatten(s, chunks, n_chunks, &f, err);
     if (!status && f.n) {
+        bool exact = s->cache.n_past > 0 && kvs_cache_exact(&s->cache, s->cache.n_past - 1);
+        if (exact) kvs_cache_keep_exact(&s->cache);
         status = feed_blocks(s, &f, cancel, err);
         kvs_cache_touched(&s->cache, f.n);
+        if (status && exact) kvs_cache_restore_exact(&s->cache);
         if (!status) {
             kvs_span span = {.cache = &s->cache, .n = f.n, .ids = f.ids, .hashes = f.hashes};
             kvs_cache_commit(&span);
@@ -196,16 +199,37 @@ int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t 
     return status;
 }
 
-static int end_prefill(kvs_session *s, kvs_error *err) {
+/* After a rewind the rows to mix with may be gone from the ring of exact rows: prompt rows of text are computed once more. */
+static int ensure_exact(kvs_session *s, int32_t n, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
-    uint8_t *flags = cache->n_past ? &cache->flags[cache->n_past - 1] : NULL;
-    if (!flags || *flags & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
+    int32_t first = KVS_MAX(cache->n_past - n, 0), ids[2];
+    if (first == cache->n_past || !cache->policy || !cache->policy->ops->needs_exact(cache->policy) || kvs_cache_exact(cache, first))
+        return KVS_OK;
+    kvs_chunk again = {.ids = ids, .n = cache->n_past - first};
+    for (int32_t i = first; i < cache->n_past; i++) {
+        if (cache->flags[i] & KVS_ROW_GENERATED || cache->ids[i] < 0)
+            return kvs_fail(err, KVS_E_POLICY,
+                            "the exact values of row %d, which the next one would be mixed with, are gone; feed text first", i);
+        ids[i - first] = cache->ids[i];
+    }
+    int status = kvs_cache_rewind(cache, first, false, err);
+    return status ? status : feed(s, &again, 1, cancel, err);
+}
+
+static int end_prefill(kvs_session *s, const int32_t *cancel, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    const kvs_smooth_params *smooth = kvs_policy_kvsmooth_params(cache->policy);
+    if (!cache->n_past || cache->flags[cache->n_past - 1] & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
+    int status = smooth && smooth->smooth_last_prompt ? ensure_exact(s, 2, cancel, err) : KVS_OK; /* that row and the one before it */
+    if (status) return status;
+    uint8_t *flags = &cache->flags[cache->n_past - 1];
     *flags |= KVS_ROW_ENDED; /* before the policy looks: it derives its queue from the flags */
     if (!cache->policy) return KVS_OK;
-    int status = kvs_model_lock(s->model, NULL, err);
-    if (status) return status;
-    status = cache->policy->ops->end_prefill(cache->policy, cache, &s->model->text.rope, err);
-    kvs_model_unlock(s->model);
+    status = kvs_model_lock(s->model, cancel, err);
+    if (!status) {
+        status = cache->policy->ops->end_prefill(cache->policy, cache, &s->model->text.rope, err);
+        kvs_model_unlock(s->model);
+    }
     if (status) *flags &= (uint8_t)~KVS_ROW_ENDED;
     return status;
 }
@@ -213,32 +237,18 @@ static int end_prefill(kvs_session *s, kvs_error *err) {
 int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = end_prefill(session, err);
+    status = end_prefill(session, NULL, err);
     kvs_session_leave(session);
     return status;
 }
 
 /* ---- generated rows ---- */
 
-/* After a rewind the row to mix with may be gone from the ring of exact rows: a prompt row is computed once more. */
-static int ensure_exact(kvs_session *s, const int32_t *cancel, kvs_error *err) {
-    kvs_cache *cache = &s->cache;
-    int32_t last = cache->n_past - 1;
-    if (last < 0 || !cache->policy || !cache->policy->ops->needs_exact(cache->policy) || kvs_cache_exact(cache, last)) return KVS_OK;
-    if (cache->flags[last] & KVS_ROW_GENERATED || cache->ids[last] < 0)
-        return kvs_fail(err, KVS_E_POLICY, "the exact values of row %d, which the next one would be mixed with, are gone; feed text first",
-                        last);
-    int32_t id = cache->ids[last];
-    int status = kvs_cache_rewind(cache, last, err);
-    kvs_chunk again = {.ids = &id, .n = 1};
-    return status ? status : feed(s, &again, 1, cancel, err);
-}
-
 static int prepare_step(kvs_session *s, int32_t id, const int32_t *cancel, kvs_error *err) {
     int status = check_ids(s, &id, 1, err);
     if (!status) status = check_room(s, 1, err);
-    if (!status) status = ensure_exact(s, cancel, err);
-    return status ? status : end_prefill(s, err);
+    if (!status) status = ensure_exact(s, 1, cancel, err);
+    return status ? status : end_prefill(s, cancel, err);
 }
 
 static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, const int32_t *cancel, kvs_error *err) {
@@ -293,7 +303,7 @@ static int ensure_logits(kvs_session *s, kvs_error *err) {
     if (cache->ids[last] < 0) return bad_argument(err, "logits", "rewind left an image row as the last; feed text first");
     int32_t id = cache->ids[last];
     bool generated = cache->flags[last] & KVS_ROW_GENERATED;
-    int status = kvs_cache_rewind(cache, last, err);
+    int status = kvs_cache_rewind(cache, last, false, err);
     if (status) return status;
     kvs_chunk again = {.ids = &id, .n = 1};
     return generated ? step(&s, &id, 1, NULL, err) : feed(s, &again, 1, NULL, err);
@@ -463,7 +473,7 @@ int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err) {
         kvs_fail(err, KVS_E_ARGUMENT, "n: can't drop %d of %d rows", n, session->cache.n_past);
         status = KVS_E_ARGUMENT;
     } else if (n > 0) {
-        status = kvs_cache_rewind(&session->cache, session->cache.n_past - n, err);
+        status = kvs_cache_rewind(&session->cache, session->cache.n_past - n, true, err);
         if (!status) session->has_logits = false;
     }
     kvs_session_leave(session);

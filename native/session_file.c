@@ -241,6 +241,16 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
 }
 
+/* Read in one piece, as it was written: the checksum knows the pieces. */
+static bool same_list(stream *f, const int32_t *list, int32_t n) {
+    int32_t *saved = kvs_calloc((uint64_t)n + 1, sizeof *saved);
+    if (!saved) f->failed = true;
+    transfer(f, saved, (uint64_t)n * sizeof *saved);
+    bool same = !f->failed && (!n || !memcmp(saved, list, (size_t)n * sizeof *saved));
+    free(saved);
+    return same;
+}
+
 static int check_policy(stream *f, const header *h, const kvs_smooth_params *smooth, kvs_error *err) {
     if (h->smoothed != (smooth != NULL))
         return file_error(err, f->path, "policy",
@@ -255,11 +265,7 @@ static int check_policy(stream *f, const header *h, const kvs_smooth_params *smo
             return kvs_fail_file(err, KVS_E_SESSION_FILE, f->path, field_names[i], -1, "saved with %g, the policy given has %g", saved[i],
                                  wanted[i]);
     bool same = h->n_layers == smooth->n_layers && h->n_skip_ids == smooth->n_skip_ids;
-    for (int32_t i = 0; i < h->n_layers + h->n_skip_ids && same && !f->failed; i++) {
-        int32_t id;
-        transfer(f, &id, sizeof id);
-        same = id == (i < h->n_layers ? smooth->layers[i] : smooth->skip_ids[i - h->n_layers]);
-    }
+    same = same && same_list(f, smooth->layers, h->n_layers) && same_list(f, smooth->skip_ids, h->n_skip_ids);
     return same || f->failed ? KVS_OK : file_error(err, f->path, "layers or skip_token_ids", "saved with other layers or skip_token_ids");
 }
 

@@ -75,10 +75,13 @@ def _load() -> tuple[Any, Any, Path]:
     if abi != lib.KVS_ABI_VERSION:
         raise ImportError(f"pykvsmooth: {path} has ABI version {abi}, this package needs {lib.KVS_ABI_VERSION}; rebuild or reinstall")
     for name in ffi.list_types()[0]:
-        kind = ffi.typeof(name)
-        if kind.kind != "struct" or kind.fields is None:
+        if ffi.typeof(name).kind != "struct":
             continue
-        theirs, ours = lib.kvs_struct_size(name.encode()), ffi.sizeof(kind)
+        try:
+            ours = ffi.sizeof(name)
+        except (ValueError, getattr(ffi, "error", ValueError)):  # opaque: only the library knows it
+            continue
+        theirs = lib.kvs_struct_size(name.encode())
         if theirs != ours:
             raise ImportError(f"pykvsmooth: struct {name} has {theirs} bytes in {path} and {ours} in kvs.h; rebuild or reinstall")
     return ffi, lib, path

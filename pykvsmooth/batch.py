@@ -26,7 +26,16 @@ class Batch:
     sessions exist. Leaving the loop, close() and cancel() (from any thread) end all of them."""
 
     def __init__(
-        self, model: Model, requests: Iterable[Any], *, n_ctx: int, kv_type: str, policy: Any, parallel: int, on_error: str, options: dict[str, Any]
+        self,
+        model: Model,
+        requests: Iterable[Any],
+        *,
+        n_ctx: int,
+        kv_type: str,
+        policy: Any,
+        parallel: int,
+        on_error: str,
+        options: dict[str, Any],
     ) -> None:
         if on_error not in ("raise", "yield"):
             raise ValueError(f'on_error must be "raise" or "yield", not {on_error!r}')

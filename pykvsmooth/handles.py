@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 import weakref
+from types import FrameType
 from typing import Any, NoReturn
 
 from ._native import lib
@@ -81,6 +84,7 @@ class SessionHandle:
         self._model = model
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._owner: tuple[int, FrameType] | None = None  # the thread and the function that use the session now
         self._free = weakref.finalize(self, _free_session, pointer, model, self._pid)
         self._free.atexit = False  # a thread may still be inside at exit; the process takes its memory with it
 
@@ -90,22 +94,44 @@ class SessionHandle:
 
     def __enter__(self) -> Any:
         _check_process(self._pid, "session")
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("the session is in use by another thread; make one session per thread, they share the model's weights")
+        self._take(sys._getframe(1))
         if self.closed or self._model.closed:
-            self._lock.release()
+            self._owner = None
             raise ClosedError("the session is closed" if self.closed else "the session's model is closed")
         return self._pointer
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._owner = None
+
+    def _take(self, frame: FrameType) -> None:
+        with self._lock:
+            if self._owner is not None and not self._left_behind(*self._owner):
+                raise BusyError("the session is in use by another thread; make one session per thread, they share the model's weights")
+            self._owner = (threading.get_ident(), frame)
+
+    @staticmethod
+    def _left_behind(thread: int, owner: FrameType) -> bool:
+        """A signal's exception may strike between the steps of __enter__ and __exit__. Then the function that had taken the session has
+        ended without giving it back: it is this thread's, and no longer on its stack."""
+        if thread != threading.get_ident():
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not owner:
+            frame = frame.f_back
+        return frame is None
 
     def close(self) -> None:
-        if self.closed or os.getpid() != self._pid:
-            return
-        if not self._lock.acquire(timeout=CLOSE_SECONDS):
-            raise BusyError("the session is in use by another thread and did not stop")
-        try:
-            self._free()
-        finally:
-            self._lock.release()
+        """Waits for a call of another thread, which the caller has cancelled."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while not self.closed and os.getpid() == self._pid:
+            try:
+                self._take(sys._getframe())
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.002)
+                continue
+            try:
+                self._free()
+            finally:
+                self._owner = None

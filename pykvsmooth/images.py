@@ -229,7 +229,7 @@ def _to_8bit(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.dtyp
     low, high = float(values.min()), float(values.max())  # NaN if any value is
     if values.dtype.itemsize == 2:
         top = 65535.0
-    elif 0 <= low and high <= 65535:
+    elif low >= 0 and high <= 65535:
         top = 1.0 if values.dtype.kind == "f" and high <= 1 else 255.0 if high <= 255 else 65535.0
     else:
         raise ImageError(f"{name}: holds values from {low:g} to {high:g}, for which no range of brightness is known; scale it to 0..255")

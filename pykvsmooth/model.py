@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("pykvsmooth")
 IMAGE_CACHE_BYTES = 64 << 20
+IMAGE_CACHE_PICTURES = 8  # few, because long-lived small arrays would cut the heap to pieces
 END_OF_TURN = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
 
 
 class _ImageCache:
     """Embeddings of the last pictures, by digest of their pixels: never by file name. Safe for threads."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, pictures: int) -> None:
         self._budget = budget
+        self._pictures = pictures
         self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
@@ -53,7 +55,7 @@ class _ImageCache:
                 return
             self._rows[digest] = rows
             self._bytes += rows.nbytes
-            while self._bytes > self._budget:
+            while self._bytes > self._budget or len(self._rows) > self._pictures:
                 self._bytes -= self._rows.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
@@ -98,7 +100,7 @@ class Model:
         self._info = ffi.new("kvs_model_info *")
         self._info.struct_size = ffi.sizeof("kvs_model_info")
         lib.kvs_model_get_info(self._handle.pointer, self._info)
-        self._images = _ImageCache(IMAGE_CACHE_BYTES)
+        self._images = _ImageCache(IMAGE_CACHE_BYTES, IMAGE_CACHE_PICTURES)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._end_ids = self._find_end_ids()
         self.load_s = time.perf_counter() - begin
@@ -242,7 +244,8 @@ class Model:
             raise errors.ClosedError("the model is closed")
         if not self.has_vision:
             raise errors.UnsupportedModelError(
-                f"{self.path}: a picture was given, but no mmproj file is loaded ({self._no_vision}); load the pair with Model(path, mmproj=...)",
+                f"{self.path}: a picture was given, but no mmproj file is loaded ({self._no_vision}); "
+                "load the pair with Model(path, mmproj=...)",
                 self.path,
             )
         return self._info
@@ -345,7 +348,12 @@ def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Ca
             flag.set()
 
     try:
-        check(native_call(lambda: lib.kvs_model_load(params, out, err), flag, report if progress is not None else None), err)
+        report()
+        if not flag:
+            check(native_call(lambda: lib.kvs_model_load(params, out, err), flag, report if progress is not None else None), err)
+            report()
+        if flag:  # also if the last report, after the end, said so
+            raise errors.CancelledError(f"{path}: loading was cancelled by progress()")
     except BaseException:
         if out[0] != ffi.NULL:
             lib.kvs_model_free(out[0])

@@ -190,7 +190,9 @@ class KVSmooth:
                     raise PolicyError(f"KVSmooth: layers: {i} is out of range; the model has {n_layer} layers, 0..{n_layer - 1}")
             chosen = sorted({i % n_layer for i in self.layers})
         if not chosen:
-            raise PolicyError(f"KVSmooth: layers {self.layers!r} selects none of the model's {n_layer} layers; give another slice or a list")
+            raise PolicyError(
+                f"KVSmooth: layers {self.layers!r} selects none of the model's {n_layer} layers; give another slice or a list"
+            )
         return chosen
 
     def to_native(self, n_layer: int) -> tuple[Any, list[Any]]:

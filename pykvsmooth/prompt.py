@@ -102,7 +102,7 @@ class Prompt:
 
 
 def build_prompt(model: Model, text: str, pictures: Sequence[Picture], begin: bool) -> Prompt:
-    """Cuts text at its <image> marks. begin: a new timeline, which BOS opens if the model wants it and the template has not put it there."""
+    """Cuts text at its <image> marks. begin: a new timeline, which BOS opens if the model wants it and the template has none."""
     pieces = text.split(IMAGE_MARK)
     if len(pieces) - 1 != len(pictures):
         raise ValueError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks for {len(pictures)} pictures; give one picture per mark")

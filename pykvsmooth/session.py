@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from ._native import Flag, check, ffi, lib, make_exception, native_call, new_err
 from .handles import SessionHandle, refuse_pickle
 from .options import Options, integer, seed_of
 from .policy import KVSmooth
-from .prompt import Part, Picture, Prompt, build_prompt, digest_of, key_of, read_picture
+from .prompt import Part, Picture, Prompt, build_prompt, digest_of, read_picture
 from .stream import Stream
-from .template import Message, choose, place_marks
+from .template import Message, choose
 
 if TYPE_CHECKING:
     from .aio import AsyncStream
@@ -184,7 +185,7 @@ class Session:
             self._chat = _Chat()
 
     def agenerate(self, prompt: str, *args: Any, **options: Any) -> AsyncStream:
-        """generate() for asyncio: `async for token in session.agenerate(...)`. Native work runs in a thread; cancelling the task stops it."""
+        """generate() for asyncio: `async for token in session.agenerate(...)`. Work runs in a thread; cancelling the task ends it."""
         from .aio import AsyncStream
 
         return AsyncStream(self.generate(prompt, *args, **options))
@@ -254,7 +255,7 @@ class Session:
     # ---- the lower floor ----
 
     def feed(self, ids: Iterable[int], generated: bool = False) -> None:
-        """Adds rows, synchronously; no BOS is added. generated=True: each id counts as just generated, one by one, so that policies act on it.
+        """Adds rows, synchronously; no BOS is added. generated=True: each id counts as just generated, one by one, and policies act on it.
 
         Prompt rows are all or nothing: on an error or Ctrl-C none has been added. Raises ContextOverflowError, ValueError.
         """
@@ -389,9 +390,7 @@ class Session:
 
         session = object.__new__(cls)
         session._adopt(model, policy, make)
-        with session._handle as pointer:
-            session.n_ctx = lib.kvs_session_n_ctx(pointer)
-            session.kv_type = next(name for name, kind in KV_TYPES.items() if kind == lib.kvs_session_kv_type(pointer))
+        session.n_ctx, session.kv_type = _shape_of_file(path)
         session._prompt_end = 0
         del keep
         return session
@@ -402,6 +401,8 @@ class Session:
         if active is not None:
             active.flag.set()
         self._handle.close()
+        if active is not None:
+            active._end("cancelled")
 
     @property
     def closed(self) -> bool:
@@ -504,6 +505,13 @@ def _check_marks(message: str, n_pictures: int) -> None:
     marks = message.count("<image>")
     if marks and marks != n_pictures:
         raise ValueError(f"the prompt has {marks} <image> marks for {n_pictures} pictures; give one picture per mark")
+
+
+def _shape_of_file(path: str | os.PathLike[str]) -> tuple[int, str]:
+    """(n_ctx, kv_type) from the header of a file that the runtime has just accepted: magic, versions, identities (32 bytes), then these."""
+    with open(path, "rb") as file:
+        n_ctx, kind = struct.unpack("=32x2i", file.read(40))
+    return n_ctx, next(name for name, number in KV_TYPES.items() if number == kind)
 
 
 def _check_file(code: int, err: Any) -> None:

@@ -88,7 +88,7 @@ class Stream:
 
     @property
     def finish_reason(self) -> str | None:
-        """"stop", "length", "context" or "cancelled"; None while it runs."""
+        """ "stop", "length", "context" or "cancelled"; None while it runs."""
         return self._generation.finish_reason
 
     def __enter__(self) -> Stream:

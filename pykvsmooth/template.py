@@ -102,11 +102,15 @@ class Jinja:
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         if self._typed:
-            messages = [m if isinstance(m["content"], list) else {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            messages = [{**m, "content": _as_parts(m["content"])} for m in messages]
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._names)
         except Exception as error:  # a template is a program of the model's maker: whatever it raises is about the template
             raise TemplateError(f"the model's chat template fails: {error}; use template='vicuna' or template=None") from error
+
+
+def _as_parts(content: Any) -> list[dict[str, str]]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _compile(source: str) -> Any:
@@ -138,7 +142,7 @@ def _compile(source: str) -> Any:
 
 def _is_vicuna(source: str) -> bool:
     """Is this one of the ways in which Vicuna's template is written? Then ours does without jinja2."""
-    return "ASSISTANT:" in source and "USER:" in source or "upper()" in source and ("': '" in source or '": "' in source)
+    return ("ASSISTANT:" in source and "USER:" in source) or ("upper()" in source and ("': '" in source or '": "' in source))
 
 
 def choose(template: str | None, own: str | None, bos: str = "", eos: str = "") -> Template:

@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
 SHARED = HERE.parents[1] / "shared" / "data"
 
-import tiny  # noqa: E402
+import tiny
 
 
 @dataclass

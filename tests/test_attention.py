@@ -25,9 +25,9 @@ def stored(kv_type: int, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(np.float64)
     pad = -x.shape[-1] % 32
     blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]).reshape(*x.shape[:-1], -1, 32)
-    d = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float64)
-    q = np.clip(np.rint(blocks / np.where(d > 0, d, 1)), -127, 127)
-    return (q * d).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    d = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    q = np.clip(np.rint(blocks / np.where(d > 0, d, np.float32(1))), -127, 127)
+    return (q.astype(np.float64) * d).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
 def attend(isa, kv_type, q, k, v, exclude_self=False, threads=1, want_entropy=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+
 from pykvsmooth.errors import ImageError
 from pykvsmooth.images import MAX_CANVAS, MEAN_COLOUR, MODES, load_image, preprocess
 
@@ -319,7 +320,7 @@ def test_truncated(rng, kind):
     data = saved(Image.fromarray(noise(rng, 64, 64)), kind)
     assert load_image(data).size == (64, 64)
     for part in (0.9, 0.5, 0.2):
-        with pytest.raises(ImageError, match="damaged|picture"):
+        with pytest.raises(ImageError, match=r"damaged|picture"):
             load_image(data[: int(len(data) * part)])
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pykvsmooth as kvs
 import pytest
-
 import tiny
 from conftest import Pair
 from reference import KVSmooth, Session
 from twins import Twins, new_turn, picture, step_together, tokens
 
+import pykvsmooth as kvs
+
 # A window wide enough to show every rank, and a queue short enough to turn over within the test.
-BASE: dict[str, Any] = {"layers": [1, 2, 3], "lambda_ref": 0.5, "half_width": 0.5, "window": 6}
+BASE: dict[str, Any] = {"layers": [1, 2, 3], "lambda_ref": 0.5, "half_width": 0.4, "window": 6}
 SWITCHES: dict[str, dict[str, Any]] = {
     "lambda_ref": {"lambda_ref": 0.7, "half_width": 0.2},
     "window_1": {"window": 1},
@@ -120,7 +120,7 @@ def test_ties(rank_ties: str, gqa: tuple[kvs.Model, tiny.Weights], rng: np.rando
         twins.feed(tokens(rng, 2))
         twins.steps(tokens(rng, 6))
         twins.check_cache()
-        assert twins.truth.layers[1].strength[1] == pytest.approx(0.25 if rank_ties == "midrank" else 0.0)
+        assert twins.truth.layers[1].strength[1] == pytest.approx(0.25 if rank_ties == "midrank" else 0.1)
 
 
 @pytest.mark.parametrize("scope", ["turn", "session"])
@@ -161,13 +161,15 @@ def test_generated_without_prompt(gqa: tuple[kvs.Model, tiny.Weights], rng: np.r
 @pytest.mark.parametrize("switch", ["o", "relative", "per_kv_group"])
 def test_heads_of_one_group(switch: str, tiny_pair: Pair, rng: np.random.Generator) -> None:
     """The same on a model with as many KV heads as query heads, with a picture in the prompt."""
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        with Twins(model, tiny_pair.weights, BASE | SWITCHES[switch]) as twins:
-            twins.feed([1, 300])
-            twins.feed_image(picture(rng))
-            twins.feed(tokens(rng, 4))
-            twins.greedy(14)
-            twins.check_cache()
+    with (
+        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model,
+        Twins(model, tiny_pair.weights, BASE | SWITCHES[switch]) as twins,
+    ):
+        twins.feed([1, 300])
+        twins.feed_image(picture(rng))
+        twins.feed(tokens(rng, 4))
+        twins.greedy(14)
+        twins.check_cache()
 
 
 # ---- invariants ----
@@ -249,14 +251,14 @@ def test_several_sessions_in_one_pass(gqa: tuple[kvs.Model, tiny.Weights], rng: 
     model, _ = gqa
     policies = [None, kvs.KVSmooth(**BASE), kvs.KVSmooth(**BASE | {"target": "o"}), kvs.KVSmooth(**BASE | {"rope_mode": "relative"})]
     kv_types = ["f16", "f16", "f32", "q8_0"]
-    prompts, tokens = [tokens(rng, n) for n in (3, 17, 8, 11)], np.array([tokens(rng, 10) for _ in range(4)])
-    alone = [run(model, p, prompt, t.tolist(), kv) for p, prompt, t, kv in zip(policies, prompts, tokens, kv_types, strict=True)]
+    prompts, forced = [tokens(rng, n) for n in (3, 17, 8, 11)], np.array([tokens(rng, 10) for _ in range(4)])
+    alone = [run(model, p, prompt, t.tolist(), kv) for p, prompt, t, kv in zip(policies, prompts, forced, kv_types, strict=True)]
     sessions = [model.session(n_ctx=128, kv_type=kv, policy=p) for p, kv in zip(policies, kv_types, strict=True)]
     try:
         for session, prompt in zip(sessions, prompts, strict=True):
             session.feed(prompt)
         logits = [[s.logits() for s in sessions]]
-        for column in tokens.T:
+        for column in forced.T:
             step_together(sessions, column.tolist())
             logits.append([s.logits() for s in sessions])
         for i, session in enumerate(sessions):

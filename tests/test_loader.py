@@ -7,12 +7,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf_write as gw
 import numpy as np
 import pytest
-from pykvsmooth._native import ffi, lib
-
-import gguf_write as gw
 from gguf_write import ARRAY, BOOL, F32, F64, I8, I32, STRING, U8, U16, U32, U64, File, Tensor
+
+from pykvsmooth._native import ffi, lib
 
 
 class Failure(Exception):

@@ -1,4 +1,4 @@
-"""Text model, vision tower and cache of the runtime against Hugging Face's golden data and against the NumPy reference on fresh random pairs."""
+"""Text model, vision tower and cache against Hugging Face's golden data, and against the NumPy reference on fresh random pairs."""
 
 import dataclasses
 import json
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pykvsmooth as kvs
 import pytest
-
 import tiny
 from reference import Text
 from test_reference import GOLDEN, half_split
 from twins import BOUNDS, Twins, picture, pixels, tokens
+
+import pykvsmooth as kvs
 
 EPS = {"entropies": 1e-4, "logits": 1e-3, "kv": 1e-3, "image": 1e-3}  # the acceptance bounds, F32 cache
 
@@ -65,29 +65,26 @@ def test_golden_f32(golden_model: kvs.Model, golden: tuple, run: str) -> None:
             np.testing.assert_allclose(v, data[f"{run}.V"], rtol=0, atol=EPS["kv"])
 
 
-def first_doubtful_step(data: dict[str, np.ndarray], run: str, layers: list[int]) -> int:
-    """The first step at which the reference's margin is under 0.05 or two entropies in a queue are within 1e-3 of each other."""
-    top = np.sort(data[f"{run}.logits"], -1)
-    z = data[f"{run}.z"]
-    for step in range(len(z)):
-        if top[step, -1] - top[step, -2] < 0.05:
-            return step
-        queue = z[max(0, step - 14) : step, layers]
-        if GOLDEN[run] is not None and len(queue) and np.abs(queue - z[step, layers]).min() < 1e-3:
-            return step
-    return len(z)
-
-
 @pytest.mark.parametrize("run", GOLDEN)
 def test_golden_f16(golden_model: kvs.Model, golden: tuple, run: str) -> None:
+    """Forced along the golden tokens: ours is the same wherever the reference's margin is at least 0.05, as long as the strengths are the
+    same; and those may differ where two entropies in a queue are within 1e-3, from there on another cache is compared."""
     _, data, meta = golden
-    n = first_doubtful_step(data, run, meta["layers"])
+    z, logits, layers = data[f"{run}.z"], data[f"{run}.logits"], meta["layers"]
+    compared = 0
     with start(golden_model, golden, run, "f16") as session:
-        tokens = []
-        for _ in range(n):
-            tokens.append(int(session.logits().argmax()))
-            session.feed([tokens[-1]], generated=True)
-    assert tokens == data[f"{run}.tokens"][:n].tolist()
+        for step, token in enumerate(data[f"{run}.tokens"]):
+            top = np.sort(logits[step])[-2:]
+            if top[1] - top[0] >= 0.05:
+                assert int(session.logits().argmax()) == token, f"token {step}"
+                compared += 1
+            session.feed([token], generated=True)
+            if GOLDEN[run] is None or np.allclose(session.strengths()[-1], data[f"{run}.lam"][step], rtol=0, atol=1e-5, equal_nan=True):
+                continue
+            queue = z[max(0, step - meta["M"] + 1) : step, layers]
+            assert len(queue) and np.abs(queue - z[step, layers]).min() < 1e-3, f"strengths of token {step}"
+            break
+    assert compared >= 3
 
 
 TEXT_SHAPES: dict[str, dict[str, Any]] = {
@@ -251,7 +248,7 @@ class Rounded:
         self.weight, self.block = weight, block
 
     @property
-    def T(self) -> "Rounded":  # noqa: N802
+    def T(self) -> "Rounded":
         return self
 
     def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
@@ -280,7 +277,7 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
     activations alone, and that is little."""
     kinds = MIX if kind == "mix" else {}
     kind = "q4_k" if kind == "mix" else kind
-    shape = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 512}
+    shape = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256}
     seed = int(rng.integers(1 << 30))
     text, _, weights = tiny.write_pair(tmp_path, seed=seed, type=kind, types=kinds, vision=False, gain=1.0, **shape)
     rounded = tiny.Weights(as_the_kernels_see_it(weights.text, kind, kinds), None)
@@ -290,15 +287,18 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
         for name, truth in {"rounded": rounded, "exact": weights}.items():
             with Twins(model, truth, bounds=bound) as twins:
                 draw = np.random.default_rng(seed)
-                twins.feed([1, *tokens(draw, 40)])
+                twins.feed([1, *tokens(draw, 20)])
                 ours, reference = [twins.ours.logits()], [twins.truth.logits()]
-                for token in tokens(draw, 12):
+                for token in tokens(draw, 4):
                     twins.step(token)
                     ours.append(twins.ours.logits())
                     reference.append(twins.truth.logits())
                 errors[name] = max(nmse(ours[0], reference[0]), nmse(np.array(ours[1:]), np.array(reference[1:])))
+                first_layer = max(nmse(a, b) for a, b in zip(twins.ours.kv(0), twins.truth.kv(0), strict=True))
+                errors[name + ", first K and V"] = first_layer
     print(kind, errors)
-    assert errors["rounded"] <= 1e-5
+    assert errors["rounded, first K and V"] <= 1e-6  # no rounding of rounding here: what falls to the other side changes more and more
+    assert errors["rounded"] <= (1e-3 if kind in INTEGER_BLOCKS else 1e-9)
     assert errors["exact"] <= (5e-3 if kind in INTEGER_BLOCKS else 1e-9)
 
 

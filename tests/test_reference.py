@@ -6,7 +6,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
 import tiny
 from reference import KVSmooth, Session, greedy, load_clip, load_text
 from reference.llama import STORES, rotate, row_entropy, softmax

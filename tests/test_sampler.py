@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+
 from pykvsmooth._native import ffi, lib
 
 MASK = (1 << 64) - 1

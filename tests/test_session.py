@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pykvsmooth as kvs
 import pytest
-from pykvsmooth import _native
-
 import tiny
 from conftest import Pair
 from twins import feed_with_flag, picture, timeline, tokens
+
+import pykvsmooth as kvs
+from pykvsmooth import _native
 
 KV_TYPES = ["f32", "f16", "q8_0"]
 POLICIES: dict[str, dict[str, Any] | None] = {
@@ -232,6 +232,15 @@ def test_rewind_out_of_range(n: int, model: kvs.Model, rng: np.random.Generator)
         expected = state(session)
         with pytest.raises(ValueError):
             session.rewind(n)
+        assert_equal(expected, state(session))
+
+
+def test_longer_history_rewinds_further(model: kvs.Model, rng: np.random.Generator) -> None:
+    with kvs.Session(model, n_ctx=160, policy=kvs.KVSmooth(layers=[1, 2, 3]), exact_rows=64) as session:
+        begin(session, rng, 70)
+        expected, ids = state(session), timeline(session)[-50:]
+        session.rewind(50)
+        session.feed(ids, generated=True)
         assert_equal(expected, state(session))
 
 
@@ -465,7 +474,7 @@ def test_feed_cancelled_in_the_middle(rng: np.random.Generator, tmp_path: Path) 
         began = time.monotonic()
         with pytest.raises(kvs.KVSmoothError, match="cancel"):
             feed_with_flag(session, tokens(rng, 4000), flag)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 2.5  # the machine may be busy; alone it is some milliseconds
         timer.join()
         assert_equal(expected, state(session, 8))
         session.feed(tokens(rng, 3), generated=True)

@@ -1,4 +1,4 @@
-"""The tokenizer against a slow reference of the merge algorithm, on vocabularies made up here, and against the published LLaMA vocabulary."""
+"""The tokenizer against a slow reference of the merge algorithm on vocabularies made up here, and on the published LLaMA vocabulary."""
 
 import itertools
 import re
@@ -10,9 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from pykvsmooth._native import ffi, lib, new_error
-
 import tiny
+
+from pykvsmooth._native import ffi, lib, new_error
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -179,7 +179,7 @@ def test_random_vocabularies(rng: np.random.Generator, tmp_path: Path, with_byte
 
 
 def test_round_trip_of_any_text(rng: np.random.Generator, tmp_path: Path) -> None:
-    vocabulary = make(tmp_path / "v.gguf", random_pieces(rng, list("ab cé中".replace(" ", BAR))) + ["th", "e", BAR + "e"])
+    vocabulary = make(tmp_path / "v.gguf", [*random_pieces(rng, list("abcé中" + BAR)), "th", "e", BAR + "e"])
     for _ in range(2000):
         text = random_text(rng, int(rng.integers(0, 60)))
         assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
@@ -287,7 +287,7 @@ def test_capacity(tmp_path: Path) -> None:
 
 def test_long_texts_take_no_longer_than_they_should(rng: np.random.Generator, tmp_path: Path) -> None:
     """A quadratic tokenizer would need minutes."""
-    pieces = ["a" * (1 << i) for i in range(12)] + [BAR, BAR * 2, BAR * 4, "b", "ab"]
+    pieces = [*("a" * (1 << i) for i in range(12)), BAR, BAR * 2, BAR * 4, "b", "ab"]
     v = make(tmp_path / "v.gguf", pieces, kinds=[NORMAL] * (len(pieces) - 1) + [UNUSED])
     texts = [
         "a" * (1 << 20),

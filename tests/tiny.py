@@ -7,11 +7,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
-
 from reference import Clip, Text, load_clip, load_text
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-WORDS = "the a of in on and with is are man woman dog cat red blue big small table street car tree USER ASSISTANT describe image".split()
+TEXT = "the a of in on and with is are man woman dog cat red blue big small table street car tree USER ASSISTANT describe image"
 
 
 @dataclass
@@ -23,11 +22,11 @@ class Weights:
 
 
 def vocabulary(n_vocab: int | None = None) -> tuple[list[str], list[float], list[int]]:
-    """A small SentencePiece vocabulary: three control tokens, 256 bytes, characters, and merges that lead up to WORDS."""
+    """A small SentencePiece vocabulary: three control tokens, 256 bytes, characters, and merges that lead up to the words of TEXT."""
     tokens, types = ["<unk>", "<s>", "</s>"], [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     tokens += [f"<0x{i:02X}>" for i in range(256)]
     types += [gguf.TokenType.BYTE] * 256
-    pieces = dict.fromkeys(("▁" + word)[:n] for word in WORDS for n in range(2, len(word) + 2))
+    pieces = dict.fromkeys(("▁" + word)[:n] for word in TEXT.split() for n in range(2, len(word) + 2))
     pieces |= dict.fromkeys("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"-<>/äé中")
     tokens += pieces
     types += [gguf.TokenType.NORMAL] * len(pieces)
@@ -199,8 +198,9 @@ def write_mmproj(
     use_gelu: bool | None = False,
     projector_type: str | None = "mlp",
 ) -> str:
-    """v_layer: blocks of the tower as trained; a converted file holds one less, or blocks. mmproj "modern": right ffn names and, unless
-    blocks is given, clip.vision.feature_layer; "legacy": as in 2023, fc1 named ffn_down and fc2 ffn_up, no feature_layer, no projector_type."""
+    """v_layer: blocks of the tower as trained; a converted file holds one less, or blocks. mmproj "modern": right ffn names and,
+    unless blocks is given, clip.vision.feature_layer. "legacy": as in 2023, fc1 named ffn_down and fc2 ffn_up, no feature_layer, no
+    projector_type."""
     w = Writer(path, "clip", rng, type)
     modern, n = mmproj == "modern", blocks or v_layer - 1
     if modern and feature_layer is None and blocks is None:

@@ -1,16 +1,17 @@
 """A session of the runtime and one of the NumPy reference, fed alike and compared after each step."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from reference import KVSmooth, Session
+from tiny import MEAN, STD, Weights
+
 import pykvsmooth as kvs
 from pykvsmooth import _native
 from pykvsmooth._native import ffi, lib
-
-from reference import KVSmooth, Session
-from tiny import MEAN, STD, Weights
 
 Array = np.ndarray
 # Entropies closer than this may be ranked either way (float32 sums against float64). With a rounded cache a value on the edge
@@ -48,25 +49,29 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
 
 
 def new_turn(session: kvs.Session) -> None:
-    call(lib.kvs_session_new_turn, session._handle)
+    with session._handle as pointer:
+        call(lib.kvs_session_new_turn, pointer)
 
 
 def step_together(sessions: Sequence[kvs.Session], ids: Sequence[int]) -> None:
     """One generated token for each session in one pass over the weights."""
-    handles = ffi.new("kvs_session *[]", [session._handle for session in sessions])
-    call(lib.kvs_sessions_step, handles, ffi.new("int32_t[]", list(ids)), len(ids), ffi.NULL)
+    with ExitStack() as held:
+        pointers = ffi.new("kvs_session *[]", [held.enter_context(session._handle) for session in sessions])
+        call(lib.kvs_sessions_step, pointers, ffi.new("int32_t[]", list(ids)), len(ids), ffi.NULL)
 
 
 def feed_with_flag(session: kvs.Session, ids: Sequence[int], flag: _native.Flag) -> None:
     array = ffi.new("int32_t[]", list(ids))
-    call(lib.kvs_session_feed, session._handle, ffi.new("kvs_chunk *", {"ids": array, "n": len(ids)}), 1, flag.pointer)
+    with session._handle as pointer:
+        call(lib.kvs_session_feed, pointer, ffi.new("kvs_chunk *", {"ids": array, "n": len(ids)}), 1, flag.pointer)
 
 
 def timeline(session: kvs.Session) -> list[int]:
     """Ids of all rows, -1 for an image row."""
     n = session.n_past
     ids, generated, hashes = ffi.new("int32_t[]", n), ffi.new("int32_t[]", n), ffi.new("uint64_t[]", n)
-    call(lib.kvs_session_timeline, session._handle, ids, hashes, generated)
+    with session._handle as pointer:
+        call(lib.kvs_session_timeline, pointer, ids, hashes, generated)
     return list(ids)
 
 

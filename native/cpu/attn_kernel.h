@@ -10,7 +10,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { TILE = 64, GROUP = 8, MAX_LANES = 16 };
+enum { TILE = 64, GROUP = 8, AHEAD = 8192, MAX_LANES = 16 };
 
 typedef struct attn_row { /* state of one query */
     float m, l, u;
@@ -19,11 +19,12 @@ typedef struct attn_row { /* state of one query */
 
 typedef struct attn_work { /* a task and its scratch, heads padded with zeros to whole vectors */
     const kvs_attn_task *task;
-    int32_t width; /* head_dim, padded */
-    float *q;      /* (n_q, width), scaled */
-    float *o;      /* (n_q, width), sums before the division by l */
-    float *s;      /* (n_q, TILE), scores, then e^(s-m) */
-    float *rows;   /* (GROUP, width), keys or values as float32 */
+    int32_t width;  /* head_dim, padded */
+    int32_t n_keys; /* that anybody sees */
+    float *q;       /* (n_q, width), scaled */
+    float *o;       /* (n_q, width), sums before the division by l */
+    float *s;       /* (n_q, TILE), scores, then e^(s-m) */
+    float *rows;    /* (GROUP, width), keys or values as float32 */
     attn_row *state;
 } attn_work;
 
@@ -76,19 +77,44 @@ static inline void widen(const attn_work *w, const uint8_t *src, float *dst) {
     for (int32_t i = n; i < w->width; i++) dst[i] = 0.0f;
 }
 
-/* n <= GROUP rows from key first on as float32, the rest of the group zeros. A lone query reads whole float32 rows in
- * place; several share a copy, whose rows lie close together whatever the stride of the source. */
-static inline const float *take_rows(const attn_work *w, const uint8_t *base, int32_t first, int32_t n, int64_t *stride) {
+/* Rows are short and are read in turns from two places: the processor's own guess of what comes next is too timid. Into the
+ * second-level cache, because the first one waits for too few lines at a time (measured: twice as fast as a prefetch into it). */
+static inline void prefetch_rows(const attn_work *w, const uint8_t *src, int32_t first) {
+    int64_t row_bytes = w->task->row_bytes, bytes = GROUP * row_bytes;
+    if (first * row_bytes + AHEAD + bytes > w->n_keys * row_bytes) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(src + AHEAD + i, 0, 2);
+}
+
+typedef struct group { /* up to GROUP rows of keys or values that are about to be used */
+    int32_t type;      /* F16, read from the cache itself, or F32 */
+    const uint8_t *src;
+    int64_t stride; /* bytes */
+} group;
+
+/* n <= GROUP rows from key first on. A lone query takes whole rows from where they are, so that decoding runs at the speed of
+ * memory (blocks of Q8_0 are no faster that way); several queries share rows that are widened once, filled up with zeros. */
+static inline void take_rows(const attn_work *w, group *g, const uint8_t *base, int32_t first, int32_t n) {
     const kvs_attn_task *t = w->task;
     const uint8_t *src = base + first * t->row_bytes;
-    if (t->kv_type == KVS_TYPE_F32 && n == GROUP && t->n_q == 1 && w->width == t->head_dim) {
-        *stride = t->row_bytes / 4;
-        return (const float *)(const void *)src;
+    prefetch_rows(w, src, first);
+    if (n == GROUP && t->n_q == 1 && w->width == t->head_dim && t->kv_type != KVS_TYPE_Q8_0) {
+        g->type = t->kv_type;
+        g->src = src;
+        g->stride = t->row_bytes;
+        return;
     }
     for (int32_t i = 0; i < n; i++) widen(w, src + i * t->row_bytes, w->rows + i * w->width);
     if (n < GROUP) memset(w->rows + n * w->width, 0, (size_t)(GROUP - n) * (size_t)w->width * sizeof(float));
-    *stride = w->width;
-    return w->rows;
+    g->type = KVS_TYPE_F32;
+    g->src = (const uint8_t *)w->rows;
+    g->stride = (int64_t)sizeof(float) * w->width;
+}
+
+/* Elements d.. of row i. Type is a constant wherever this is called. The same float32 values as widen() gives. */
+static inline __attribute__((always_inline)) vf row_at(int32_t type, const group *g, int32_t i, int64_t d) {
+    const uint8_t *row = g->src + i * g->stride;
+    if (type == KVS_TYPE_F32) return v_load((const float *)(const void *)row + d);
+    return v_load_f16((const uint16_t *)(const void *)row + d);
 }
 
 /* ---- scores ---- */
@@ -113,31 +139,38 @@ static inline void sum8(const vf a[8], float *out) {
 #endif
 }
 
-static inline void dot_1x8(const float *q, const float *k, int64_t stride, int32_t width, float *s) {
+static inline __attribute__((always_inline)) void dot_1x8(int32_t type, const float *q, const group *k, int32_t width, float *s) {
     vf a[8];
     for (int i = 0; i < 8; i++) a[i] = v_zero();
-    for (int32_t d = 0; d < width; d += VW) {
+    for (int64_t d = 0; d < width; d += VW) {
         vf x = v_load(q + d);
-        for (int i = 0; i < 8; i++) a[i] = v_fma(x, v_load(k + i * stride + d), a[i]);
+        for (int i = 0; i < 8; i++) a[i] = v_fma(x, row_at(type, k, i, d), a[i]);
     }
     sum8(a, s);
 }
 
-static inline void dot_2x4(const float *q0, const float *q1, const float *k, int64_t stride, int32_t width, float *s0, float *s1) {
+static inline void dots_of_one(const float *q, const group *k, int32_t width, float *s) {
+    if (k->type == KVS_TYPE_F32)
+        dot_1x8(KVS_TYPE_F32, q, k, width, s);
+    else
+        dot_1x8(KVS_TYPE_F16, q, k, width, s);
+}
+
+static inline void dot_2x4(const float *q0, const float *q1, const group *k, int32_t first, int32_t width, float *s0, float *s1) {
     vf a[8];
     float sums[8];
     for (int i = 0; i < 8; i++) a[i] = v_zero();
-    for (int32_t d = 0; d < width; d += VW) {
+    for (int64_t d = 0; d < width; d += VW) {
         vf x0 = v_load(q0 + d), x1 = v_load(q1 + d);
         for (int i = 0; i < 4; i++) {
-            vf y = v_load(k + i * stride + d);
+            vf y = row_at(KVS_TYPE_F32, k, first + i, d);
             a[i] = v_fma(x0, y, a[i]);
             a[i + 4] = v_fma(x1, y, a[i + 4]);
         }
     }
     sum8(a, sums);
-    memcpy(s0, sums, 4 * sizeof(float));
-    memcpy(s1, sums + 4, 4 * sizeof(float));
+    memcpy(s0 + first, sums, 4 * sizeof(float));
+    memcpy(s1 + first, sums + 4, 4 * sizeof(float));
 }
 
 static inline int32_t seen_keys(const attn_work *w, int32_t i, int32_t first, int32_t n) { /* of first..first+n, by query i */
@@ -148,18 +181,18 @@ static inline int32_t seen_keys(const attn_work *w, int32_t i, int32_t first, in
 static inline void score_tile(const attn_work *w, int32_t first, int32_t n) {
     int32_t n_q = w->task->n_q, width = w->width;
     for (int32_t g = 0; g < n; g += GROUP) {
-        int64_t stride;
-        const float *k = take_rows(w, w->task->k, first + g, KVS_MIN((int32_t)GROUP, n - g), &stride);
+        group k;
+        take_rows(w, &k, w->task->k, first + g, KVS_MIN((int32_t)GROUP, n - g));
         for (int32_t i = 0; i < n_q; i += 2) {
             const float *q = w->q + i * width;
             float *s = w->s + i * TILE + g;
             bool pair = i + 1 < n_q;
             if (!seen_keys(w, i, first + g, 1) && !(pair && seen_keys(w, i + 1, first + g, 1))) continue;
             if (pair) {
-                dot_2x4(q, q + width, k, stride, width, s, s + TILE);
-                dot_2x4(q, q + width, k + 4 * stride, stride, width, s + 4, s + TILE + 4);
+                dot_2x4(q, q + width, &k, 0, width, s, s + TILE);
+                dot_2x4(q, q + width, &k, 4, width, s, s + TILE);
             } else
-                dot_1x8(q, k, stride, width, s);
+                dots_of_one(q, &k, width, s);
         }
     }
 }
@@ -238,34 +271,34 @@ static inline void soften_tile(const attn_work *w, int32_t first, int32_t n) {
 
 /* ---- outputs ---- */
 
-static inline void add_values(float *o, const float *p, const float *v, int64_t stride, int32_t n, int32_t width) {
-    for (int32_t d = 0; d < width; d += VW) {
+static inline void add_values(float *o, const float *p, const group *v, int32_t n, int32_t width) { /* the first n of a group */
+    for (int64_t d = 0; d < width; d += VW) {
         vf a = v_load(o + d);
-        for (int32_t i = 0; i < n; i++) a = v_fma(v_set(p[i]), v_load(v + i * stride + d), a);
+        for (int32_t i = 0; i < n; i++) a = v_fma(v_set(p[i]), row_at(KVS_TYPE_F32, v, i, d), a);
         v_store(o + d, a);
     }
 }
 
-static inline void add_values_1x8(float *o, const float *p, const float *v, int64_t stride, int32_t width) {
+static inline __attribute__((always_inline)) void add_1x8(int32_t type, float *o, const float *p, const group *v, int32_t width) {
     vf e[8];
     for (int i = 0; i < 8; i++) e[i] = v_set(p[i]);
-    for (int32_t d = 0; d < width; d += VW) {
+    for (int64_t d = 0; d < width; d += VW) {
         vf a = v_load(o + d);
-        for (int i = 0; i < 8; i++) a = v_fma(e[i], v_load(v + i * stride + d), a);
+        for (int i = 0; i < 8; i++) a = v_fma(e[i], row_at(type, v, i, d), a);
         v_store(o + d, a);
     }
 }
 
-static inline void add_values_2x4(float *o0, float *o1, const float *p0, const float *p1, const float *v, int64_t stride, int32_t width) {
+static inline void add_2x4(float *o0, float *o1, const float *p0, const float *p1, const group *v, int32_t first, int32_t width) {
     vf e0[4], e1[4];
     for (int i = 0; i < 4; i++) {
-        e0[i] = v_set(p0[i]);
-        e1[i] = v_set(p1[i]);
+        e0[i] = v_set(p0[first + i]);
+        e1[i] = v_set(p1[first + i]);
     }
-    for (int32_t d = 0; d < width; d += VW) {
+    for (int64_t d = 0; d < width; d += VW) {
         vf a0 = v_load(o0 + d), a1 = v_load(o1 + d);
         for (int i = 0; i < 4; i++) {
-            vf x = v_load(v + i * stride + d);
+            vf x = row_at(KVS_TYPE_F32, v, first + i, d);
             a0 = v_fma(e0[i], x, a0);
             a1 = v_fma(e1[i], x, a1);
         }
@@ -274,38 +307,39 @@ static inline void add_values_2x4(float *o0, float *o1, const float *p0, const f
     }
 }
 
-static inline void add_group(const attn_work *w, int32_t i, const float *p, const float *v, int64_t stride, int32_t seen) {
-    float *o = w->o + i * w->width;
-    if (seen == GROUP)
-        add_values_1x8(o, p, v, stride, w->width);
-    else if (seen)
-        add_values(o, p, v, stride, seen, w->width);
+static inline void add_group(float *o, const float *p, const group *v, int32_t seen, int32_t width) {
+    if (seen < GROUP)
+        add_values(o, p, v, seen, width);
+    else if (v->type == KVS_TYPE_F32)
+        add_1x8(KVS_TYPE_F32, o, p, v, width);
+    else
+        add_1x8(KVS_TYPE_F16, o, p, v, width);
 }
 
 static inline void value_tile(const attn_work *w, int32_t first, int32_t n) {
     int32_t n_q = w->task->n_q, width = w->width;
     for (int32_t g = 0; g < n; g += GROUP) {
-        int64_t stride;
+        group v;
         int32_t here = KVS_MIN((int32_t)GROUP, n - g);
-        const float *v = take_rows(w, w->task->v, first + g, here, &stride);
+        take_rows(w, &v, w->task->v, first + g, here);
         for (int32_t i = 0; i < n_q; i += 2) {
             const float *p = w->s + i * TILE + g;
             float *o = w->o + i * width;
             int32_t seen0 = seen_keys(w, i, first + g, here), seen1 = i + 1 < n_q ? seen_keys(w, i + 1, first + g, here) : 0;
             if (seen0 == GROUP && seen1 == GROUP) {
-                add_values_2x4(o, o + width, p, p + TILE, v, stride, width);
-                add_values_2x4(o, o + width, p + 4, p + TILE + 4, v + 4 * stride, stride, width);
+                add_2x4(o, o + width, p, p + TILE, &v, 0, width);
+                add_2x4(o, o + width, p, p + TILE, &v, 4, width);
                 continue;
             }
-            add_group(w, i, p, v, stride, seen0);
-            if (seen1) add_group(w, i + 1, p + TILE, v, stride, seen1);
+            if (seen0) add_group(o, p, &v, seen0, width);
+            if (seen1) add_group(o + width, p + TILE, &v, seen1, width);
         }
     }
 }
 
 /* ---- the whole ---- */
 
-static int32_t begin_task(attn_work *w, const kvs_attn_task *t) { /* returns the number of keys that anybody sees */
+static void begin_task(attn_work *w, const kvs_attn_task *t) {
     w->task = t;
     w->width = (int32_t)padded(t->head_dim);
     int64_t size = (int64_t)t->n_q * w->width;
@@ -315,13 +349,12 @@ static int32_t begin_task(attn_work *w, const kvs_attn_task *t) { /* returns the
     w->rows = w->s + (int64_t)t->n_q * TILE;
     w->state = (attn_row *)(void *)(w->rows + (int64_t)GROUP * w->width);
     memset(w->q, 0, 2 * (size_t)size * sizeof(float));
-    int32_t n_keys = 0;
+    w->n_keys = 0;
     for (int32_t i = 0; i < t->n_q; i++) {
         w->state[i] = (attn_row){.m = -INFINITY};
         for (int32_t d = 0; d < t->head_dim; d++) w->q[i * w->width + d] = t->q[i][d] * t->scale;
-        n_keys = KVS_MAX(n_keys, t->n_visible[i] + 1);
+        w->n_keys = KVS_MAX(w->n_keys, t->n_visible[i] + 1);
     }
-    return n_keys;
 }
 
 static void end_task(const attn_work *w) {
@@ -336,9 +369,9 @@ static void end_task(const attn_work *w) {
 
 static void attn(const kvs_attn_task *task) {
     attn_work w;
-    int32_t n_keys = begin_task(&w, task);
-    for (int32_t first = 0; first < n_keys; first += TILE) {
-        int32_t n = KVS_MIN((int32_t)TILE, n_keys - first);
+    begin_task(&w, task);
+    for (int32_t first = 0; first < w.n_keys; first += TILE) {
+        int32_t n = KVS_MIN((int32_t)TILE, w.n_keys - first);
         score_tile(&w, first, n);
         soften_tile(&w, first, n);
         value_tile(&w, first, n);

@@ -20,6 +20,13 @@ enum {
     KVS_UNIT = 32        /* what matmul.c hands out: a multiple of every panel */
 };
 
+#define KVS_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__ /* loops over registers: an array that is indexed at run time would live in memory */
+#define KVS_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+#else
+#define KVS_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#endif
+
 typedef struct kvs_acts { /* activations as integers; block b of row r stands at place r * row_step + b * block_step */
     int32_t block;        /* 32 or 256; 0 = not prepared */
     int64_t row_step, block_step;

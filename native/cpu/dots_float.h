@@ -4,12 +4,8 @@
 #define KVS_DOTS_FLOAT_H
 #include "dots.h"
 #include "simd.h"
-
-#define KVS_INLINE static inline __attribute__((always_inline))
-#ifdef __clang__ /* loops over registers: an array that is indexed at run time would live in memory */
-#define KVS_EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
-#else
-#define KVS_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#if defined(KVS_ISA_AVX2) || defined(KVS_ISA_AVX512)
+#include "dots_widen.h"
 #endif
 
 /* sums of the lanes of four vectors */
@@ -44,6 +40,11 @@ KVS_INLINE vf load_last(int32_t type, const void *row, int64_t k, int64_t n) { /
     return load_weights(type, part, 0);
 }
 
+#ifndef KVS_PREFETCH
+#define KVS_PREFETCH 1024
+#endif
+KVS_INLINE void prefetch(const uint8_t *p) { __builtin_prefetch((const void *)p); }
+
 /* sums[x][row] of n columns; rows row_bytes apart, of activations x_step values */
 KVS_INLINE void tile(int32_t type, int nx, const uint8_t *const w[4], const float *x, int64_t x_step, int64_t n, float sums[][4]) {
     vf s[3][4];
@@ -51,6 +52,7 @@ KVS_INLINE void tile(int32_t type, int nx, const uint8_t *const w[4], const floa
         for (int r = 0; r < 4; r++) s[i][r] = v_zero();
     int64_t k = 0;
     for (; k + VW <= n; k += VW) {
+        if (KVS_PREFETCH && nx == 1) prefetch(w[k / VW % 4] + k * (type == KVS_TYPE_F32 ? 4 : 2) + KVS_PREFETCH);
         vf v[3];
         KVS_EACH (i, nx) v[i] = v_load(x + i * x_step + k);
         KVS_EACH (r, 4) {
@@ -101,10 +103,10 @@ static void strip_bf16(const strip *s, const float *x, int64_t x_step, int64_t n
 static void widen(const kvs_panel *p, int64_t row, int64_t k, int64_t n, float *out) {
     const kvs_type_traits *t = kvs_type_get(p->type);
     const uint8_t *from = p->w + row * p->row_bytes + k / t->block * t->block_bytes;
-    int64_t i = 0;
-    if (p->type == KVS_TYPE_F16)
-        for (; i + VW <= n; i += VW) v_store(out + i, load_weights(KVS_TYPE_F16, from, i));
-    t->to_f32(from + i / t->block * t->block_bytes, out + i, n - i);
+#ifdef KVS_DOTS_WIDEN_H
+    if (widen_fast(p->type, from, out, n)) return;
+#endif
+    t->to_f32(from, out, n);
 }
 
 /* Rows are taken as they are (wide NULL), or from wide, which holds the panel's columns k..k + n as float32. */
@@ -125,20 +127,22 @@ static void float_strips(const kvs_panel *p, const float *wide, int64_t k, int64
 }
 
 static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, float *wide) {
-    bool plain = p->type == KVS_TYPE_F32 || ((p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16) && n <= KVS_FEW);
     for (int64_t k = 0; k < p->cols; k += KVS_KC) {
         int64_t kn = KVS_MIN(KVS_KC, p->cols - k);
-        for (int64_t r = 0; r < p->rows && !plain; r++) widen(p, r, k, kn, wide + r * KVS_KC);
-        float_strips(p, plain ? NULL : wide, k, kn, x, n, y, y_step);
+        for (int64_t r = 0; r < p->rows && wide; r++) widen(p, r, k, kn, wide + r * KVS_KC);
+        float_strips(p, wide, k, kn, x, n, y, y_step);
     }
 }
 
+/* Few activation rows: plain types are read as they lie, each four rows to their ends, so that memory sees long streams. */
 static void floats(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch) {
-    for (int64_t r = 0; r < p->rows; r += KVS_ROWS_FLOAT) {
+    bool few = n <= KVS_FEW, plain = p->type == KVS_TYPE_F32 || p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16;
+    int64_t step = few ? 4 : KVS_ROWS_FLOAT;
+    for (int64_t r = 0; r < p->rows; r += step) {
         kvs_panel part = *p;
         part.w += r * p->row_bytes;
-        part.rows = KVS_MIN(KVS_ROWS_FLOAT, p->rows - r);
-        float_panel(&part, x, n, y + r, y_step, scratch);
+        part.rows = KVS_MIN(step, p->rows - r);
+        float_panel(&part, x, n, y + r, y_step, plain ? NULL : scratch);
     }
 }
 #endif

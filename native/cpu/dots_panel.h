@@ -108,8 +108,8 @@ static void q6_k_pack(packed *w, const uint8_t *const *block, int first) {
         load_turned(b, block, 64 * half + 32);
         load_turned(h, block, 128 + 32 * half);
         for (int k = 0; k < 8; k++) {
-            v8 in[3] = {a[k], b[k], h[k]}, out[4];
-            q6_k_values((const uint8_t *)&in[0], (const uint8_t *)&in[2], out);
+            v8 out[4];
+            q6_k_values(a[k], b[k], h[k], out);
             for (int r = 0; r < 4; r++) put(w, 32 * half + 8 * r + k, first, out[r]);
         }
     }
@@ -133,10 +133,7 @@ static void q8_0_pack(packed *w, const uint8_t *const *block, int first, int n_b
 static void q4_0_pack(packed *w, const uint8_t *const *block, int first, int n_blocks) {
     v8 v[8];
     for (int b = 0; b < n_blocks; b++) {
-        for (int i = 0; i < 8; i++) {
-            __m128i q = load8h(block[i] + 18 * b + 2);
-            v[i] = nibbles(both(q, _mm_srli_epi16(q, 4)));
-        }
+        for (int i = 0; i < 8; i++) v[i] = nibble_values(block[i] + 18 * b + 2);
         transpose(v);
         for (int k = 0; k < 8; k++) put(w, 8 * b + k, first, v[k]);
     }
@@ -149,12 +146,6 @@ KVS_INLINE int32_t as_scale(int32_t s) { return s; } /* for a product of 32 bits
 #else
 KVS_INLINE int32_t as_scale(int32_t s) { return twice(s, s); } /* for madd */
 #endif
-
-static float f16_at(const void *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return _cvtsh_ss(h);
-}
 
 static void k4_head_row(packed *w, const uint8_t *block, int r) {
     uint8_t s[8], m[8];
@@ -213,6 +204,7 @@ KVS_INLINE void steps(vi acc[NV][4], int nx, int n, int depth, const packed *w, 
                 KVS_EACH (v, NV) {
                     vi p = _mm256_maddubs_epi16(u[v], xv);
                     s[v][i] = _mm256_add_epi16(s[v][i], p);
+                    KVS_KEEP(s[v][i]);
                 }
             }
         }
@@ -287,11 +279,17 @@ KVS_INLINE void q4_0_times(const panel_call *c, int nx) {
 
 #ifndef KVS_ISA_AVX512
 KVS_INLINE void sign_steps(vi acc[NV][4], int nx, const packed *w, int t, const int8_t *const x[4]) {
-    KVS_EACH (k, 8)
+    KVS_EACH (k, 8) {
+        vi xv[4];
+        KVS_EACH (i, nx) xv[i] = vi_four(x[i] + 4 * (t + k));
         KVS_EACH (v, NV) {
             vi u = vi_load(w->q[t + k][v * VI]), sign = vi_load(w->sign[t + k][v * VI]);
-            KVS_EACH (i, nx) acc[v][i] = vi_add(acc[v][i], dot4(u, _mm256_sign_epi8(vi_four(x[i] + 4 * (t + k)), sign)));
+            KVS_EACH (i, nx) {
+                acc[v][i] = vi_add(acc[v][i], dot4(u, _mm256_sign_epi8(xv[i], sign)));
+                KVS_KEEP(acc[v][i]);
+            }
         }
+    }
 }
 #endif
 

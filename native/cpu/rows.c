@@ -161,10 +161,10 @@ static void store_q8_block(uint8_t *block, const float *x, int32_t n) {
     float top = 0.0f;
     for (int32_t i = 0; i < n; i++) top = KVS_MAX(top, fabsf(x[i]));
     uint16_t scale = kvs_f32_to_f16(KVS_MIN(top / 127.0f, 65504.0f));
-    float d = kvs_f16_to_f32(scale), inverse = d > 0.0f ? 1.0f / d : 0.0f;
+    float d = kvs_f16_to_f32(scale);
     memcpy(block, &scale, 2);
     for (int32_t i = 0; i < 32; i++) {
-        float q = i < n ? nearbyintf(x[i] * inverse) : 0.0f;
+        float q = i < n && d > 0.0f ? nearbyintf(x[i] / d) : 0.0f;
         block[2 + i] = (uint8_t)(int8_t)(q > 127.0f ? 127.0f : q < -127.0f ? -127.0f : q == q ? q : 0.0f);
     }
 }

@@ -149,7 +149,9 @@ def strength_range(policy: Any) -> tuple[float, float]:
 
 
 def stats_line(stats: Stats, finish_reason: str) -> str:
-    parts = [f"encode {stats.encode_s:.2f} s" if not stats.reused_images else "picture reused"] if stats.encode_s or stats.reused_images else []
+    parts = (
+        [f"encode {stats.encode_s:.2f} s" if not stats.reused_images else "picture reused"] if stats.encode_s or stats.reused_images else []
+    )
     reused = f", {stats.reused_tokens} reused" if stats.reused_tokens else ""
     parts.append(f"prefill {stats.prefill_s:.2f} s ({stats.prefill_tokens} rows{reused})")
     parts.append(f"{stats.decode_tokens} tokens at {stats.tokens_per_s:.1f} tok/s")
@@ -183,8 +185,8 @@ def compare(ui: Ui, plain: Result, smoothed: Result) -> None:
         sides = [_lines(out, left, column, RED, "[-", "-]"), _lines(out, right, column, GREEN, "{+", "+}")]
         rows = max(map(len, sides))
         heads = [(out.paint("plain", "\x1b[1m"), 5), (out.paint("smoothed", "\x1b[1m"), 8)]
-        columns = [[head, *side, *[("", 0)] * (rows - len(side))] for head, side in zip(heads, sides)]
-        for (text, used), (other, _) in zip(*columns):
+        columns = [[head, *side, *[("", 0)] * (rows - len(side))] for head, side in zip(heads, sides, strict=True)]
+        for (text, used), (other, _) in zip(*columns, strict=True):
             out.write(f"{text}{' ' * (column - used)} {'│' if out.utf8 else '|'} {other}".rstrip() + "\n")
     else:
         width = out.width - 1 if out.tty else 1 << 30

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import unicodedata
-from typing import IO
+from typing import TextIO
 
 RESET, DIM, BOLD, RED, GREEN = "\x1b[0m", "\x1b[2m", "\x1b[1m", "\x1b[31m", "\x1b[32m"
 _TURNS_TEXT_AROUND = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidirectional overrides
@@ -15,8 +15,8 @@ _TURNS_TEXT_AROUND = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069
 class Screen:
     """One of the two output streams. Looked at once; a window that changes its size is asked for its width each time."""
 
-    def __init__(self, stream: IO[str] | None) -> None:
-        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115: None when the shell closed it
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115  None when the shell closed it
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
         dumb = os.environ.get("TERM", "dumb") == "dumb"
@@ -28,9 +28,10 @@ class Screen:
     @property
     def width(self) -> int:
         try:
-            return max(os.get_terminal_size(self.stream.fileno()).columns, 10) if self.tty else 80
+            columns = os.get_terminal_size(self.stream.fileno()).columns if self.tty else 0
         except (OSError, ValueError):
-            return 80
+            columns = 0
+        return max(columns, 10) if columns else 80
 
     def write(self, text: str) -> None:
         self.stream.write(text)

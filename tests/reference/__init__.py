@@ -1,4 +1,4 @@
-"""The specification in NumPy, float64: the text model, the vision tower and KVSmooth inside the cache. Reading order: llama.py, kvsmooth.py, clip.py."""
+"""The specification in NumPy, float64: text model, vision tower, KVSmooth inside the cache. Read llama.py, kvsmooth.py, clip.py."""
 
 from .clip import Clip, load_clip
 from .kvsmooth import KVSmooth

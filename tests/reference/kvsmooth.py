@@ -47,7 +47,9 @@ class KVSmooth:
         return {"none": 0, "last_prompt_row": 1}[self.warm_start] if isinstance(self.warm_start, str) else self.warm_start[1]
 
     def ranked(self, entropy: Array, rows_seen: int) -> Array:
-        return entropy / np.log(max(2, rows_seen)) if self.entropy_norm == "log_len" else entropy
+        """log_len: divided by the most that it could be; without its own key a row sees one less"""
+        keys = rows_seen if self.entropy_include_self else rows_seen - 1
+        return entropy / np.log(max(2, keys)) if self.entropy_norm == "log_len" else entropy
 
     def strength(self, queue: list[float], row: int, layer: int) -> float:
         """eq. 13 and 14: the rank of the newest entropy among the queue, itself included; clipped to the window around lambda_ref."""

@@ -1,0 +1,320 @@
+"""pykvsmooth caption: pictures in, captions out."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from . import options, render
+from .pictures import STDIN, expand, named, source_of
+from .records import CaptionFile, caption_file, caption_record, dumps, file_facts, token_record
+from .terminal import BOLD, Ui, time_text
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..session import Session
+    from ..stats import Result, Token
+
+DESCRIPTION = """Captions pictures. The words go to standard output as they come, all else to standard error."""
+EPILOG = """pictures: files, folders (the pictures in them, by name), globs, and - for standard input.
+
+--json prints a line {"type": "result", "image": ..., "caption": ...} per picture, and for a single picture a line
+{"type": "token", "text": ..., "entropy": ..., "strength": ...} per token before it; --json-tokens does that for many pictures, too.
+--out F.jsonl appends a line per picture; pictures that it already holds with the same settings are skipped, so the same
+command goes on where an earlier one was stopped. Exit: 0 done, 1 an error (the other pictures are done), 2 usage, 130 Ctrl-C."""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "caption", help="caption pictures", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, a glob, or - for standard input")
+    parser.add_argument("--prompt", default=options.PROMPT, metavar="TEXT", help=f'default: "{options.PROMPT}"')
+    options.add_model(parser)
+    options.add_policy(parser)
+    options.add_answer(parser)
+    options.add_output(parser)
+    show = parser.add_argument_group("what to show")
+    show.add_argument("--heat", action="store_true", help="shade words by the entropy of their attention rows (colour terminals)")
+    show.add_argument("--strengths", action="store_true", help="bars of the smoothing strength under each line")
+    show.add_argument("--compare", action="store_true", help="plain and smoothed caption, differences marked")
+    show.add_argument("--json", action="store_true", help="JSON lines instead of text")
+    show.add_argument("--json-tokens", action="store_true", help="like --json, with the tokens of every picture")
+    show.add_argument("--out", metavar="F.jsonl", help="append captions to this file; resumes where it stopped")
+    show.add_argument("--parallel", type=options._positive, default=1, metavar="N", help="pictures that step together (default: 1)")
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class Job:
+    """What is the same for all pictures of one run."""
+
+    args: argparse.Namespace
+    ui: Ui
+    model: Model
+    policy: Any
+    answer: dict[str, Any]
+    out: CaptionFile | None = None
+    names: list[str] = field(default_factory=list)
+    failed: int = 0
+    done: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def json(self) -> bool:
+        return bool(self.args.json or self.args.json_tokens)
+
+    @property
+    def token_lines(self) -> bool:
+        return bool(self.args.json_tokens or (self.args.json and len(self.names) == 1))
+
+    def settings(self, policy: Any) -> dict[str, Any]:
+        """All that the words of a caption depend on, but for the picture."""
+        seed = {} if self.args.temperature > 0 else {"seed": None}
+        files = {"model": file_facts(self.model.path), "mmproj": file_facts(self.model.mmproj)}
+        cache = {"n_ctx": self.args.n_ctx, "kv_type": self.args.kv_type}
+        return {**files, "prompt": self.args.prompt, "policy": repr(policy) if policy else "off", **self.answer, **seed, **cache}
+
+    def fail(self, name: str, error: Exception) -> None:
+        if self.args.debug:
+            raise error
+        self.failed += 1
+        self.ui.error(options.in_options(named(name, error)))
+
+    def progress(self, name: str) -> None:
+        """The bar, where captions do not stream to the same terminal."""
+        self.ui.clear()
+        seen, total = self.done + self.failed, len(self.names)
+        if total < 2 or (self.ui.out.tty and not self.out):
+            return
+        each = (time.monotonic() - self.begin) / seen if seen else 0.0
+        eta = f" {each:.1f} s each, {time_text(each * (total - seen))} left" if seen else ""
+        filled = 12 * seen // total
+        self.ui.status(f"[{'#' * filled}{'.' * (12 - filled)}] {seen}/{total}{eta} {name}")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> int:
+    _check(args)
+    names, wrong = expand(args.images)
+    changes, answer = options.policy_changes(args), options.answer_options(args)
+    for text in wrong:
+        ui.error(text)
+    if not names:
+        return 1
+    with caption_file(args.out) as out, options.load_model(args, ui) as model:
+        job = Job(args, ui, model, options.make_policy(args, model, changes), answer, out, names, failed=0)
+        _skip_done(job)
+        if job.names:
+            (_compare_all if args.compare else _caption_together if args.parallel > 1 else _caption_each)(job)
+        _summary(job)
+    return 1 if wrong or job.failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    shown = [name for name in ("heat", "strengths") if getattr(args, name)]
+    if args.images.count(STDIN) > 1:
+        raise options.UsageError("- (standard input) can be given once")
+    if STDIN in args.images:
+        source_of(STDIN)  # says so at once if nothing can come from there
+    if args.compare and "kvsmooth" not in args.policy:
+        raise options.UsageError("--compare needs a policy to compare with: --policy kvsmooth")
+    for one, others in (
+        ("compare", ["out", "json_tokens", "parallel", *shown]),
+        ("json", shown),
+        ("json_tokens", shown),
+        ("out", shown),
+        ("parallel", shown),
+    ):
+        clash = [name for name in others if _asked(args, name)] if _asked(args, one) else []
+        if clash:
+            raise options.UsageError(f"--{one.replace('_', '-')} and --{clash[0].replace('_', '-')} do not go together")
+
+
+def _asked(args: argparse.Namespace, name: str) -> bool:
+    return bool(args.parallel > 1 if name == "parallel" else getattr(args, name))
+
+
+def _skip_done(job: Job) -> None:
+    if job.out is None:
+        return
+    settings = job.settings(job.policy)
+    if job.out.cut:
+        job.ui.note(f"{job.out.path}: an unfinished line of an earlier run was cut off")
+    todo = [name for name in job.names if not job.out.has(name, settings)]
+    if len(todo) < len(job.names):
+        job.ui.note(f"{len(job.names) - len(todo)} of {len(job.names)} pictures are in {job.out.path} already")
+    job.names = todo
+
+
+def _summary(job: Job) -> None:
+    if job.done + job.failed > 1:
+        failed = f", {job.failed} failed" if job.failed else ""
+        job.ui.note(f"{job.done} captioned{failed} in {time_text(time.monotonic() - job.begin)}")
+
+
+# ---- one after the other ----
+
+
+def _caption_each(job: Job) -> None:
+    with _session(job, job.policy) as session:
+        for name in job.names:
+            job.progress(name)
+            try:
+                result = _stream(job, session, name)
+            except (errors.ImageError, errors.ContextOverflowError) as error:
+                job.fail(name, error)
+                continue
+            _finish(job, name, result, job.policy)
+
+
+def _session(job: Job, policy: Any) -> Session:
+    return job.model.session(n_ctx=job.args.n_ctx, kv_type=job.args.kv_type, policy=policy)
+
+
+def _header(ui: Ui, name: str, first: bool) -> None:
+    ui.clear()
+    gap = "\n" if ui.out.tty and not first else ""
+    shown = ui.out.safe(name) + ":"
+    ui.out.write(gap + (ui.out.paint(shown, BOLD) + "\n" if ui.out.tty else shown + " "))
+
+
+def _stream(job: Job, session: Session, name: str) -> Result:
+    """A caption, shown while it comes. After Ctrl-C the words so far stay and the line ends."""
+    painter = _painter(job)
+    stream = session.generate(job.args.prompt, image=source_of(name), **job.answer)
+    if not (len(job.names) > 1 and job.ui.err.cursor and not job.ui.out.tty):
+        job.ui.status(f"looking at {name}")
+    begun = False
+    try:
+        for token in stream:
+            if not begun and painter is not None and len(job.names) > 1:
+                _header(job.ui, name, first=job.done == 0)
+            begun = True
+            if painter is not None:
+                painter.token(token)
+            if job.token_lines:
+                _line(job, token_record(name, token))
+    finally:
+        if painter is not None and (begun or stream.finish_reason not in (None, "cancelled")):
+            painter.end()
+    if painter is not None:
+        painter.legend()
+    return stream.result()
+
+
+def _painter(job: Job) -> Any:
+    if job.json or job.out:
+        return None
+    args, ui = job.args, job.ui
+    if args.heat and not ui.out.colour and not job.done:
+        ui.note("--heat: no colours here (not a colour terminal, or NO_COLOR is set)")
+    if args.strengths and job.policy is None and not job.done:
+        ui.note("--strengths: the policy is off, so there are none")
+    if args.strengths or (args.heat and ui.out.colour):
+        return render.Painted(ui, args.heat, render.strength_range(job.policy) if args.strengths and job.policy else None)
+    return render.Plain(ui)
+
+
+def _line(job: Job, record: dict[str, Any]) -> None:
+    job.ui.clear()
+    job.ui.out.write(dumps(record) + "\n")
+
+
+def _finish(job: Job, name: str, result: Result, policy: Any) -> None:
+    job.done += 1
+    record = caption_record(name, result, job.settings(policy))
+    if job.out:
+        job.out.add(record)
+    if job.json:
+        _line(job, {"type": "result", **record})
+    if not job.out or len(job.names) == 1:
+        prefix = f"{name}: " if len(job.names) > 1 and not job.ui.out.tty else ""
+        job.ui.note(prefix + render.stats_line(result.stats, result.finish_reason))
+
+
+# ---- many at once ----
+
+
+def _caption_together(job: Job) -> None:
+    """Whole captions, as they finish: the words of several pictures would run into one another."""
+    requests = ({"image": source_of(name), "prompt": job.args.prompt} for name in job.names)
+    with job.model.generate_batch(
+        requests,
+        n_ctx=job.args.n_ctx,
+        kv_type=job.args.kv_type,
+        policy=job.policy,
+        parallel=min(job.args.parallel, len(job.names)),
+        on_error="yield",
+        **job.answer,
+    ) as batch:
+        job.progress("")
+        for index, item in batch:
+            _take(job, job.names[index], item)
+
+
+def _take(job: Job, name: str, item: Token | Result | Exception) -> None:
+    from ..stats import Token
+
+    if isinstance(item, Token):
+        if job.token_lines:
+            _line(job, token_record(name, item))
+        return
+    if isinstance(item, Exception):
+        if not isinstance(item, (errors.ImageError, errors.ContextOverflowError)):
+            raise item
+        job.fail(name, item)
+    else:
+        if not job.json and not job.out:
+            _header(job.ui, name, first=job.done == 0)
+            job.ui.out.write(job.ui.out.safe(item.text) + "\n")
+        _finish(job, name, item, job.policy)
+    job.progress(name)
+
+
+# ---- plain against smoothed ----
+
+
+def _compare_all(job: Job) -> None:
+    from ..images import load_image
+
+    with _session(job, None) as plain, _session(job, job.policy) as smoothed:
+        for i, name in enumerate(job.names):
+            try:
+                image = load_image(source_of(name))
+                results = [_result(job, session, name, image, what) for session, what in ((plain, "plain"), (smoothed, "smoothed"))]
+            except (errors.ImageError, errors.ContextOverflowError) as error:
+                job.fail(name, error)
+                continue
+            _show_pair(job, name, results, first=i == 0)
+
+
+def _result(job: Job, session: Session, name: str, image: Any, what: str) -> Result:
+    stream = session.generate(job.args.prompt, image=image, **job.answer)
+    for n, _ in enumerate(_with_status(job.ui, stream, f"looking at {name}"), 1):
+        job.ui.status(f"{what}: {n} tokens", at_most_every=0.1)
+    job.ui.clear()
+    return stream.result()
+
+
+def _with_status(ui: Ui, stream: Any, text: str) -> Iterator[Any]:
+    ui.status(text)
+    yield from stream
+
+
+def _show_pair(job: Job, name: str, results: list[Result], first: bool) -> None:
+    job.done += 1
+    if job.json:
+        for result, policy in zip(results, (None, job.policy), strict=True):
+            _line(job, {"type": "result", **caption_record(name, result, job.settings(policy))})
+    else:
+        if len(job.names) > 1:
+            _header(job.ui, name, first)
+            if not job.ui.out.tty:
+                job.ui.out.write("\n")
+        render.compare(job.ui, *results)
+    for title, result in zip(("plain", "smoothed"), results, strict=True):
+        job.ui.note(f"{title}: {render.stats_line(result.stats, result.finish_reason)}")

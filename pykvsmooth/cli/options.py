@@ -1,0 +1,166 @@
+"""The options that caption and chat share, and what becomes of them: a model, a policy, and the arguments of an answer."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from .terminal import Ui
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+PROMPT = "Please describe the image in detail."
+POLICIES = ("off", "kvsmooth")
+
+
+class UsageError(Exception):
+    """The command line asks for something that makes no sense: exit code 2."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="FILE", help="text model, GGUF (default: the environment variable PYKVSMOOTH_MODEL)")
+    group.add_argument(
+        "--mmproj", metavar="FILE", help="its vision tower (default: PYKVSMOOTH_MMPROJ, else the one mmproj*.gguf beside the model)"
+    )
+    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="default: the processors that this process may use")
+    group.add_argument(
+        "--n-ctx", type=_positive, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)"
+    )
+    group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("policy of the KV cache")
+    group.add_argument(
+        "--policy", type=_policies, default=["kvsmooth"], metavar="P", help="off or kvsmooth (default: kvsmooth, as the model asks for)"
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="POLICY.NAME=VALUE", help="for example kvsmooth.lambda_ref=0.8; may be repeated"
+    )
+
+
+def add_answer(parser: argparse.ArgumentParser, max_tokens: int = 512) -> None:
+    group = parser.add_argument_group("answer")
+    group.add_argument("--system", metavar="TEXT", help='a system sentence in front ("vicuna" stands for Vicuna\'s own)')
+    group.add_argument("--max-tokens", type=_positive, default=max_tokens, metavar="N", help=f"default: {max_tokens}")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the most probable token (default: 0)")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 for all (default: 0)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="X", help="default: 0")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 for none (default: 1)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the sampler, for each answer anew")
+    group.add_argument("--image-mode", choices=("pad", "crop", "stretch"), default="pad", help="to the model's square (default: pad)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="nothing on standard error but errors")
+    group.add_argument("--debug", action="store_true", help="log what happens, and show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _policies(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",")]
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+    if len(set(names)) < len(names) or ("off" in names and len(names) > 1):
+        raise argparse.ArgumentTypeError("each policy once, and off alone")
+    return [name for name in names if name != "off"]
+
+
+def answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of Session.generate and chat; checked here, so that a bad value is a usage error."""
+    from .. import VICUNA_SYSTEM
+    from ..options import Options
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    options = {name: getattr(args, name) for name in names}
+    try:
+        Options(**options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    system = VICUNA_SYSTEM if args.system == "vicuna" else args.system
+    return {**options, "mode": args.image_mode, "system": system}
+
+
+def policy_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What --set asks of the policy, checked as far as it can be without a model."""
+    from ..policy import KVSmooth
+
+    names = [field.name for field in dataclasses.fields(KVSmooth)]
+    changes: dict[str, Any] = {}
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        policy, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise UsageError(f"--set {item}: write it as kvsmooth.NAME=VALUE")
+        if policy not in args.policy:
+            raise UsageError(f"--set {item}: the policy {policy!r} is not on; --policy gives {', '.join(args.policy) or 'off'}")
+        if name not in names:
+            raise UsageError(f"--set {item}: kvsmooth has no {name!r}; it has {', '.join(names)}")
+        changes[name] = _value(value.strip())
+    try:
+        KVSmooth(**changes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--set: {error}") from error
+    return changes
+
+
+def _value(text: str) -> Any:
+    """3, 0.5, true, none, [1, 2]; everything else is text."""
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named and text != "none":  # "none" is a word that several options take
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+_IN_OPTIONS = (("Model(path)", "--model FILE [--mmproj FILE]"), ("mmproj=", "--mmproj FILE"), ("n_ctx", "--n-ctx N"))
+
+
+def in_options(error: object) -> str:
+    """The library's message; where it speaks of an argument, the option that stands for it is named, too."""
+    text = str(error)
+    return text + next((f" (here: {option})" for word, option in _IN_OPTIONS if word in text), "")
+
+
+def make_policy(args: argparse.Namespace, model: Model, changes: dict[str, Any]) -> Any:
+    from ..policy import KVSmooth
+
+    if "kvsmooth" not in args.policy:
+        return None
+    try:
+        return KVSmooth.for_model(model, **changes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--set: {error}") from error
+
+
+def load_model(args: argparse.Namespace, ui: Ui) -> Model:
+    from ..model import Model
+
+    def progress(fraction: float) -> None:
+        ui.status(f"loading the model: {fraction:.0%}", at_most_every=0.1)
+
+    try:
+        model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress)
+    except ValueError as error:
+        if isinstance(error, errors.KVSmoothError):
+            raise
+        raise UsageError(str(error)) from error
+    ui.clear()
+    return model

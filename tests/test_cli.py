@@ -1,0 +1,573 @@
+"""The command line as its users meet it: what goes where, exit codes, pipes, terminals and Ctrl-C."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Pair
+from PIL import Image
+
+import pykvsmooth as kvs
+from pykvsmooth.cli import main as cli
+from pykvsmooth.cli import pictures, records, render, terminal
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "Please describe the image in detail."
+ESC = "\x1b"
+
+
+@dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_pair: Pair) -> Callable[..., Run]:
+    """Runs a command in this process, with the tiny pair as the default model and a pipe on either side."""
+    monkeypatch.setenv("PYKVSMOOTH_MODEL", tiny_pair.text)
+    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", tiny_pair.mmproj)
+
+    def go(*argv: object, stdin: bytes = b"") -> Run:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        code = cli.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return Run(code, out, err)
+
+    return go
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Three pictures and a text file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("b10.png", "b9.jpg", "a.webp"):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def image(folder: Path) -> Path:
+    return folder / "b10.png"
+
+
+@pytest.fixture
+def answer(tiny_pair: Pair) -> Callable[..., kvs.Result]:
+    """The same answer through the package."""
+
+    def go(image: Path, smooth: bool = True, max_tokens: int = 12, **options: object) -> kvs.Result:
+        with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj) as model:
+            policy = kvs.KVSmooth.for_model(model) if smooth else None
+            with model.session(policy=policy) as session:
+                return session.generate(PROMPT, image=image, max_tokens=max_tokens, **options).result()
+
+    return go
+
+
+# ---- caption ----
+
+
+def test_caption_goes_to_stdout_and_all_else_to_stderr(run, image, answer):
+    got = run("caption", image, "--max-tokens", 12)
+    assert (got.code, got.out) == (0, answer(image).text + "\n")
+    assert re.search(r"encode .* s; prefill .* rows.*; 12 tokens at .* tok/s; cpu", got.err) and ESC not in got.err
+    assert run("caption", image, "--max-tokens", 12, "--quiet").err == ""
+
+
+def test_policy_and_its_options(run, image, answer):
+    plain = run("caption", image, "--max-tokens", 12, "--policy", "off").out
+    assert plain == answer(image, smooth=False).text + "\n"
+    assert run("caption", image, "--max-tokens", 12, "--set", "kvsmooth.mode=fixed", "--set", "kvsmooth.lambda_fixed=0").out == plain
+    with_seed = run("caption", image, "--max-tokens", 12, "--temperature", 1.5, "--seed", 5).out
+    assert with_seed == answer(image, temperature=1.5, seed=5).text + "\n"
+
+
+def test_json_for_one_and_for_many(run, image, folder, answer):
+    got = run("caption", image, "--max-tokens", 12, "--json").lines
+    *tokens, result = got
+    expected = answer(image)
+    assert [t["type"] for t in tokens] == ["token"] * 12 and result["type"] == "result"
+    assert "".join(t["text"] for t in tokens) == result["caption"] == expected.text
+    assert [t["id"] for t in tokens] == [t.id for t in expected.tokens]
+    assert result["finish_reason"] == "length" and result["stats"]["decode_tokens"] == 12
+    assert result["settings"]["policy"].startswith("KVSmooth(") and result["image"] == str(image)
+    many = run("caption", folder, "--max-tokens", 3, "--json").lines
+    assert [r["type"] for r in many] == ["result"] * 3
+    many = run("caption", folder, "--max-tokens", 3, "--json-tokens").lines
+    assert [r["type"] for r in many] == ["token", "token", "token", "result"] * 3
+
+
+def test_json_has_null_where_python_has_nan():
+    token = kvs.Token("x", 1, -1.0, float("nan"), float("nan"))
+    assert json.loads(records.dumps(records.token_record("a", token)))["strength"] is None
+
+
+def test_folders_globs_and_bad_pictures(run, folder, image):
+    got = run("caption", folder, "--max-tokens", 3)
+    assert got.code == 0
+    assert re.findall(r"^(\S*/\S+): ", got.out, re.M) == [str(folder / name) for name in ("a.webp", "b9.jpg", "b10.png")]
+    assert "3 captioned" in got.err
+    got = run("caption", folder / "b*", folder / "missing.png", folder / "notes.txt", folder / "none*", "--max-tokens", 3, "--json")
+    assert got.code == 1
+    assert [line["image"] for line in got.lines] == [str(folder / "b9.jpg"), str(folder / "b10.png")]
+    errors = [line for line in got.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert "matches no file" in errors[0] and "no such file" in errors[1] and "is text" in errors[2]
+    (folder / "empty").mkdir()
+    got = run("caption", folder / "empty")
+    assert got.code == 1 and "without pictures" in got.err and got.out == ""
+
+
+def test_natural_order():
+    assert sorted(["p10.png", "p9.png", "P1.png", "7"], key=pictures.natural) == ["7", "P1.png", "p9.png", "p10.png"]
+
+
+def test_a_picture_from_standard_input(run, image):
+    expected = run("caption", image, "--max-tokens", 8).out
+    assert run("caption", "-", "--max-tokens", 8, stdin=image.read_bytes()).out == expected
+    got = run("caption", "-", stdin=b"")
+    assert got.code == 1 and "is empty" in got.err
+
+
+def test_parallel_says_the_same(run, folder):
+    def captions(*more: object) -> dict[str, str]:
+        return {line["image"]: line["caption"] for line in run("caption", folder, "--max-tokens", 9, "--json", *more).lines}
+
+    assert captions() == captions("--parallel", 2) == captions("--parallel", 8)
+    got = run("caption", folder, folder / "notes.txt", "--parallel", 4, "--max-tokens", 2)
+    assert got.code == 1 and "notes.txt: is text" in got.err and got.out.count("\n") >= 3
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["caption"],
+        ["nonsense"],
+        ["caption", "x.png", "--policy", "opera"],
+        ["caption", "x.png", "--policy", "off,kvsmooth"],
+        ["caption", "x.png", "--set", "kvsmooth.lambda_ref=2"],
+        ["caption", "x.png", "--set", "kvsmooth.nothing=2"],
+        ["caption", "x.png", "--set", "lambda_ref"],
+        ["caption", "x.png", "--policy", "off", "--set", "kvsmooth.window=3"],
+        ["caption", "x.png", "--temperature", "-1"],
+        ["caption", "x.png", "--top-p", "7"],
+        ["caption", "x.png", "--max-tokens", "0"],
+        ["caption", "x.png", "--threads", "x"],
+        ["caption", "x.png", "--device", "tpu"],
+        ["caption", "x.png", "--compare", "--policy", "off"],
+        ["caption", "x.png", "--compare", "--heat"],
+        ["caption", "x.png", "--json", "--strengths"],
+        ["caption", "-", "-"],
+    ],
+)
+def test_usage_errors(run, argv):
+    got = run(*argv)
+    assert got.code == 2 and got.out == "" and "error: " in got.err
+
+
+def test_errors_are_one_line_with_the_name(run, image, tiny_pair, tmp_path):
+    text = tmp_path / "text.gguf"
+    text.write_text("this is text")
+    for options, says in (
+        (["--model", tmp_path / "missing.gguf"], "missing.gguf"),
+        (["--model", text], "text.gguf"),
+        (["--model", tmp_path], str(tmp_path)),
+        (["--model", tiny_pair.mmproj, "--mmproj", tiny_pair.text], "swapped"),
+        (["--mmproj", text], "text.gguf"),
+        (["--n-ctx", 20], "--n-ctx"),
+        (["--set", "kvsmooth.layers=40:50"], "layers"),
+        (["--device", "cuda"], "CUDA"),
+    ):
+        got = run("caption", image, *options)
+        assert (got.code, got.out) == (1, ""), options
+        assert got.err.startswith("error: ") and got.err.count("\n") == 1 and says in got.err
+
+
+def test_no_model_and_no_tower(run, image, monkeypatch, tiny_pair, tmp_path):
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(Path(tiny_pair.text).read_bytes())
+    monkeypatch.delenv("PYKVSMOOTH_MMPROJ")
+    got = run("caption", image, "--model", alone)
+    assert got.code == 1 and "--mmproj" in got.err
+    monkeypatch.delenv("PYKVSMOOTH_MODEL")
+    got = run("caption", image)
+    assert got.code == 1 and "--model" in got.err and "PYKVSMOOTH_MODEL" in got.err
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    with pytest.raises(kvs.ImageError):
+        run("caption", tmp_path / "missing.png", "--debug")
+
+
+# ---- captions.jsonl ----
+
+
+def test_out_goes_on_where_it_stopped(run, folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    first = run("caption", folder / "a.webp", "--out", out, "--max-tokens", 4)
+    assert first.code == 0 and first.out == ""
+    kept = out.read_bytes()
+    with open(out, "ab") as file:
+        file.write(b'{"image": "half a li')
+    got = run("caption", folder, "--out", out, "--max-tokens", 4)
+    assert got.code == 0 and "unfinished line" in got.err and "1 of 3 pictures" in got.err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert out.read_bytes().startswith(kept)
+    assert [Path(line["image"]).name for line in lines] == ["a.webp", "b9.jpg", "b10.png"]
+    again = out.read_bytes()
+    assert run("caption", folder, "--out", out, "--max-tokens", 4, "--parallel", 3).code == 0
+    assert out.read_bytes() == again  # how many step together does not change the words
+    assert run("caption", folder, "--out", out, "--max-tokens", 5, "--parallel", 3).code == 0
+    assert len(out.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "content", ["not json\n", "[1, 2]\n", '{"a": 1}\n', "a last line without an end", '{"image": "x", "settings": {}}\nabc']
+)
+def test_out_never_destroys_another_file(run, image, tmp_path, content):
+    out = tmp_path / "mine.txt"
+    out.write_text(content)
+    got = run("caption", image, "--out", out)
+    assert got.code == 1 and "no caption of ours" in got.err and out.read_text() == content
+
+
+def test_out_belongs_to_one_process(run, image, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    with records.caption_file(str(out)):
+        got = run("caption", image, "--out", out)
+    assert got.code == 1 and "another pykvsmooth" in got.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_an_error(run, image):
+    got = run("caption", image, "--out", "/dev/full", "--max-tokens", 2)
+    assert got.code == 1 and "No space left" in got.err and "/dev/full" in got.err
+
+
+# ---- comparison ----
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\S+", text)
+
+
+def test_compare_on_a_pipe(run, image, answer):
+    got = run("caption", image, "--compare", "--max-tokens", 12)
+    assert got.code == 0 and ESC not in got.out
+    plain, smoothed = re.fullmatch(r"plain:\n(.*)smoothed:\n(.*)", got.out, re.S).groups()
+    assert words_of(re.sub(r"\[-|-\]", "", plain)) == words_of(re.sub(r"\[-|-\]", "", answer(image, smooth=False).text))
+    assert words_of(re.sub(r"\{\+|\+\}", "", smoothed)) == words_of(re.sub(r"\{\+|\+\}", "", answer(image).text))
+    both = run("caption", image, "--compare", "--max-tokens", 12, "--json").lines
+    assert [line["settings"]["policy"] == "off" for line in both] == [True, False]
+
+
+def test_differences_are_marked():
+    left, right = render.marked_words("a red cat sits here", "a dog sits here now")
+    assert left == [("a", False), ("red", True), ("cat", True), ("sits", False), ("here", False)]
+    assert right == [("a", False), ("dog", True), ("sits", False), ("here", False), ("now", True)]
+
+
+# ---- terminals ----
+
+
+class Terminal(io.StringIO):
+    """Stands for a terminal of a given width."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., terminal.Ui]:
+    def make(width: int = 40, **environment: str) -> terminal.Ui:
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(terminal.Screen, "width", width)
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        return terminal.Ui()
+
+    return make
+
+
+def token(text: str, entropy: float = 1.0, strength: float | None = 0.9) -> kvs.Token:
+    return kvs.Token(text, 5, -1.0, entropy, strength)
+
+
+def paint(ui: terminal.Ui, tokens: list[kvs.Token], heat: bool = True, bars: bool = True) -> str:
+    painter = render.Painted(ui, heat, (0.7, 1.0) if bars else None)
+    for one in tokens:
+        painter.token(one)
+    painter.end()
+    painter.legend()
+    return ui.out.stream.getvalue()
+
+
+def without_codes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*[mK]", "", text)
+
+
+def random_tokens(rng: np.random.Generator, n: int) -> list[kvs.Token]:
+    parts = ["a", " red", " cat", "s", " and", " 中文字", "é", ".", "\n", " extraordinarily-long-word-without-end", "", " "]
+    return [token(parts[i], rng.uniform(0, 4), rng.uniform(0.7, 1)) for i in rng.integers(0, len(parts), n)]
+
+
+@pytest.mark.parametrize("width", [12, 20, 40, 200])
+def test_painted_text_is_the_text(screen, rng, width):
+    tokens = random_tokens(rng, 80)
+    shown = without_codes(paint(screen(width), tokens, bars=False))
+    assert all(terminal.cells(line) < width for line in shown.splitlines())
+    assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", "".join(t.text for t in tokens))
+
+
+@pytest.mark.parametrize("width", [12, 20, 40, 200])
+def test_bars_stand_under_their_words(screen, rng, width):
+    tokens = [t for t in random_tokens(rng, 80) if t.text != "\n"]
+    lines = without_codes(paint(screen(width), tokens, heat=False)).splitlines()
+    for text, bars in zip(lines[::2], lines[1::2], strict=True):
+        assert set(bars) <= set(render.BARS + " ")
+        assert terminal.cells(text.rstrip()) == len(bars)
+
+
+def test_heat_shades_by_rank_and_has_a_legend(screen):
+    ui = screen(100)
+    shown = paint(ui, [token(f" w{i}", entropy=i) for i in range(16)], bars=False)
+    assert shown.startswith("w0") and render.SHADES[-1] in shown
+    low_last = paint(screen(100), [token(f" w{i}", entropy=-i) for i in range(16)], bars=False)
+    assert ESC not in low_last
+    assert "row entropy" in ui.err.stream.getvalue() and "0.00 to 15.00 nats" in ui.err.stream.getvalue()
+
+
+def test_no_color_is_respected(screen, rng):
+    ui = screen(60, NO_COLOR="1")
+    assert ESC not in paint(ui, random_tokens(rng, 50)) + ui.err.paint("x", terminal.RED)
+
+
+def test_the_model_does_not_drive_the_terminal(screen):
+    ui = screen()
+    render.Plain(ui).token(token("a\x1b[2Jb\x07\x9b\u202ec\r\n\td"))
+    assert ui.out.stream.getvalue() == "a\\x1b[2Jb\\x07\\x9b\\u202ec\\r\n\td"
+    assert paint(screen(), [token("\x1b]0;x\x07")]).startswith("\\x1b]0;x\\x07")
+    assert terminal.one_line("a\nb\x1b") == "a b\\x1b"
+
+
+def test_progress_is_one_line_that_goes_away(screen):
+    ui = screen(30)
+    ui.status("x" * 50)
+    ui.out.write("caption")
+    ui.clear()
+    shown = without_codes(ui.err.stream.getvalue())
+    assert terminal.cells(shown.replace("\r", "")) < 30 and ui.err.stream.getvalue().endswith("\r\x1b[K")
+    ui.quiet = True
+    before = ui.err.stream.getvalue()
+    ui.status("y")
+    assert ui.err.stream.getvalue() == before
+
+
+@pytest.mark.parametrize(("width", "beside"), [(100, True), (40, False), (20, False)])
+def test_compare_fits_the_terminal(screen, width, beside):
+    ui = screen(width)
+    stats = kvs.Stats(device="cpu")
+    texts = ["a red cat sits on the mat " * 5, "a dog sits on 中文 mat averyveryverylongwordthatfillslines " * 5]
+    render.compare(ui, *(kvs.Result(text, [], "stop", stats) for text in texts))
+    lines = without_codes(ui.out.stream.getvalue()).splitlines()
+    assert all(terminal.cells(line) < width for line in lines)
+    assert ("plain" in lines[0] and "smoothed" in lines[0]) is beside
+    assert terminal.RED in ui.out.stream.getvalue() and terminal.GREEN in ui.out.stream.getvalue()
+
+
+# ---- inspect and info ----
+
+
+def test_inspect(run, tiny_pair, tmp_path):
+    got = run("inspect", tiny_pair.text)
+    assert got.code == 0 and got.err == ""
+    assert re.search(r'general\.architecture +str +"llama"', got.out) and re.search(
+        r"blk\.0\.attn_q\.weight +F32 +64 x 64 +16\.0 KiB", got.out
+    )
+    assert re.search(r"tokenizer\.ggml\.tokens +str\[\d+\] +\[\"<unk>\", .*, \.\.\.\]", got.out)
+    assert "bits per weight" in got.out and "loads: yes" in got.out
+    got = run("inspect", tiny_pair.mmproj, "--model", tiny_pair.text)
+    assert "loads: with" in got.out and "one picture is 16 rows" in got.out
+    assert "loads:" not in run("inspect", tiny_pair.text, "--no-load").out
+    alone = tmp_path / "mmproj.gguf"
+    alone.write_bytes(Path(tiny_pair.mmproj).read_bytes())
+    assert "no text model" in run("inspect", alone).out
+
+
+def test_inspect_says_why_not(run, tiny_pair, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(Path(tiny_pair.text).read_bytes()[:-5000])
+    got = run("inspect", cut)
+    assert (got.code == 1 and "cut.gguf" in got.err) or "loads: no" in got.out
+    other = tmp_path / "other.gguf"
+    other.write_bytes(Path(tiny_pair.text).read_bytes().replace(b"llama", b"mamba"))
+    got = run("inspect", other)
+    assert got.code == 0 and re.search(r"loads: no: .*mamba", got.out)
+    cut.write_text("hello")
+    got = run("inspect", cut)
+    assert got.code == 1 and got.err.count("\n") == 1 and "cut.gguf" in got.err
+
+
+def test_info(run):
+    got = run("info")
+    assert got.code == 0 and got.err == ""
+    facts = dict(line.split(": ", 1) for line in got.out.splitlines())
+    assert facts["pykvsmooth"].startswith(kvs.__version__)
+    assert re.search(r"; kernels: (base|avx2|avx512)", facts["cpu"])
+    assert re.match(r"archs .*; (available|unavailable: .+)", facts["cuda"])
+    assert {"library", "threads", "memory", "python", "packages"} <= set(facts)
+
+
+def test_version(run):
+    assert run("--version").out == f"pykvsmooth {kvs.__version__}\n"
+
+
+# ---- chat ----
+
+
+def test_chat_on_a_pipe(run, image, tiny_pair):
+    script = f'what is it?\n"""two\nlines"""\n/nonsense\n/reset\n\nagain\n/image {image}\nand now?\n/quit\nnever read\n'
+    got = run("chat", "--image", image, "--max-tokens", 6, stdin=script.encode())
+    assert got.code == 0
+    expected = []
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj) as model, model.session(policy=kvs.KVSmooth.for_model(model)) as session:
+        for message, picture in (("what is it?", image), ("two\nlines", None), ("", None), ("again", image), ("and now?", image)):
+            if message:
+                expected.append(session.chat(message, image=picture, max_tokens=6).result().text)
+            else:
+                session.reset()
+    assert got.out == "".join(text + ("" if text.endswith("\n") else "\n") for text in expected)
+    assert "/nonsense" in got.err and "> " not in got.out + got.err
+
+
+def test_chat_goes_on_after_an_error(run, tmp_path):
+    got = run("chat", "--max-tokens", 3, stdin=f"/image {tmp_path}/missing.png\nhello\n".encode())
+    assert got.code == 1 and "missing.png: no such file" in got.err and got.out.strip()
+
+
+# ---- as a process of its own ----
+
+
+@pytest.fixture
+def command(tiny_pair: Pair) -> Iterator[Callable[..., list[str]]]:
+    yield lambda *argv: [sys.executable, "-m", "pykvsmooth", *map(str, argv)]
+
+
+@pytest.fixture
+def environment(tiny_pair: Pair) -> dict[str, str]:
+    ours = {"PYKVSMOOTH_MODEL": tiny_pair.text, "PYKVSMOOTH_MMPROJ": tiny_pair.mmproj, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    return {**os.environ, **ours, "KVS_LIBRARY": str(kvs._native.library_path)}
+
+
+def test_nobody_reads_any_more(command, environment, image):
+    process = subprocess.Popen(
+        command("caption", image, "--max-tokens", 400), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 141 and err == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_standard_output_is_full(command, environment, image):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("caption", image), stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+class Window:
+    """A process in a pseudo terminal."""
+
+    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
+        self.shown = b""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(argv[0], argv, env)
+
+    def read(self, until: Callable[[bytes], bool] = lambda _: False, seconds: float = 30) -> bytes:
+        """What was shown, as soon as until says so, or at the end of the process."""
+        end = time.monotonic() + seconds
+        while not until(self.shown):
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"nothing happened; shown so far: {self.shown!r}")
+            if select.select([self.fd], [], [], 0.05)[0]:
+                try:
+                    data = os.read(self.fd, 65536)
+                except OSError:  # Linux says so when the other side is closed
+                    data = b""
+                if not data:
+                    break
+                self.shown += data
+        return self.shown
+
+    def type(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
+    def end(self) -> int:
+        self.read()
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def settled(shown: bytes) -> bool:
+    """Some text has been shown after the line that said what was being waited for."""
+    return len(shown.split(b"\x1b[K")[-1]) > 40 and b"looking" not in shown.split(b"\x1b[K")[-1]
+
+
+def test_interrupt_while_decoding(command, environment, image, tmp_path):
+    window = Window(command("caption", image, "--max-tokens", 30000, "--n-ctx", 32768), environment)
+    window.read(settled)
+    window.type(b"\x03")
+    begin = time.monotonic()
+    assert window.end() == 130
+    assert time.monotonic() - begin < 2  # half a second on a quiet machine
+    assert b"Traceback" not in window.shown
+
+
+def test_interrupt_keeps_the_lines_written(command, environment, folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    names = [folder / "a.webp"] * 3000
+    window = Window(command("caption", *names, "--out", out, "--max-tokens", 20), environment)
+    window.read(lambda _: out.exists() and out.stat().st_size > 3000)
+    window.type(b"\x03")
+    assert window.end() == 130 and b"Traceback" not in window.shown
+    text = out.read_text()
+    assert text.endswith("\n") and len([json.loads(line) for line in text.splitlines()]) < 3000
+
+
+def test_chat_in_a_terminal(command, environment):
+    window = Window(command("chat", "--max-tokens", 30000, "--n-ctx", 32768), environment)
+    window.read(lambda shown: shown.endswith(b"> "))
+    window.type(b"hello\n")
+    window.read(lambda shown: len(shown.split(b"\x1b[K")[-1]) > 40 and b"reading" not in shown.split(b"\x1b[K")[-1])
+    window.type(b"\x03")
+    window.read(lambda shown: b"(stopped)" in shown and shown.endswith(b"> "))
+    window.type(b"\x03")
+    assert window.end() == 130 and b"Traceback" not in window.shown

@@ -1,0 +1,462 @@
+"""Every wrong argument has its exception, and the message says what is wrong and what to do."""
+
+import copy
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from conftest import Pair
+
+import pykvsmooth as kvs
+
+IMAGE = np.full((40, 30, 3), 90, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+        model._end_ids = frozenset()  # random weights may choose </s> anywhere
+        yield model
+
+
+@pytest.fixture
+def session(model: kvs.Model) -> Iterator[kvs.Session]:
+    with model.session(n_ctx=128) as session:
+        yield session
+
+
+# ---- models ----
+
+
+def test_the_tree_of_errors() -> None:
+    for name in kvs.__all__:
+        thing = getattr(kvs, name)
+        if isinstance(thing, type) and issubclass(thing, BaseException):
+            assert issubclass(thing, kvs.KVSmoothError), name
+    assert issubclass(kvs.OutOfMemoryError, MemoryError) and issubclass(kvs.ModelFileNotFoundError, FileNotFoundError)
+    assert kvs.OutOfMemoryError("x", 3, 2).needed == 3 and kvs.OutOfMemoryError("x", 3, 2).free == 2
+    assert kvs.ContextOverflowError("x", 3, 2).n_ctx == 2
+
+
+def test_no_model_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYKVSMOOTH_MODEL", raising=False)
+    with pytest.raises(kvs.KVSmoothError, match=r"Model\(path\).*PYKVSMOOTH_MODEL"):
+        kvs.Model()
+
+
+def test_missing_and_odd_files(tmp_path: Path) -> None:
+    missing = tmp_path / "no such.gguf"
+    with pytest.raises(kvs.ModelFormatError, match=r"no such\.gguf") as caught:
+        kvs.Model(missing)
+    assert caught.value.path.endswith("no such.gguf") and isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(kvs.ModelFormatError, match=str(tmp_path)):
+        kvs.Model(tmp_path)
+    text = tmp_path / "readme.gguf"
+    text.write_text("hello, this is a text file, not a model at all\n")
+    with pytest.raises(kvs.ModelFormatError, match=r"readme\.gguf") as caught:
+        kvs.Model(text)
+    assert caught.value.path == str(text) and not isinstance(caught.value, OSError)
+    (tmp_path / "empty.gguf").touch()
+    with pytest.raises(kvs.ModelFormatError, match=r"empty\.gguf"):
+        kvs.Model(tmp_path / "empty.gguf")
+
+
+def test_truncated_model_names_file_and_tensor(tiny_pair: Pair, tmp_path: Path) -> None:
+    data = Path(tiny_pair.text).read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(kvs.ModelFormatError) as caught:
+        kvs.Model(tmp_path / "cut.gguf", mmproj=False)
+    assert "cut.gguf" in str(caught.value) and caught.value.path.endswith("cut.gguf")
+
+
+def test_swapped_files_and_misfits(tiny_pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(kvs.ModelMismatchError, match="swapped"):
+        kvs.Model(tiny_pair.mmproj, mmproj=tiny_pair.text)
+    with pytest.raises((kvs.UnsupportedModelError, kvs.ModelMismatchError, kvs.ModelFormatError)):
+        kvs.Model(tiny_pair.text, mmproj=tiny_pair.text)
+    other = tiny.write_mmproj(tmp_path / "wide.gguf", np.random.default_rng(1), n_embd=96)
+    with pytest.raises(kvs.ModelMismatchError, match=r"96.*64|64.*96"):
+        kvs.Model(tiny_pair.text, mmproj=other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"device": "cuda"}, kvs.DeviceError),
+        ({"device": "cuda:1"}, kvs.DeviceError),
+        ({"device": "tpu"}, ValueError),
+        ({"device": 3}, TypeError),
+        ({"gpu_layers": 3}, kvs.DeviceError),
+        ({"gpu_layers": "some"}, TypeError),
+        ({"gpu_layers": -1}, ValueError),
+        ({"threads": 0}, ValueError),
+        ({"threads": 1.5}, TypeError),
+        ({"threads": True}, TypeError),
+        ({"mmproj": True}, TypeError),
+        ({"mmproj": 5}, TypeError),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_model(tiny_pair: Pair, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        kvs.Model(tiny_pair.text, **arguments)
+    with pytest.raises(TypeError):
+        kvs.Model(5)  # type: ignore[arg-type]
+
+
+def test_progress_cancels_the_load(tiny_pair: Pair) -> None:
+    with pytest.raises(kvs.CancelledError):
+        kvs.Model(tiny_pair.text, mmproj=False, progress=lambda fraction: False)
+
+    def fail(fraction: float) -> None:
+        raise RuntimeError("my own")
+
+    with pytest.raises(RuntimeError, match="my own"):
+        kvs.Model(tiny_pair.text, mmproj=False, progress=fail)
+
+
+def test_which_mmproj(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYKVSMOOTH_MMPROJ", raising=False)
+    text = str(shutil.copy(tiny_pair.text, tmp_path / "model.gguf"))
+    with kvs.Model(text) as model:
+        assert not model.has_vision and model.mmproj is None
+        with pytest.raises(kvs.UnsupportedModelError, match=r"no mmproj\*.gguf"):
+            model.encode_image(IMAGE)
+    (tmp_path / "mmproj-broken.gguf").write_text("not a model")
+    tiny.write_mmproj(tmp_path / "mmproj-wide.gguf", np.random.default_rng(1), n_embd=96)
+    with kvs.Model(text) as model, model.session() as session:
+        assert not model.has_vision
+        with pytest.raises(kvs.UnsupportedModelError, match=r"mmproj-wide\.gguf: made for models of width 96, this one has 64"):
+            session.generate("What is it?", image=IMAGE)
+    shutil.copy(tiny_pair.mmproj, tmp_path / "mmproj-f32.gguf")
+    with kvs.Model(text) as model:
+        assert model.mmproj == str(tmp_path / "mmproj-f32.gguf") and model.has_vision
+    with kvs.Model(text, mmproj=False) as model:
+        assert not model.has_vision
+    shutil.copy(tiny_pair.mmproj, tmp_path / "mmproj-q8.gguf")
+    with pytest.raises(kvs.ModelMismatchError, match=r"mmproj-f32\.gguf, mmproj-q8\.gguf"):
+        kvs.Model(text)
+    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", str(tmp_path / "mmproj-q8.gguf"))
+    monkeypatch.setenv("PYKVSMOOTH_MODEL", text)
+    with kvs.Model() as model:
+        assert model.has_vision and model.path == text
+
+
+# ---- sessions and answers ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"n_ctx": 0}, ValueError),
+        ({"n_ctx": -5}, ValueError),
+        ({"n_ctx": 2.5}, TypeError),
+        ({"n_ctx": "2048"}, TypeError),
+        ({"n_ctx": True}, TypeError),
+        ({"n_ctx": 1 << 30}, ValueError),
+        ({"kv_type": "q4_0"}, ValueError),
+        ({"kv_type": None}, ValueError),
+        ({"seed": 1.5}, TypeError),
+        ({"seed": "a"}, TypeError),
+        ({"policy": "kvsmooth"}, TypeError),
+        ({"policy": kvs.KVSmooth}, TypeError),
+        ({"policy": [kvs.KVSmooth(), kvs.KVSmooth()]}, kvs.PolicyError),
+        ({"exact_rows": -1}, ValueError),
+        ({"policy": kvs.KVSmooth(layers=[4])}, kvs.PolicyError),
+        ({"policy": kvs.KVSmooth(layers=[-5])}, ValueError),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_session(model: kvs.Model, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        model.session(**arguments)
+
+
+def test_empty_selection_of_layers_names_the_depth(model: kvs.Model) -> None:
+    for layers in ("3:-1", "2:2", ":0", []):
+        with pytest.raises(ValueError, match="4 layers"):
+            model.session(policy=kvs.KVSmooth(layers=layers))
+
+
+def test_a_cache_that_can_not_be_had(model: kvs.Model) -> None:
+    with tiny_memory(model) as wanted, pytest.raises(kvs.OutOfMemoryError) as caught:
+        wanted()
+    assert caught.value.needed > 1 << 20
+
+
+class tiny_memory:
+    """A limit on the address space around a call, in a child of this process's own limits."""
+
+    def __init__(self, model: kvs.Model) -> None:
+        self.model = model
+
+    def __enter__(self) -> Any:
+        import resource
+
+        self.limit = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + (64 << 20), self.limit[1]))
+        return lambda: self.model.session(n_ctx=1 << 20, kv_type="f32")
+
+    def __exit__(self, *_: object) -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, self.limit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"max_tokens": -1}, ValueError),
+        ({"max_tokens": 1.0}, TypeError),
+        ({"temperature": -0.1}, ValueError),
+        ({"temperature": float("nan")}, ValueError),
+        ({"temperature": float("inf")}, ValueError),
+        ({"temperature": "hot"}, TypeError),
+        ({"top_k": -1}, ValueError),
+        ({"top_p": 0.0}, ValueError),
+        ({"top_p": 1.1}, ValueError),
+        ({"min_p": -0.1}, ValueError),
+        ({"min_p": 1.5}, ValueError),
+        ({"repetition_penalty": 0}, ValueError),
+        ({"logprobs": 21}, ValueError),
+        ({"logprobs": True}, TypeError),
+        ({"stop": ""}, ValueError),
+        ({"stop": ["a", ""]}, ValueError),
+        ({"stop": [3]}, TypeError),
+        ({"seed": 0.5}, TypeError),
+        ({"template": "llama2"}, ValueError),
+        ({"template": 7}, TypeError),
+        ({"system": 7}, TypeError),
+        ({"system": "Be kind.", "template": None}, ValueError),
+        ({"image": IMAGE, "images": [IMAGE]}, ValueError),
+        ({"images": "street.jpg"}, TypeError),
+        ({"images": 5}, TypeError),
+        ({"image": IMAGE, "mode": "tile"}, ValueError),
+        ({"image": 5}, TypeError),
+        ({"image": "no such.jpg"}, kvs.ImageError),
+        ({"image": b"no picture"}, kvs.ImageError),
+        ({"image": IMAGE.astype(np.float32)}, (TypeError, kvs.ImageError)),
+        ({"foo": 1}, TypeError),
+    ],
+    ids=str,
+)
+def test_arguments_of_an_answer(session: kvs.Session, arguments: dict[str, Any], error: type[Exception]) -> None:
+    """At the call, before the first token, and the session is as it was."""
+    with pytest.raises(error):
+        session.generate("What is it?", **arguments)
+    with pytest.raises(error):
+        session.chat("What is it?", **arguments)
+    assert session.n_past == 0
+    assert session.generate("a dog", max_tokens=2).result().finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(("prompt", "n"), [("a <image>", 0), ("a <image>", 2), ("<image> and <image>", 1), ("<image><image><image>", 2)])
+def test_marks_and_pictures_must_match(session: kvs.Session, prompt: str, n: int) -> None:
+    for template in ("auto", None):
+        with pytest.raises(ValueError, match="<image> marks"):
+            session.generate(prompt, images=[IMAGE] * n, template=template)
+
+
+def test_prompt_must_be_text(session: kvs.Session) -> None:
+    for prompt in (None, 3, b"bytes", ["a"]):
+        with pytest.raises(TypeError):
+            session.generate(prompt)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            session.chat(prompt)  # type: ignore[arg-type]
+
+
+def test_context_overflow_has_the_numbers_and_does_no_work(model: kvs.Model) -> None:
+    with model.session(n_ctx=40) as session:
+        prompt = "a dog " * 40
+        needed = 1 + len(model.tokenize(prompt)) + 1
+        with pytest.raises(kvs.ContextOverflowError, match="40") as caught:
+            session.generate(prompt, template=None)
+        assert (caught.value.needed, caught.value.n_ctx) == (needed, 40) and session.n_past == 0
+        fits = model.tokenize(prompt)[: 40 - 2]
+        session.feed([1, *fits])
+        with pytest.raises(kvs.ContextOverflowError) as caught:
+            session.feed([5, 6])
+        assert (caught.value.needed, caught.value.n_ctx, session.n_past) == (41, 40, 39)
+        session.feed([5], generated=True)
+        with pytest.raises(kvs.ContextOverflowError):
+            session.feed([5], generated=True)
+    with model.session(n_ctx=model.n_image) as session, pytest.raises(kvs.ContextOverflowError):
+        session.generate("a", image=IMAGE)
+    with model.session(n_ctx=64) as session:
+        session.chat("a dog", max_tokens=20).result()
+        with pytest.raises(kvs.ContextOverflowError) as caught:
+            session.chat("a dog " * 40)
+        assert caught.value.needed > 64
+
+
+@pytest.mark.parametrize("ids", [[-1], [1 << 20], [1, 2, 10**6], [1.5], ["a"], [[1, 2]]], ids=str)
+def test_ids_out_of_range(session: kvs.Session, ids: list[Any]) -> None:
+    for generated in (False, True):
+        with pytest.raises((ValueError, TypeError)):
+            session.feed(ids, generated=generated)
+    assert session.n_past == 0
+
+
+def test_the_lower_floor(session: kvs.Session, model: kvs.Model) -> None:
+    with pytest.raises(ValueError):
+        session.logits()
+    assert session.entropies().shape == (0, 4) and session.kv(0)[0].shape == (4, 0, 16)
+    session.feed([])
+    session.feed([1, 5, 6])
+    for layer in (4, -5):
+        with pytest.raises(ValueError, match="layer"):
+            session.kv(layer)
+        with pytest.raises(ValueError, match="layer"):
+            session.positions(layer)
+    with pytest.raises(TypeError):
+        session.kv("0")  # type: ignore[arg-type]
+    assert np.array_equal(session.kv(-1)[0], session.kv(3)[0])
+    for rows in (np.zeros((3, 63)), np.zeros(64), np.full((1, 64), np.nan)):
+        with pytest.raises(ValueError, match="embeddings"):
+            session.feed_embeddings(rows)
+    for n in (-1, 4):
+        with pytest.raises(ValueError):
+            session.rewind(n)
+    with pytest.raises(ValueError):
+        model.token_bytes(model.n_vocab)
+    with pytest.raises(TypeError):
+        model.tokenize(b"bytes")  # type: ignore[arg-type]
+    assert session.n_past == 3
+
+
+# ---- life ----
+
+
+def test_use_after_close(tiny_pair: Pair, tmp_path: Path) -> None:
+    model = kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj)
+    model._end_ids = frozenset()
+    session = model.session()
+    stream = session.generate("a dog")
+    next(stream)
+    session.close()
+    session.close()
+    assert len(stream.result().tokens) == 1 and stream.finish_reason == "cancelled"
+    uses = [
+        lambda: session.generate("a"),
+        lambda: session.feed([1]),
+        lambda: session.logits(),
+        lambda: session.n_past,
+        lambda: session.fork(),
+        lambda: session.save(tmp_path / "x"),
+        lambda: session.reset(),
+    ]
+    for use in uses:
+        with pytest.raises(kvs.ClosedError):
+            use()
+    open_session = model.session()
+    model.close()
+    model.close()
+    for use in (
+        lambda: open_session.feed([1]),
+        lambda: model.session(),
+        lambda: model.tokenize("a"),
+        lambda: model.encode_image(IMAGE),
+        lambda: model.generate_batch(["a"]),
+    ):
+        with pytest.raises(kvs.ClosedError):
+            use()
+    assert "closed" in repr(model) and "closed" in repr(session) and model.closed and session.closed
+
+
+def test_sessions_keep_the_weights(tiny_pair: Pair) -> None:
+    def make() -> kvs.Session:
+        return kvs.Model(tiny_pair.text, mmproj=False).session()
+
+    session = make()  # nobody else holds the model
+    assert session.generate("a dog", max_tokens=3).result().text is not None
+
+
+@pytest.mark.parametrize("what", ["model", "session", "stream"])
+def test_no_pickle(model: kvs.Model, session: kvs.Session, what: str) -> None:
+    thing = {"model": model, "session": session, "stream": session.generate("a")}[what]
+    with pytest.raises(TypeError, match="can't be pickled"):
+        pickle.dumps(thing)
+    with pytest.raises(TypeError, match="can't be pickled"):
+        copy.copy(thing)
+
+
+def test_after_a_fork(tiny_pair: Pair) -> None:
+    """A child of os.fork() gets an error, not a hang; it may load a model of its own."""
+    code = f"""
+import os, sys
+import pykvsmooth as kvs
+model = kvs.Model({tiny_pair.text!r}, mmproj=False)
+session = model.session()
+list(session.generate("a dog", max_tokens=2))
+pid = os.fork()
+if pid == 0:
+    for use in (lambda: session.generate("a"), lambda: model.tokenize("a"), lambda: session.n_past):
+        try:
+            use()
+            os._exit(1)
+        except kvs.KVSmoothError as error:
+            if "fork" not in str(error):
+                os._exit(2)
+    session.close(); model.close()
+    own = kvs.Model({tiny_pair.text!r}, mmproj=False)
+    list(own.session().generate("a dog", max_tokens=2))
+    del own, session, model
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+list(session.generate("a dog", max_tokens=2))
+"""
+    assert run(code) == ("", "")
+
+
+def test_quiet_at_exit(tiny_pair: Pair) -> None:
+    """Whatever is still open when the interpreter ends, nothing is printed: by main, by a thread, or by a finalizer."""
+    code = f"""
+import threading, time
+import pykvsmooth as kvs
+model = kvs.Model({tiny_pair.text!r}, mmproj={tiny_pair.mmproj!r})
+session, other = model.session(policy=kvs.KVSmooth(layers=[1])), model.session(n_ctx=4000)
+stream = session.generate("a dog")
+next(stream)
+def work():
+    for token in other.generate("a dog", max_tokens=None):
+        pass
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.05)
+"""
+    assert run(code) == ("", "")
+
+
+def test_import_is_quiet_and_light() -> None:
+    code = "import sys, pykvsmooth; assert not {'PIL', 'asyncio', 'jinja2', 'rich'} & set(sys.modules), sys.modules.keys()"
+    assert run(code) == ("", "")
+
+
+def test_library_that_can_not_be_had(tmp_path: Path) -> None:
+    (tmp_path / "libkvs.so").write_text("no library")
+    for path, message in ((tmp_path / "nothing.so", "KVS_LIBRARY"), (tmp_path / "libkvs.so", "does not load")):
+        result = subprocess.run(
+            [sys.executable, "-c", "import pykvsmooth"], capture_output=True, text=True, env={**environment(), "KVS_LIBRARY": str(path)}
+        )
+        assert result.returncode == 1 and "ImportError" in result.stderr and message in result.stderr
+
+
+def environment() -> dict[str, str]:
+    import pykvsmooth._native as native
+
+    root = str(Path(kvs.__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "KVS_LIBRARY": str(native.library_path)}
+
+
+def run(code: str) -> tuple[str, str]:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment())
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
