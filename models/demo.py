@@ -18,9 +18,11 @@ def demo() -> int:
     text, mmproj = PAIR / "text.gguf", PAIR / "mmproj.gguf"
     if not (text.exists() and mmproj.exists()):
         write_pair(PAIR)
-    print(f"A random model (weights: {text.parent.name}/): what follows is nonsense by design, only the machinery is real.", file=sys.stderr)
-    picture = str(HERE / "demo" / "chelsea.png")
-    return main(["caption", picture, "--model", str(text), "--mmproj", str(mmproj), "--max-tokens", "90", "--repetition-penalty", "1.3", "--heat", "--strengths"])
+    print(
+        f"A random model (weights: {text.parent.name}/): what follows is nonsense by design, only the machinery is real.", file=sys.stderr
+    )
+    model = ["--model", str(text), "--mmproj", str(mmproj), "--max-tokens", "90", "--repetition-penalty", "1.3"]
+    return main(["caption", str(HERE / "demo" / "chelsea.png"), *model, "--heat", "--strengths"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes a random LLaVA pair of a few megabytes that streams English-looking nonsense: for trying the runtime without a checkpoint.
 
-    python models/random_pair.py FOLDER        -> FOLDER/text.gguf, FOLDER/mmproj.gguf
+python models/random_pair.py FOLDER        -> FOLDER/text.gguf, FOLDER/mmproj.gguf
 """
 
 import sys
@@ -37,7 +37,10 @@ class Writer:
 
     def add(self, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
         values = values.astype(np.float32)
-        self.gguf.add_tensor(name, values if values.ndim == 1 else gguf.quants.quantize(values, kind), raw_dtype=kind if values.ndim > 1 else None)
+        if values.ndim == 1:
+            self.gguf.add_tensor(name, values)
+        else:
+            self.gguf.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def matrix(self, name: str, rows: int, cols: int, gain: float = 1.0, kind=gguf.GGMLQuantizationType.Q8_0) -> None:
         self.add(name, self.rng.standard_normal((rows, cols)) * gain / np.sqrt(cols), kind)
@@ -115,7 +118,7 @@ def write_mmproj(path: Path, seed: int) -> None:
     shapes = {"attn_q": (V_EMBD, V_EMBD), "attn_k": (V_EMBD, V_EMBD), "attn_v": (V_EMBD, V_EMBD), "attn_out": (V_EMBD, V_EMBD)}
     shapes |= {"ffn_up": (V_FF, V_EMBD), "ffn_down": (V_EMBD, V_FF)}
     dense = [(f"v.blk.{i}.{name}", *shape) for i in range(V_LAYER) for name, shape in shapes.items()]
-    for name, rows, cols in dense + [("mm.0", N_EMBD, V_EMBD), ("mm.2", N_EMBD, N_EMBD)]:
+    for name, rows, cols in [*dense, ("mm.0", N_EMBD, V_EMBD), ("mm.2", N_EMBD, N_EMBD)]:
         w.matrix(name + ".weight", rows, cols, 1.0, half)
         w.vector(name + ".bias", rows, 0.0)
     w.close()

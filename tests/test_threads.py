@@ -69,9 +69,12 @@ def test_two_threads_on_one_session(model: kvs.Model) -> None:
             except kvs.BusyError:
                 outcomes.append("busy")
 
-        long = threading.Thread(target=use, args=(lambda: session.feed(model.tokenize(LONG)[:6000]),))
+        ids = model.tokenize(LONG)[:6000]
+        long = threading.Thread(target=use, args=(lambda: session.feed(ids),))
         long.start()
-        time.sleep(0.05)
+        while session._handle._owner is None and long.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.01)
         for call in (lambda: session.feed([5]), lambda: session.logits(), lambda: session.generate("a"), lambda: session.kv(0)):
             use(call)
         long.join()

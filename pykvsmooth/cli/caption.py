@@ -85,11 +85,15 @@ class Job:
         self.failed += 1
         self.ui.error(options.in_options(named(name, error)))
 
+    @property
+    def has_bar(self) -> bool:
+        """Where captions stream to the same terminal, they are the progress."""
+        return len(self.names) > 1 and (self.out is not None or not self.ui.out.tty)
+
     def progress(self, name: str) -> None:
-        """The bar, where captions do not stream to the same terminal."""
         self.ui.clear()
         seen, total = self.done + self.failed, len(self.names)
-        if total < 2 or (self.ui.out.tty and not self.out):
+        if not self.has_bar:
             return
         each = (time.monotonic() - self.begin) / seen if seen else 0.0
         eta = f" {each:.1f} s each, {time_text(each * (total - seen))} left" if seen else ""
@@ -186,7 +190,7 @@ def _stream(job: Job, session: Session, name: str) -> Result:
     """A caption, shown while it comes. After Ctrl-C the words so far stay and the line ends."""
     painter = _painter(job)
     stream = session.generate(job.args.prompt, image=source_of(name), **job.answer)
-    if not (len(job.names) > 1 and job.ui.err.cursor and not job.ui.out.tty):
+    if not job.has_bar:
         job.ui.status(f"looking at {name}")
     begun = False
     try:
