@@ -241,6 +241,8 @@ int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err);          
 int32_t kvs_session_logits(kvs_session *session, float *logits, kvs_error *err); /* (n_vocab) of the last row */
 int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, kvs_error *err);
 int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err);
+int32_t kvs_session_n_ctx(const kvs_session *session);
+int32_t kvs_session_kv_type(const kvs_session *session);
 int32_t kvs_session_n_past(const kvs_session *session);                /* rows of the timeline, pruned ones included */
 int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer); /* physical rows of a layer */
 int32_t kvs_session_n_generated(const kvs_session *session);

@@ -350,6 +350,10 @@ int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err) 
     return KVS_OK;
 }
 
+int32_t kvs_session_n_ctx(const kvs_session *session) { return session->cache.kv.n_ctx; }
+
+int32_t kvs_session_kv_type(const kvs_session *session) { return session->cache.kv.type; }
+
 int32_t kvs_session_n_past(const kvs_session *session) { return session->cache.n_past; }
 
 int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer) {

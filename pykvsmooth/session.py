@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +90,6 @@ class Session:
         policy = one_policy(policy)
         params, keep = _native_params(model, n_ctx, kv_type, policy, seed_of(seed), exact_rows)
         self._adopt(model, policy, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err))
-        self.n_ctx, self.kv_type = n_ctx, kv_type
         del keep
 
     def _adopt(self, model: Model, policy: KVSmooth | None, make: Callable[[Any, Any, Any], int]) -> None:
@@ -106,6 +104,8 @@ class Session:
         self.model = model
         self.policy = policy
         self._handle = SessionHandle(out[0], model._handle)
+        self.n_ctx: int = lib.kvs_session_n_ctx(out[0])
+        self.kv_type = next(name for name, number in KV_TYPES.items() if number == lib.kvs_session_kv_type(out[0]))
         self._layers = policy.resolve_layers(model.n_layer) if policy else list(range(model.n_layer))
         self._chat = _Chat()
         self._prompt_end = NO_LIMIT  # rows before the first row at which a prompt ended
@@ -355,7 +355,6 @@ class Session:
         with self._handle as pointer:
             twin = object.__new__(Session)
             twin._adopt(self.model, self.policy, lambda _, out, err: lib.kvs_session_fork(pointer, out, err))
-            twin.n_ctx, twin.kv_type = self.n_ctx, self.kv_type
             twin._chat = _Chat(list(self._chat.turns), self._chat.rows)
             twin._prompt_end = self._prompt_end
         return twin
@@ -390,7 +389,6 @@ class Session:
 
         session = object.__new__(cls)
         session._adopt(model, policy, make)
-        session.n_ctx, session.kv_type = _shape_of_file(path)
         session._prompt_end = 0
         del keep
         return session
@@ -505,13 +503,6 @@ def _check_marks(message: str, n_pictures: int) -> None:
     marks = message.count("<image>")
     if marks and marks != n_pictures:
         raise ValueError(f"the prompt has {marks} <image> marks for {n_pictures} pictures; give one picture per mark")
-
-
-def _shape_of_file(path: str | os.PathLike[str]) -> tuple[int, str]:
-    """(n_ctx, kv_type) from the header of a file that the runtime has just accepted: magic, versions, identities (32 bytes), then these."""
-    with open(path, "rb") as file:
-        n_ctx, kind = struct.unpack("=32x2i", file.read(40))
-    return n_ctx, next(name for name, number in KV_TYPES.items() if number == kind)
 
 
 def _check_file(code: int, err: Any) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from pykvsmooth._native import ffi, lib
 
-K, V, O = lib.KVS_TARGET_K, lib.KVS_TARGET_V, lib.KVS_TARGET_O
+K, V, OUT = lib.KVS_TARGET_K, lib.KVS_TARGET_V, lib.KVS_TARGET_O
 F32, F16, Q8_0 = lib.KVS_TYPE_F32, lib.KVS_TYPE_F16, lib.KVS_TYPE_Q8_0
 
 
@@ -93,7 +94,7 @@ def model(o: Options, k: np.ndarray, v: np.ndarray, entropy: np.ndarray):
     lam = np.stack([strengths(o, z) for z in groups.T], 1)
     wide = np.broadcast_to(lam, entropy.shape)
     k_out = ema(o, k, wide, turn if o.rope_relative else lambda x: x) if o.target & K else k.astype(np.float64)
-    v_out = ema(o, v, wide, lambda x: x) if o.target & (V | O) else v.astype(np.float64)
+    v_out = ema(o, v, wide, lambda x: x) if o.target & (V | OUT) else v.astype(np.float64)
     return k_out, v_out, lam
 
 
@@ -108,7 +109,7 @@ def draw(rng: np.random.Generator, n: int, n_kv_head: int, head_dim: int):
 
 def random_options(rng: np.random.Generator) -> Options:
     flag = lambda: int(rng.integers(2))  # noqa: E731
-    target = int(rng.choice([K, V, K | V, O]))
+    target = int(rng.choice([K, V, K | V, OUT]))
     return Options(
         lambda_ref=float(np.float32(rng.uniform(0, 1))),
         half_width=float(np.float32(rng.choice([0, 0.2, 1]))),
@@ -160,7 +161,7 @@ def test_strength_zero_changes_no_bit(isas: list[str], rng: np.random.Generator,
     for isa in isas:
         for options in (Options(lambda_fixed=0.0), Options(lambda_ref=0, half_width=0), Options(lambda_fixed=0.0, rope_relative=1)):
             zero = smooth(isa, options, kv_type, k, v, entropy)
-            plain = smooth(isa, Options(target=O), kv_type, k, v, entropy)
+            plain = smooth(isa, Options(target=OUT), kv_type, k, v, entropy)
             plain_v = smooth(isa, Options(target=K), kv_type, k, v, entropy)[1]
             assert (zero[2][1:] == 0).all() and np.isnan(zero[2][0]).all()
             assert zero[0].tobytes() == plain[0].tobytes() and zero[1].tobytes() == plain_v.tobytes()

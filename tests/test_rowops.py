@@ -4,6 +4,7 @@ from math import erf
 
 import numpy as np
 import pytest
+
 from pykvsmooth._native import ffi, lib
 
 SIZES = [1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 100, 255, 1024, 4096]
