@@ -7,9 +7,9 @@ must not depend on the other rows of its batch.
 
 import numpy as np
 import pytest
-from pykvsmooth._native import ffi, lib
-
 from test_quant import TYPES, expected, random_blocks, type_id
+
+from pykvsmooth._native import ffi, lib
 
 BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # of rounded activations
 WEIGHT_BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "IQ4_NL": 32, "Q4_0": 32, "Q8_0": 32}

@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import pytest
+
 from pykvsmooth._native import ffi, lib
 
 # byte offsets of the F16 fields of a block; the rest of it may hold anything

@@ -56,10 +56,10 @@ typedef struct piece {
     int32_t kv_head, head, n_head;
 } piece;
 
-/* Later rows see more keys: the last block comes first, so that no long piece is left over at the end. */
+/* Head by head, so that its keys and values stay in a core's cache; the last block first: later rows see more keys, and no
+ * long piece should be left over at the end. */
 static piece find_piece(const attn_job *job, int64_t index) {
-    int64_t per_block = (int64_t)job->n_kv_head * job->n_chunks;
-    int32_t block = job->n_blocks - 1 - (int32_t)(index / per_block), rest = (int32_t)(index % per_block);
+    int32_t block = job->n_blocks - 1 - (int32_t)(index % job->n_blocks), rest = (int32_t)(index / job->n_blocks);
     int32_t kv_head = rest / job->n_chunks, first = rest % job->n_chunks * job->chunk;
     return (piece){.first = block * job->block_rows,
                    .n = KVS_MIN(job->block_rows, job->n_rows - block * job->block_rows),
