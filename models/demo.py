@@ -21,7 +21,7 @@ def demo() -> int:
     print(
         f"A random model (weights: {text.parent.name}/): what follows is nonsense by design, only the machinery is real.", file=sys.stderr
     )
-    model = ["--model", str(text), "--mmproj", str(mmproj), "--max-tokens", "90", "--repetition-penalty", "1.3"]
+    model = ["--model", str(text), "--mmproj", str(mmproj), "--max-tokens", "90", "--repetition-penalty", "2"]
     return main(["caption", str(HERE / "demo" / "chelsea.png"), *model, "--heat", "--strengths"])
 
 

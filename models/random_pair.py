@@ -102,7 +102,7 @@ def write_mmproj(path: Path, seed: int) -> None:
     g.add_string("clip.projector_type", "mlp")
     g.add_bool("clip.use_gelu", False)
     sizes = {"image_size": IMAGE, "patch_size": PATCH, "embedding_length": V_EMBD, "feed_forward_length": V_FF, "projection_dim": V_EMBD}
-    for key, value in sizes.items() | {"block_count": V_LAYER, "attention.head_count": V_HEAD}.items():
+    for key, value in {**sizes, "block_count": V_LAYER, "attention.head_count": V_HEAD}.items():
         g.add_uint32("clip.vision." + key, value)
     g.add_array("clip.vision.feature_layer", [V_LAYER])
     g.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
@@ -127,8 +127,10 @@ def write_mmproj(path: Path, seed: int) -> None:
 def write_pair(folder: Path, seed: int = 1) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text, mmproj = folder / "text.gguf", folder / "mmproj.gguf"
-    write_text(text, seed)
-    write_mmproj(mmproj, seed + 1)
+    for write, path, of in ((write_text, text, seed), (write_mmproj, mmproj, seed + 1)):
+        part = path.with_suffix(".part")  # a file that was left half written must not be taken for the model
+        write(part, of)
+        part.replace(path)
     return text, mmproj
 
 

@@ -46,14 +46,15 @@ def rounded(x: np.ndarray, block: int) -> np.ndarray:
     return (q.astype(np.float64) * (top / np.float32(127))).reshape(x.shape)
 
 
-def check(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+def check(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
     weights = expected(name, w).astype(np.float64)
     seen = rounded(x, BLOCK[name]) if name in BLOCK else x.astype(np.float64)
     want = seen @ weights.T + (0 if bias is None else bias)
     # Terms of Q4_K and Q5_K are differences of scaled sums: their rounding is relative to both parts
     size = np.abs(seen) @ np.abs(weights).T + (0 if bias is None else np.abs(bias)) + parts_of_minima(name, w, seen)
     error = np.abs(y - want) / (size + 1e-30)
-    assert error.max() < 4e-7, f"{name} {w.shape} x {x.shape}: {error.max():.2e} of the sum of magnitudes"
+    bound = 4e-7 if isa != "base" or name in BLOCK else 1.5e-6  # base sums 512 columns one after the other
+    assert error.max() < bound, f"{isa} {name} {w.shape} x {x.shape}: {error.max():.2e} of the sum of magnitudes"
 
 
 def parts_of_minima(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray | float:
@@ -79,7 +80,7 @@ def test_against_numpy(isa: str, name: str, rng: np.random.Generator) -> None:
         x = rng.standard_normal((n, cols)).astype(np.float32) * np.float32(10 ** rng.uniform(-3, 3))
         bias = rng.standard_normal(rows).astype(np.float32) if rng.random() < 0.5 else None
         y = matmul(isa, name, w, x, bias, int(rng.integers(1, 4)))
-        check(name, w, x, bias, y)
+        check(isa, name, w, x, bias, y)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -89,7 +90,7 @@ def test_edges(name: str, isas: list[str], rng: np.random.Generator) -> None:
         cols = n_blocks * block
         w, x = random_blocks(rng, name, rows, cols), rng.standard_normal((n, cols)).astype(np.float32)
         for isa in isas:
-            check(name, w, x, None, matmul(isa, name, w, x))
+            check(isa, name, w, x, None, matmul(isa, name, w, x))
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
@@ -97,8 +98,8 @@ def test_every_tail(name: str, isas: list[str], rng: np.random.Generator) -> Non
     for cols in (*range(1, 34), 511, 512, 513, 1025):
         w, x = random_blocks(rng, name, 5, cols), rng.standard_normal((4, cols)).astype(np.float32)
         for isa in isas:
-            check(name, w, x, None, matmul(isa, name, w, x))
-            check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+            check(isa, name, w, x, None, matmul(isa, name, w, x))
+            check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
 
 
 @pytest.mark.parametrize("name", list(BLOCK))
@@ -140,8 +141,8 @@ def test_extreme_integers(name: str, isas: list[str], rng: np.random.Generator) 
         for sign in (np.ones(cols), -np.ones(cols), np.where(np.arange(cols) % 2, 1, -1)):
             x = np.tile(sign.astype(np.float32), (6, 1))
             for isa in isas:
-                check(name, w, x, None, matmul(isa, name, w, x))
-                check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+                check(isa, name, w, x, None, matmul(isa, name, w, x))
+                check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
 
 
 def halves_of(name: str, cols: int) -> list[int]:
@@ -164,7 +165,7 @@ def test_unusual_activations(name: str, isas: list[str], rng: np.random.Generato
         for y in (matmul(isa, name, w, x), np.concatenate([matmul(isa, name, w, row[None]) for row in x])):
             assert (y[0] == 0).all() and (y[2] == 0).all()
             assert np.isnan(y[3]).all() and np.isnan(y[4]).all()
-            check(name, w, x[:2], None, y[:2])
+            check(isa, name, w, x[:2], None, y[:2])
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -173,8 +174,8 @@ def test_wide_rows(name: str, isas: list[str], rng: np.random.Generator) -> None
     w = random_blocks(rng, name, 9, 11008)
     x = rng.standard_normal((5, 11008)).astype(np.float32)
     for isa in isas:
-        check(name, w, x, None, matmul(isa, name, w, x, threads=2))
-        check(name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+        check(isa, name, w, x, None, matmul(isa, name, w, x, threads=2))
+        check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
 
 
 def test_bad_arguments() -> None:

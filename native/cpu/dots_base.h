@@ -39,86 +39,100 @@ static void quantize(const float *x, int64_t cols, const kvs_acts *a, int64_t ro
     }
 }
 
-/* One block of one row: isum and msum, exact; d and m come back as float. */
-typedef struct block_sum {
+/* A block of any of these types: d (sum of scale q) - m (sum of min). Values in runs of 16, each with a scale; minima per 32. */
+typedef struct block {
     float d, m;
-    int32_t isum, msum;
-} block_sum;
+    int8_t q[256];
+    int16_t scale[16], min[8];
+} block;
 
-static block_sum q4_0_block(const void *w, const int8_t *x) {
+static void q4_0_block(block *out, const void *w) {
     const kvs_q4_0 *b = w;
-    block_sum s = {.d = kvs_f16_to_f32(b->d)};
-    for (int i = 0; i < 16; i++) s.isum += ((b->q[i] & 15) - 8) * x[i] + ((b->q[i] >> 4) - 8) * x[i + 16];
-    return s;
+    out->d = kvs_f16_to_f32(b->d);
+    out->scale[0] = out->scale[1] = 1;
+    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)((b->q[i % 16] >> i / 16 * 4 & 15) - 8);
 }
 
-static block_sum q8_0_block(const void *w, const int8_t *x) {
+static void q8_0_block(block *out, const void *w) {
     const kvs_q8_0 *b = w;
-    block_sum s = {.d = kvs_f16_to_f32(b->d)};
-    for (int i = 0; i < 32; i++) s.isum += b->q[i] * x[i];
-    return s;
+    out->d = kvs_f16_to_f32(b->d);
+    out->scale[0] = out->scale[1] = 1;
+    memcpy(out->q, b->q, 32);
 }
 
-static block_sum k4_sum(uint16_t d, uint16_t m, const uint8_t scales[12], const uint8_t q[256], const int8_t *x) {
-    block_sum s = {.d = kvs_f16_to_f32(d), .m = kvs_f16_to_f32(m)};
+static void k4_scales(block *out, uint16_t d, uint16_t m, const uint8_t scales[12]) {
+    out->d = kvs_f16_to_f32(d);
+    out->m = kvs_f16_to_f32(m);
     for (int j = 0; j < 8; j++) {
-        int32_t dot = 0, sum = 0;
-        for (int i = 32 * j; i < 32 * j + 32; i++) {
-            dot += q[i] * x[i];
-            sum += x[i];
-        }
         uint8_t scale, min;
         kvs_k4_scale(scales, j, &scale, &min);
-        s.isum += scale * dot;
-        s.msum += min * sum;
+        out->scale[2 * j] = out->scale[2 * j + 1] = scale;
+        out->min[j] = min;
     }
-    return s;
 }
 
-static block_sum q4_k_block(const void *w, const int8_t *x) {
+static void q4_k_block(block *out, const void *w) {
     const kvs_q4_k *b = w;
-    uint8_t q[256];
-    for (int i = 0; i < 256; i++) q[i] = b->q[i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15;
-    return k4_sum(b->d, b->m, b->scales, q, x);
+    k4_scales(out, b->d, b->m, b->scales);
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) out->q[32 * j + i] = b->q[j / 2 * 32 + i] >> j % 2 * 4 & 15;
 }
 
-static block_sum q5_k_block(const void *w, const int8_t *x) {
+static void q5_k_block(block *out, const void *w) {
     const kvs_q5_k *b = w;
-    uint8_t q[256];
-    for (int i = 0; i < 256; i++) q[i] = (uint8_t)((b->q[i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15) | (b->h[i % 32] >> i / 32 & 1) << 4);
-    return k4_sum(b->d, b->m, b->scales, q, x);
+    k4_scales(out, b->d, b->m, b->scales);
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) out->q[32 * j + i] = (int8_t)((b->q[j / 2 * 32 + i] >> j % 2 * 4 & 15) | (b->h[i] >> j & 1) << 4);
 }
 
-static block_sum q6_k_block(const void *w, const int8_t *x) {
+static void q6_k_block(block *out, const void *w) {
     const kvs_q6_k *b = w;
-    block_sum s = {.d = kvs_f16_to_f32(b->d)};
-    for (int i = 0; i < 256; i++) {
-        int half = i / 128, run = i % 128 / 32, l = i % 32;
-        int low = b->q[64 * half + 32 * (run % 2) + l] >> run / 2 * 4 & 15, high = b->h[32 * half + l] >> 2 * run & 3;
-        s.isum += b->scales[i / 16] * ((low | high << 4) - 32) * x[i];
+    out->d = kvs_f16_to_f32(b->d);
+    for (int j = 0; j < 16; j++) out->scale[j] = b->scales[j];
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) {
+            int low = b->q[64 * (j / 4) + 32 * (j % 2) + i] >> j % 4 / 2 * 4 & 15, high = b->h[32 * (j / 4) + i] >> j % 4 * 2 & 3;
+            out->q[32 * j + i] = (int8_t)((low | high << 4) - 32);
+        }
+}
+
+static int32_t isum_of(const block *w, const int8_t *x, int32_t n) {
+    int32_t sum = 0;
+    for (int j = 0; j < n / 16; j++) {
+        int32_t dot = 0;
+        for (int i = 16 * j; i < 16 * j + 16; i++) dot += w->q[i] * x[i];
+        sum += w->scale[j] * dot;
     }
-    return s;
+    return sum;
+}
+
+static int32_t msum_of(const block *w, const int16_t *s32) {
+    int32_t sum = 0;
+    for (int j = 0; j < 8; j++) sum += w->min[j] * s32[j];
+    return sum;
 }
 
 static void few(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step) {
-    block_sum (*block)(const void *, const int8_t *) = p->type == KVS_TYPE_Q4_0   ? q4_0_block
-                                                       : p->type == KVS_TYPE_Q8_0 ? q8_0_block
-                                                       : p->type == KVS_TYPE_Q4_K ? q4_k_block
-                                                       : p->type == KVS_TYPE_Q5_K ? q5_k_block
-                                                                                  : q6_k_block;
+    void (*unpack)(block *, const void *) = p->type == KVS_TYPE_Q4_0   ? q4_0_block
+                                            : p->type == KVS_TYPE_Q8_0 ? q8_0_block
+                                            : p->type == KVS_TYPE_Q4_K ? q4_k_block
+                                            : p->type == KVS_TYPE_Q5_K ? q5_k_block
+                                                                       : q6_k_block;
     int64_t n_blocks = p->cols / a->block, bytes = kvs_type_get(p->type)->block_bytes;
     bool has_min = p->type == KVS_TYPE_Q4_K || p->type == KVS_TYPE_Q5_K;
     for (int64_t r = 0; r < p->rows; r++) {
-        for (int64_t i = 0; i < n; i++) {
-            float sum[4] = {0};
-            for (int64_t b = 0; b < n_blocks; b++) {
+        float sums[KVS_XT][4] = {{0}};
+        for (int64_t b = 0; b < n_blocks; b++) {
+            block w;
+            unpack(&w, p->w + r * p->row_bytes + b * bytes);
+            for (int64_t i = 0; i < n; i++) {
                 int64_t at = (row + i) * a->row_step + b * a->block_step;
-                block_sum s = block(p->w + r * p->row_bytes + b * bytes, a->q + at * a->block);
-                sum[b % 4] += s.d * a->d[at] * (float)s.isum;
-                if (has_min) sum[b % 4] -= s.m * a->d[at] * (float)s.msum;
+                float *sum = &sums[i][b % 4];
+                *sum += w.d * a->d[at] * (float)isum_of(&w, a->q + at * a->block, a->block);
+                if (has_min) *sum -= w.m * a->d[at] * (float)msum_of(&w, a->s32 + at * 8);
             }
-            y[i * y_step + r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
+        for (int64_t i = 0; i < n; i++) y[i * y_step + r] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
     }
 }
 

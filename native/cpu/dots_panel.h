@@ -56,7 +56,7 @@ typedef struct panel_scratch {
 _Static_assert(sizeof(panel_scratch) <= KVS_DOTS_SCRATCH && PR <= KVS_ROWS_MAX, "scratch of a thread");
 
 /* ---- unpacking: eight rows at a time ---- */
-static const uint8_t no_block[256]; /* stands for the blocks of rows beyond the last */
+static const uint8_t no_block[8 * 34]; /* stands for the blocks of rows beyond the last: 256 columns of any type */
 
 KVS_INLINE void transpose(v8 r[8]) { /* 8 x 8 words of four bytes */
     v8 a[8], b[8];
