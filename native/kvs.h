@@ -24,8 +24,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVS_API
-
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -197,12 +197,12 @@ const kvs_type_traits *kvs_type_get(int32_t type) {
     return &traits[type];
 }
 
-KVS_API const char *kvs_type_name(int32_t type) {
+const char *kvs_type_name(int32_t type) {
     const kvs_type_traits *t = kvs_type_get(type);
     return t ? t->name : NULL;
 }
 
-KVS_API int64_t kvs_row_bytes(int32_t type, int64_t n) {
+int64_t kvs_row_bytes(int32_t type, int64_t n) {
     const kvs_type_traits *t = kvs_type_get(type);
     uint64_t bytes;
     if (!t || n < 0 || n % t->block || !kvs_mul_u64((uint64_t)n / (uint64_t)t->block, (uint64_t)t->block_bytes, &bytes)) return -1;

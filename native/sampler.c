@@ -249,8 +249,8 @@ int kvs_sampler_draw(const float *logits, int32_t n_vocab, const int32_t *seen, 
     return KVS_OK;
 }
 
-KVS_API int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
-                                uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last) {
+int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
+                        uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last) {
     kvs_rng rng;
     kvs_rng_seed(&rng, seed);
     for (int32_t i = 0; i < draws; i++) {

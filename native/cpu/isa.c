@@ -134,7 +134,7 @@ int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err) {
                     N_ISAS > 1 ? ", avx2 and avx512" : "");
 }
 
-KVS_API int32_t kvs_cpu_info(char *text, int32_t size) {
+int32_t kvs_cpu_info(char *text, int32_t size) {
     char name[64], features[160], line[640];
     kvs_error err = {.struct_size = sizeof err};
     const kvs_isa *isa;

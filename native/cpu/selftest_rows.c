@@ -28,8 +28,7 @@ static int finish(kvs_backend *be) {
     return status;
 }
 
-KVS_API int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
-                              float *y) {
+int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols, float *y) {
     int status;
     kvs_step step;
     kvs_backend *be = open_isa(isa, 1, &status);
@@ -39,8 +38,8 @@ KVS_API int32_t kvs_test_norm(const char *isa, const float *x, const float *w, c
     return finish(be);
 }
 
-KVS_API int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim,
-                              const float *inv_freq, int32_t n_rot) {
+int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim, const float *inv_freq,
+                      int32_t n_rot) {
     int status;
     if (n < 1 || n_rot < 0 || n_rot > head_dim || n_rot % 2) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, 1, &status);
@@ -62,7 +61,7 @@ KVS_API int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int
     return status;
 }
 
-KVS_API int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y, int64_t n) {
+int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y, int64_t n) {
     static const char *const names[] = {[KVS_GELU] = "gelu", [KVS_GELU_TANH] = "gelu_tanh", [KVS_GELU_QUICK] = "gelu_quick"};
     int status;
     kvs_step step;
@@ -118,9 +117,8 @@ static bool good_shape(int32_t kv_type, int32_t n_head, int32_t n_kv_head, int32
            n_head % n_kv_head == 0 && head_dim > 0 && head_dim <= MAX_HEAD_DIM;
 }
 
-KVS_API int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v,
-                              int32_t n_q, int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self,
-                              float *out, float *entropy) {
+int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
+                      int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, float *out, float *entropy) {
     int status;
     if (!good_shape(kv_type, n_head, n_head_kv, head_dim) || n_q < 1 || n_q > n_kv) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, threads, &status);
@@ -151,8 +149,8 @@ KVS_API int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type,
     return status;
 }
 
-KVS_API int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n,
-                                   int32_t n_head, int32_t head_dim, float *out) {
+int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
+                           int32_t head_dim, float *out) {
     int status;
     kvs_step step;
     kvs_backend *be = open_isa(isa, threads, &status);
@@ -219,9 +217,8 @@ static void read_row(const kvs_kv *kv, const uint8_t *base, int32_t i, float *ou
 }
 
 /* With target O alone v stands for the attention outputs, too, and v_out takes the smoothed ones: K and V keep their values then. */
-KVS_API int32_t kvs_test_smooth(const char *isa, const kvs_smooth_params *p, int32_t kv_type, int32_t n_kv_head, int32_t head_dim,
-                                int32_t n, const float *k, const float *v, const float *entropy, float *k_out, float *v_out,
-                                float *strength) {
+int32_t kvs_test_smooth(const char *isa, const kvs_smooth_params *p, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n,
+                        const float *k, const float *v, const float *entropy, float *k_out, float *v_out, float *strength) {
     int status;
     if (!good_shape(kv_type, n_kv_head, n_kv_head, head_dim) || n < 1 || p->window < 1) return KVS_E_ARGUMENT;
     smooth_test t = {.be = open_isa(isa, 1, &status), .params = p};
