@@ -25,7 +25,7 @@ SAN_LIB_tsan  = libtsan.so
 asan ubsan tsan: $(VENV)/installed $(VENV)/tools ## the fast tests under a sanitizer
 	$(BIN)/cmake --preset $@ -G Ninja && $(BIN)/cmake --build --preset $@ -j $(JOBS)
 	LD_PRELOAD=$$($(CC) -print-file-name=$(SAN_LIB_$@)) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:exitcode=66:ignore_noninstrumented_modules=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:exitcode=66:ignore_noninstrumented_modules=1:die_after_fork=0 \
 	KVS_LIBRARY=$(CURDIR)/build/$@/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests -m "not slow" -p no:cacheprovider
 
 emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machine without it (needs SIMDe's headers)

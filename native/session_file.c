@@ -1,26 +1,31 @@
 /* session_file.c - a session on disk: written to a temporary name, flushed, renamed; checksummed, tied to its model.
  *
- * Layout, little-endian: header (struct below), policy fields (doubles), layer list, skip list, timeline, cache rows by
- * layer and head, history, ring of exact rows, logits, and a 64-bit checksum over all of it. */
+ * Layout, little-endian: header (struct below, with a checksum of its own), timeline, cache rows by layer and head, history,
+ * ring of exact rows, logits, and a 64-bit checksum over all of it. */
 #include "session.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FILE_VERSION = 1, N_FIELDS = 19, MAX_PATH = 4096 };
+enum { FILE_VERSION = 1, N_FIELDS = 19, MAX_PATH = PATH_MAX };
 
 typedef struct header {
     char magic[8];
     uint32_t version, header_bytes;
     uint64_t identity, mmproj_identity;
     int32_t n_ctx, kv_type, n_exact, smoothed;
-    int32_t n_past, n_rows, n_turns, exact_from, has_logits, n_layers, n_skip_ids, reserved;
+    int32_t n_past, n_rows, n_turns, exact_from, has_logits, n_skip_ids;
+    double policy[N_FIELDS]; /* zeros without a policy */
+    uint64_t policy_lists;   /* hash of its layers and skip ids */
     kvs_rng rng;
+    uint64_t check; /* hash of all the above: a damaged header must not pass for one of another model or policy */
 } header;
 
 typedef struct stream {
@@ -103,6 +108,13 @@ static void policy_fields(const kvs_smooth_params *p, double fields[N_FIELDS]) {
     memcpy(fields, values, sizeof values);
 }
 
+static uint64_t policy_lists(const kvs_smooth_params *p) {
+    uint64_t layers = kvs_hash(0, p->layers, (uint64_t)p->n_layers * sizeof *p->layers);
+    return kvs_hash(layers, p->skip_ids, (uint64_t)p->n_skip_ids * sizeof *p->skip_ids);
+}
+
+static uint64_t header_check(const header *h) { return kvs_hash(0, h, offsetof(header, check)); }
+
 static int file_error(kvs_error *err, const char *path, const char *what, const char *message) {
     return kvs_fail_file(err, KVS_E_SESSION_FILE, path, what, -1, "%s", message);
 }
@@ -135,23 +147,19 @@ static header make_header(const kvs_session *s, const kvs_smooth_params *smooth)
     h.n_turns = c->n_turns;
     h.exact_from = c->exact_from;
     h.has_logits = s->has_logits;
-    h.n_layers = smooth ? smooth->n_layers : 0;
-    h.n_skip_ids = smooth ? smooth->n_skip_ids : 0;
     h.rng = s->rng;
+    if (smooth) {
+        h.n_skip_ids = smooth->n_skip_ids;
+        policy_fields(smooth, h.policy);
+        h.policy_lists = policy_lists(smooth);
+    }
+    h.check = header_check(&h);
     return h;
 }
 
 static void write_all(stream *f, kvs_session *s) {
-    const kvs_smooth_params *smooth = kvs_policy_kvsmooth_params(s->cache.policy);
-    header h = make_header(s, smooth);
+    header h = make_header(s, kvs_policy_kvsmooth_params(s->cache.policy));
     transfer(f, &h, sizeof h);
-    if (smooth) {
-        double fields[N_FIELDS];
-        policy_fields(smooth, fields);
-        transfer(f, fields, sizeof fields);
-        transfer(f, (void *)smooth->layers, (uint64_t)smooth->n_layers * sizeof(int32_t));
-        transfer(f, (void *)smooth->skip_ids, (uint64_t)smooth->n_skip_ids * sizeof(int32_t));
-    }
     transfer_cache(f, &s->cache);
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
     uint64_t sum = f->hash;
@@ -206,8 +214,12 @@ static int open_temporary(const char *path, char *temporary, size_t size) {
     return -1;
 }
 
-static int save(kvs_session *s, const char *path, kvs_error *err) {
-    char temporary[MAX_PATH];
+static int save(kvs_session *s, const char *wanted, kvs_error *err) {
+    char temporary[MAX_PATH], real[PATH_MAX];
+    const char *path = realpath(wanted, real) ? real : wanted; /* a link stays a link: the file behind it is replaced */
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return file_error(err, path, "", S_ISDIR(st.st_mode) ? "this is a folder: name a file in it" : "this is not a regular file");
     int fd = open_temporary(path, temporary, sizeof temporary);
     if (fd < 0) return io_error(err, path, errno, "saving the session");
     int status = write_temporary(s, path, temporary, fd, err);
@@ -233,6 +245,7 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     if (h->version != FILE_VERSION || h->header_bytes != sizeof *h)
         return kvs_fail_file(err, KVS_E_SESSION_FILE, path, "version", -1, "saved by another version (%u, this one reads %d)", h->version,
                              FILE_VERSION);
+    if (h->check != header_check(h)) return file_error(err, path, "header", "the file is damaged");
     if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
     if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");
     bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows >= 0 && h->n_rows <= h->n_past && h->n_turns >= 0 &&
@@ -241,32 +254,20 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
 }
 
-/* Read in one piece, as it was written: the checksum knows the pieces. */
-static bool same_list(stream *f, const int32_t *list, int32_t n) {
-    int32_t *saved = kvs_calloc((uint64_t)n + 1, sizeof *saved);
-    if (!saved) f->failed = true;
-    transfer(f, saved, (uint64_t)n * sizeof *saved);
-    bool same = !f->failed && (!n || !memcmp(saved, list, (size_t)n * sizeof *saved));
-    free(saved);
-    return same;
-}
-
-static int check_policy(stream *f, const header *h, const kvs_smooth_params *smooth, kvs_error *err) {
+static int check_policy(const header *h, const kvs_smooth_params *smooth, const char *path, kvs_error *err) {
     if (h->smoothed != (smooth != NULL))
-        return file_error(err, f->path, "policy",
+        return file_error(err, path, "policy",
                           h->smoothed ? "saved with KVSmooth: load it with the same policy"
                                       : "saved without a policy: load it without one");
     if (!smooth) return KVS_OK;
-    double saved[N_FIELDS], wanted[N_FIELDS];
+    double wanted[N_FIELDS];
     policy_fields(smooth, wanted);
-    transfer(f, saved, sizeof saved);
-    for (int i = 0; i < N_FIELDS && !f->failed; i++)
-        if (saved[i] != wanted[i] && !(isnan(saved[i]) && isnan(wanted[i])))
-            return kvs_fail_file(err, KVS_E_SESSION_FILE, f->path, field_names[i], -1, "saved with %g, the policy given has %g", saved[i],
-                                 wanted[i]);
-    bool same = h->n_layers == smooth->n_layers && h->n_skip_ids == smooth->n_skip_ids;
-    same = same && same_list(f, smooth->layers, h->n_layers) && same_list(f, smooth->skip_ids, h->n_skip_ids);
-    return same || f->failed ? KVS_OK : file_error(err, f->path, "layers or skip_token_ids", "saved with other layers or skip_token_ids");
+    for (int i = 0; i < N_FIELDS; i++)
+        if (h->policy[i] != wanted[i] && !(isnan(h->policy[i]) && isnan(wanted[i])))
+            return kvs_fail_file(err, KVS_E_SESSION_FILE, path, field_names[i], -1, "saved with %.9g, the policy given has %.9g",
+                                 h->policy[i], wanted[i]);
+    bool same = h->n_skip_ids == smooth->n_skip_ids && h->policy_lists == policy_lists(smooth);
+    return same ? KVS_OK : file_error(err, path, "layers or skip_token_ids", "saved with other layers or skip_token_ids");
 }
 
 /* What was read must be a timeline before anything derives from it. */
@@ -304,7 +305,7 @@ static int load(stream *f, kvs_model *model, const kvs_session_params *params, k
     transfer(f, &h, sizeof h);
     if (f->failed) return file_error(err, f->path, "length", "too short for a saved session");
     int status = check_header(&h, model, f->path, err);
-    if (!status) status = check_policy(f, &h, params->smooth, err);
+    if (!status) status = check_policy(&h, params->smooth, f->path, err);
     if (status) return status;
     kvs_session_params as_saved = *params;
     as_saved.n_ctx = h.n_ctx;

@@ -349,19 +349,38 @@ def saved(model: kvs.Model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def refuse(model: kvs.Model, path: Path, data: bytes) -> None:
+HEADER = 256  # bytes, the last eight of them their own check
+PRIME = 0xD6E8FEB86659FD93
+
+
+def check_of(data: bytes) -> int:
+    """kvs_hash of whole words."""
+    h = len(data) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+    for word in (*struct.unpack(f"<{len(data) // 8}Q", data), 0):
+        h = (h ^ word) * PRIME & (1 << 64) - 1
+        h ^= h >> 32
+    h = h * PRIME & (1 << 64) - 1
+    return h ^ h >> 32
+
+
+def sealed(data: bytes) -> bytes:
+    """A header that was changed, with the check that a liar would give it."""
+    return data[: HEADER - 8] + struct.pack("<Q", check_of(data[: HEADER - 8])) + data[HEADER:]
+
+
+def refuse(model: kvs.Model, path: Path, data: bytes, match: str | None = None) -> None:
     path.write_bytes(data)
-    with pytest.raises(kvs.SessionFileError) as error:
+    with pytest.raises(kvs.SessionFileError, match=match) as error:
         load(model, path, "kvsmooth")
     assert str(path) in str(error.value)
 
 
 def test_damaged_files(model: kvs.Model, saved: bytes, rng: np.random.Generator, tmp_path: Path) -> None:
-    """One flipped bit anywhere, header first."""
-    for at in [*range(0, 160, 3), *rng.integers(0, len(saved), 60)]:
+    """One flipped bit anywhere, header first; damage is called damage, not another model or policy."""
+    for at in [*range(16, HEADER, 3), *rng.integers(HEADER, len(saved), 60)]:
         data = bytearray(saved)
         data[at] ^= 1 << int(rng.integers(8))
-        refuse(model, tmp_path / "s", bytes(data))
+        refuse(model, tmp_path / "s", bytes(data), "damaged")
 
 
 def test_truncated_and_longer_files(model: kvs.Model, saved: bytes, rng: np.random.Generator, tmp_path: Path) -> None:
@@ -381,9 +400,26 @@ def test_newer_version_and_foreign_files(model: kvs.Model, saved: bytes, tmp_pat
 
 def test_wild_headers(model: kvs.Model, saved: bytes, tmp_path: Path) -> None:
     """Sizes that no file holds: refused, whatever they are, without a crash or an allocation of terabytes."""
-    for at in range(8, 88, 4):
+    assert sealed(saved) == saved
+    for at in range(16, 72, 4):
         for value in (-1, 0x7FFFFFFF, -0x80000000, 1 << 20):
-            refuse(model, tmp_path / "s", saved[:at] + struct.pack("<i", value) + saved[at + 4 :])
+            refuse(model, tmp_path / "s", sealed(saved[:at] + struct.pack("<i", value) + saved[at + 4 :]))
+
+
+def test_only_regular_files_are_replaced(model: kvs.Model, tmp_path: Path) -> None:
+    """Root could rename a session over a device; a link stays one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    with open_session(model, "plain") as session:
+        session.feed([1, 2])
+        for path in (tmp_path, tmp_path / "pipe"):
+            with pytest.raises(kvs.SessionFileError, match=r"folder|not a regular file"):
+                session.save(path)
+        session.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
+    with load(model, tmp_path / "real", "plain") as session:
+        assert session.n_past == 2
 
 
 def test_no_such_file_and_no_such_folder(model: kvs.Model, tmp_path: Path) -> None:
