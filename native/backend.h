@@ -9,6 +9,8 @@
 #define KVS_BACKEND_H
 #include "util.h"
 
+enum { KVS_MAX_HEAD_DIM = 512 }; /* loaders refuse more: kernels have room for so many on their stacks */
+
 typedef struct kvs_ops kvs_ops;
 
 typedef struct kvs_backend { /* a device of this process; each device's own struct begins with it */

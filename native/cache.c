@@ -10,7 +10,7 @@ static void *device_buffer(kvs_cache *cache, uint64_t bytes) {
     return block;
 }
 
-/* The sizes can't overflow: n_ctx < 2^24, n_layer <= 1024, heads and head_dim bounded by the loader. */
+/* The sizes can't overflow: n_ctx <= 2^20, n_layer <= 1024, heads and head_dim bounded by the loader. */
 static bool alloc_device(kvs_cache *cache, const kvs_cache_shape *shape) {
     kvs_kv *kv = &cache->kv;
     uint64_t rows = (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx;
@@ -119,11 +119,11 @@ int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
     return KVS_OK;
 }
 
-void kvs_cache_rows(const kvs_span *span, int32_t ahead, kvs_row *rows) {
+void kvs_cache_rows(const kvs_span *span, kvs_row *rows) {
     kvs_cache *cache = span->cache;
     for (int32_t i = 0; i < span->n; i++) {
-        int32_t index = cache->n_past + ahead + i;
-        rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows + ahead + i};
+        int32_t index = span->index + i;
+        rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows + index - cache->n_past};
     }
 }
 
@@ -170,32 +170,41 @@ bool kvs_cache_exact(const kvs_cache *cache, int32_t index) {
     return index >= KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
 }
 
-/* Can row index be had exactly? A prompt row of text can be computed again, a smoothed one or one of a picture can't. */
-static bool can_have(const kvs_cache *cache, int32_t index) {
-    return index < 0 || kvs_cache_exact(cache, index) || (!(cache->flags[index] & KVS_ROW_GENERATED) && cache->ids[index] >= 0);
+bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) { return cache->policy && cache->policy->ops->mixes(cache->policy, flags); }
+
+/* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. */
+int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) {
+    for (; index >= 0 && !kvs_cache_exact(cache, index); index--) {
+        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0) return -1;
+        if (!kvs_cache_mixes(cache, cache->flags[index])) return index;
+    }
+    return index + 1;
 }
 
-/* May the timeline end here? Its logits (if wanted) need the last row run once more, and that needs the row before it. */
+/* May the timeline end here? Its logits (if wanted) need the last row run once more, and that may need the row before it. */
 static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
-    if (n_past == 0 || n_past == cache->n_past || !cache->policy || !cache->policy->ops->needs_exact(cache->policy)) return true;
-    if (cache->store_is_exact) return true;
-    if (!(cache->flags[n_past - 1] & KVS_ROW_GENERATED)) return true; /* text can follow a picture */
-    return kvs_cache_exact(cache, n_past - 1) && (!logits || can_have(cache, n_past - 2));
+    if (n_past == 0 || n_past == cache->n_past || cache->store_is_exact) return true;
+    uint8_t flags = cache->flags[n_past - 1];
+    if (!kvs_cache_mixes(cache, flags)) return true; /* text can follow a picture */
+    bool here = flags & KVS_ROW_GENERATED ? kvs_cache_exact(cache, n_past - 1) : kvs_cache_again_from(cache, n_past - 1) >= 0;
+    return here && (!logits || kvs_cache_again_from(cache, n_past - 2) >= 0);
 }
 
-/* A float32 store holds what the ring of exact rows held: the newest row is all that the next mix needs. */
+/* A float32 store holds what the ring of exact rows held. */
 static void refill_exact(kvs_cache *cache) {
     kvs_kv *kv = &cache->kv;
     uint64_t bytes = (uint64_t)kv->row_bytes;
-    for (int32_t layer = 0; layer < kv->n_layer; layer++) {
-        int64_t slot = kvs_kv_exact(kv, layer, cache->n_past - 1, kv->n_kv_head);
-        for (int32_t head = 0; head < kv->n_kv_head; head++, slot += kv->head_dim) {
-            int64_t row = (int64_t)(cache->n_rows - 1) * kv->row_bytes;
-            cache->be->ops->copy(cache->be, kv->exact_k + slot, kvs_kv_rows(kv, kv->k, layer, head) + row, bytes);
-            cache->be->ops->copy(cache->be, kv->exact_v + slot, kvs_kv_rows(kv, kv->v, layer, head) + row, bytes);
+    cache->exact_from = KVS_MAX(cache->n_past - kv->n_exact, 0);
+    for (int32_t index = cache->exact_from; index < cache->n_past; index++) {
+        int64_t row = (int64_t)(cache->n_rows + index - cache->n_past) * kv->row_bytes;
+        for (int32_t layer = 0; layer < kv->n_layer; layer++) {
+            int64_t slot = kvs_kv_exact(kv, layer, index, kv->n_kv_head);
+            for (int32_t head = 0; head < kv->n_kv_head; head++, slot += kv->head_dim) {
+                cache->be->ops->copy(cache->be, kv->exact_k + slot, kvs_kv_rows(kv, kv->k, layer, head) + row, bytes);
+                cache->be->ops->copy(cache->be, kv->exact_v + slot, kvs_kv_rows(kv, kv->v, layer, head) + row, bytes);
+            }
         }
     }
-    cache->exact_from = cache->n_past - 1;
 }
 
 int32_t kvs_cache_rewindable(const kvs_cache *cache) {
@@ -221,11 +230,15 @@ int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *e
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
     cache->n_past = n_past;
     cache->exact_from = KVS_MIN(exact_from, n_past);
-    if (n_past > 0 && cache->store_is_exact && !kvs_cache_exact(cache, n_past - 1)) refill_exact(cache);
+    if (cache->store_is_exact) refill_exact(cache);
     return KVS_OK;
 }
 
-int32_t kvs_cache_turn_start(const kvs_cache *cache) { return cache->n_turns ? cache->turns[cache->n_turns - 1] : 0; }
+int32_t kvs_cache_turn_start(const kvs_cache *cache, int32_t index) {
+    int32_t n = cache->n_turns;
+    while (n > 0 && cache->turns[n - 1] > index) n--;
+    return n > 0 ? cache->turns[n - 1] : 0;
+}
 
 int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err) {
     const kvs_kv *kv = &cache->kv;

@@ -39,6 +39,7 @@ typedef struct kvs_cache_shape {
 /* Rows of one session in a pass over the model: first..first+n of the step. */
 typedef struct kvs_span {
     kvs_cache *cache;
+    int32_t index;          /* of its first row in the timeline: n_past and beyond, or less for a row that runs again */
     int32_t first, n;       /* rows of the step */
     const int32_t *ids;     /* (n), -1 = image row */
     const uint64_t *hashes; /* (n) or NULL */
@@ -46,17 +47,16 @@ typedef struct kvs_span {
 } kvs_span;
 
 typedef struct kvs_policy_ops {
-    const char *name;
     void (*free)(kvs_policy *policy);
     kvs_policy *(*clone)(const kvs_policy *policy); /* NULL = out of memory */
-    /* A generated row, committed last, is about to run: host side, before the first layer. */
-    int (*before_step)(kvs_policy *policy, const kvs_span *span, kvs_error *err);
+    /* A generated row is about to run: host side, before the first layer. */
+    void (*before_step)(kvs_policy *policy, const kvs_span *span);
     /* Right after the attention of a layer, generated rows only; out: attention outputs (rows of the step, n_head * head_dim). */
     void (*after_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out);
-    /* Once after a prompt; inside its own begin/end. */
-    int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, const kvs_rope *rope, kvs_error *err);
-    /* Does the next generated row need the exact row before it? Then rewind and step take care of it. */
-    bool (*needs_exact)(const kvs_policy *policy);
+    /* Once behind the last row of a prompt, the row index; inside its own begin/end. */
+    int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err);
+    /* Is a row with these flags mixed with the exact row before it? Then rewind and step take care that it is there. */
+    bool (*mixes)(const kvs_policy *policy, uint8_t flags);
 } kvs_policy_ops;
 
 struct kvs_policy {
@@ -67,9 +67,8 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
 void kvs_cache_free(kvs_cache *cache); /* the policy, too */
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
 
-/* Rows of a span as the backend wants them: (span->n) entries from the end of the timeline on. */
-void kvs_cache_rows(const kvs_span *span, int32_t ahead, kvs_row *rows); /* ahead: rows of the same feed that come before */
-void kvs_cache_commit(const kvs_span *span);
+void kvs_cache_rows(const kvs_span *span, kvs_row *rows); /* rows of a span as the backend wants them: (span->n) */
+void kvs_cache_commit(const kvs_span *span);              /* the span begins where the timeline ends */
 /* Around a prompt of n rows that may be cancelled: what it writes into the ring of exact rows takes the newest one's place. */
 void kvs_cache_keep_exact(kvs_cache *cache);
 void kvs_cache_restore_exact(kvs_cache *cache);      /* after kvs_cache_touched */
@@ -78,13 +77,18 @@ void kvs_cache_touched(kvs_cache *cache, int32_t n); /* n rows beyond the end we
 /* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. */
 int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err); /* logits: they will be asked for, without a new row */
 int32_t kvs_cache_rewindable(const kvs_cache *cache);                                /* how many rows that can drop, at most */
+bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags);
 bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
-int32_t kvs_cache_turn_start(const kvs_cache *cache);
+/* Where to begin to run rows again so that the rows from index on are exact, -1 where that can't be done: the values of pictures
+ * and of smoothed rows are gone with the ring. */
+int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index);
+int32_t kvs_cache_turn_start(const kvs_cache *cache, int32_t index); /* of the turn that the row index is in */
 
 /* float32 copies: k, v (n_kv_head, n_rows, head_dim) */
 int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err);
 
 /* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
+int kvs_policy_kvsmooth_check(const kvs_smooth_params *params, int32_t n_layer, kvs_error *err);
 const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy); /* NULL if it is another policy */
 #endif

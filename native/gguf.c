@@ -41,6 +41,7 @@ typedef struct tensor {
     char *name;
     uint64_t relative; /* offset as the file gives it */
     uint64_t at;       /* where the file says so */
+    bool used;
 } tensor;
 
 typedef struct by_name {
@@ -101,7 +102,7 @@ static int take_span(reader *r, span *s) {
 
 /* Names are ASCII by the format's rule; a control character in one could also do things to a terminal. */
 static int take_name(reader *r, uint64_t limit, char **name) {
-    span s;
+    span s = {0};
     uint64_t at = r->at;
     int status = take_span(r, &s);
     if (status) return status;
@@ -432,7 +433,6 @@ void kvs_gguf_prefetch(const kvs_gguf *f) { /* a hint: failure changes nothing b
 }
 
 const char *kvs_gguf_path(const kvs_gguf *f) { return f->path; }
-uint64_t kvs_gguf_size(const kvs_gguf *f) { return f->size; }
 int32_t kvs_gguf_version(const kvs_gguf *f) { return f->version; }
 int64_t kvs_gguf_n_keys(const kvs_gguf *f) { return f->n_keys; }
 int64_t kvs_gguf_n_tensors(const kvs_gguf *f) { return f->n_tensors; }
@@ -458,6 +458,10 @@ int32_t kvs_gguf_tensor_at(const kvs_gguf *f, int64_t i, kvs_gguf_tensor *out) {
     *out = f->tensors[i].info;
     return KVS_OK;
 }
+
+void kvs_gguf_use_tensor(kvs_gguf *f, int64_t i) { f->tensors[i].used = true; }
+
+bool kvs_gguf_tensor_used(const kvs_gguf *f, int64_t i) { return f->tensors[i].used; }
 
 const void *kvs_gguf_tensor_data(const kvs_gguf *f, int64_t i) {
     if (i < 0 || i >= f->n_tensors || f->tensors[i].info.bytes < 0) return NULL;

@@ -6,7 +6,6 @@
 #include "util.h"
 
 const char *kvs_gguf_path(const kvs_gguf *file);
-uint64_t kvs_gguf_size(const kvs_gguf *file);
 void kvs_gguf_prefetch(const kvs_gguf *file); /* asks the system to read ahead; returns at once */
 
 /* Metadata by key. Each returns KVS_OK, or KVS_E_FORMAT with file, key and offset in err when the key has another type, is
@@ -25,4 +24,6 @@ int64_t kvs_gguf_key_offset(const kvs_gguf *file, const char *key); /* byte of i
 
 int64_t kvs_gguf_find_tensor(const kvs_gguf *file, const char *name); /* index or -1 */
 const void *kvs_gguf_tensor_data(const kvs_gguf *file, int64_t i);    /* in the mapping; NULL if its type does not load */
+void kvs_gguf_use_tensor(kvs_gguf *file, int64_t i);                  /* a loader's note: this one has been taken */
+bool kvs_gguf_tensor_used(const kvs_gguf *file, int64_t i);
 #endif

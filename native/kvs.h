@@ -235,9 +235,10 @@ uint64_t kvs_session_bytes(const kvs_session *session);
 int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err);
 /* One generated token for each of n different sessions of one model, in one pass over the weights; policies act. */
 int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err);
-int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err);           /* what policies do after the prompt, once; idempotent */
-int32_t kvs_session_logits(kvs_session *session, float *logits, kvs_error *err); /* (n_vocab) of the last row */
-int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, kvs_error *err);
+/* What policies do after the prompt, once; idempotent. This and the next two may have to run rows again after a rewind. */
+int32_t kvs_session_end_prefill(kvs_session *session, int32_t *cancel, kvs_error *err);
+int32_t kvs_session_logits(kvs_session *session, float *logits, int32_t *cancel, kvs_error *err); /* (n_vocab) of the last row */
+int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, int32_t *cancel, kvs_error *err);
 int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err);
 int32_t kvs_session_n_ctx(const kvs_session *session);
 int32_t kvs_session_kv_type(const kvs_session *session);
@@ -245,10 +246,11 @@ int32_t kvs_session_n_past(const kvs_session *session);                /* rows o
 int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer); /* physical rows of a layer */
 int32_t kvs_session_n_generated(const kvs_session *session);
 int32_t kvs_session_n_exact(const kvs_session *session); /* rows that rewind can drop exactly, now */
-/* The timeline, n_past entries: ids (an image row: -1), for image rows the hash of the picture (0 otherwise), 1 where generated. */
-int32_t kvs_session_timeline(const kvs_session *session, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err);
-int32_t kvs_session_positions(const kvs_session *session, int32_t layer, int32_t *positions, kvs_error *err); /* (n_rows) */
-int32_t kvs_session_kv(kvs_session *session, int32_t layer, float *k, float *v, kvs_error *err); /* each (n_kv_head, n_rows, head_dim) */
+/* The timeline, n = n_past entries: ids (an image row: -1), for image rows the hash of the picture (0 otherwise), 1 where generated. */
+int32_t kvs_session_timeline(kvs_session *session, int32_t n, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err);
+/* n must be n_rows: positions (n), k and v (n_kv_head, n, head_dim) */
+int32_t kvs_session_positions(kvs_session *session, int32_t layer, int32_t n, int32_t *positions, kvs_error *err);
+int32_t kvs_session_kv(kvs_session *session, int32_t layer, int32_t n, float *k, float *v, kvs_error *err);
 /* Row entropies (nats, mean over heads) and strengths (NaN where not smoothed) of the newest n generated rows, oldest first: (n, n_layer). */
 int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, kvs_error *err);
 int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err); /* policies with queue scope "turn" start afresh */

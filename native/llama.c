@@ -86,11 +86,11 @@ static void output_rows(kvs_model *model, const kvs_pass *pass) {
 int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     const kvs_ops *ops = model->be->ops;
     int status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
-    for (int32_t s = 0; s < pass->n_spans && !status; s++) {
-        kvs_policy *policy = pass->spans[s].cache->policy;
-        if (policy && pass->spans[s].generated) status = policy->ops->before_step(policy, &pass->spans[s], err);
-    }
     if (status) return status;
+    for (int32_t s = 0; s < pass->n_spans; s++) {
+        kvs_policy *policy = pass->spans[s].cache->policy;
+        if (policy && pass->spans[s].generated) policy->ops->before_step(policy, &pass->spans[s]);
+    }
     kvs_step step = {.rows = pass->rows, .n = pass->n, .cancel = pass->cancel};
     ops->begin(model->be, &step);
     input_rows(model, pass);

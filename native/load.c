@@ -50,6 +50,7 @@ static kvs_found find_loadable(kvs_loader *ld, int32_t layer, const char *name, 
     char full[KVS_NAME];
     kvs_load_name(ld, layer, name, full);
     kvs_found t = {.index = -1};
+    if (!ld->status && kvs_cancelled(ld->cancel)) ld->status = kvs_fail(ld->err, KVS_E_CANCELLED, "loading was cancelled");
     if (ld->status) return t;
     t = kvs_load_find(ld, full);
     if (!t.file && !optional) {
@@ -87,6 +88,7 @@ void kvs_load_bind(kvs_loader *ld, kvs_weight *w, const kvs_found *t, int64_t ro
                       .cols = cols,
                       .row_bytes = t->info.bytes / rows,
                       .data = kvs_gguf_tensor_data(t->file, t->index)};
+    kvs_gguf_use_tensor(t->file, t->index);
     ld->model->weight_bytes += (uint64_t)t->info.bytes;
 }
 
@@ -102,6 +104,7 @@ static float *widen(kvs_loader *ld, const kvs_found *t) {
         ld->status = kvs_fail_memory(ld->err, (uint64_t)t->info.dims[0] * sizeof *host, "a vector of the model");
         return NULL;
     }
+    kvs_gguf_use_tensor(t->file, t->index);
     kvs_type_get(t->info.type)->to_f32(kvs_gguf_tensor_data(t->file, t->index), host, t->info.dims[0]);
     return host;
 }
@@ -138,9 +141,21 @@ void kvs_load_vector(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *n
     free(host);
 }
 
+void kvs_load_refuse_rest(kvs_loader *ld) {
+    for (int32_t i = 0; i < ld->n_files && !ld->status; i++)
+        for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]) && !ld->status; j++) {
+            kvs_gguf_tensor t;
+            kvs_gguf_tensor_at(ld->files[i], j, &t);
+            if (kvs_gguf_tensor_used(ld->files[i], j)) continue;
+            ld->status = kvs_fail_file(ld->err, KVS_E_UNSUPPORTED, kvs_gguf_path(ld->files[i]), t.name, t.offset,
+                                       "this tensor has no place in the architectures that load; without it the result would be quietly "
+                                       "another model's");
+        }
+}
+
 uint64_t kvs_load_identity(const kvs_loader *ld, uint64_t seed) {
     for (int32_t i = 0; i < ld->n_files; i++)
-        for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]); j++) {
+        for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]) && !kvs_cancelled(ld->cancel); j++) {
             kvs_gguf_tensor t;
             kvs_gguf_tensor_at(ld->files[i], j, &t);
             seed = kvs_hash(seed, t.name, strlen(t.name));

@@ -8,20 +8,21 @@ typedef struct kvs_loader {
     kvs_model *model;
     kvs_gguf *const *files; /* (n_files) a split model is looked up in all its parts */
     int32_t n_files;
-    const char *block; /* "blk": layer 3 of "attn_q.weight" is "blk.3.attn_q.weight" */
+    const char *block;     /* "blk": layer 3 of "attn_q.weight" is "blk.3.attn_q.weight" */
+    const int32_t *cancel; /* or NULL */
     int status;
     kvs_error *err;
 } kvs_loader;
 
 typedef struct kvs_found { /* a tensor of one of the files */
-    const kvs_gguf *file;  /* NULL = absent */
+    kvs_gguf *file;        /* NULL = absent */
     int64_t index;
     kvs_gguf_tensor info;
 } kvs_found;
 
 enum { KVS_NO_LAYER = -1 };
 
-/* KVS_E_MEMORY, KVS_E_FORMAT (absent, other shape) or KVS_E_UNSUPPORTED (type) in loader->status. */
+/* KVS_E_MEMORY, KVS_E_FORMAT (absent, other shape), KVS_E_UNSUPPORTED (type) or KVS_E_CANCELLED in loader->status. */
 void kvs_load_matrix(kvs_loader *loader, kvs_weight *w, int32_t layer, const char *name, kvs_shape shape);
 /* (1, cols), F32 whatever the file has. */
 void kvs_load_vector(kvs_loader *loader, kvs_weight *w, int32_t layer, const char *name, int64_t cols, bool optional);
@@ -35,6 +36,8 @@ void kvs_load_bind(kvs_loader *loader, kvs_weight *w, const kvs_found *t, int64_
 void kvs_load_fail(kvs_loader *loader, const kvs_found *t, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* A device copy of n floats that the model owns; NULL after a failure. */
 const float *kvs_load_own(kvs_loader *loader, const float *host, int64_t n);
+/* After all weights: a tensor that nobody has taken would change the result of whoever knows it. */
+void kvs_load_refuse_rest(kvs_loader *loader);
 /* Continues seed with names, types, dims and a sample of the bytes of all tensors. */
 uint64_t kvs_load_identity(const kvs_loader *loader, uint64_t seed);
 #endif

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_HEAD_DIM = 512, MAX_CTX_TRAIN = 1 << 30 };
+enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30 };
 
 /* ---- files ---- */
 
@@ -165,14 +165,14 @@ static int read_head_dims(kvs_text *t, const kvs_gguf *file, kvs_error *err) {
     if (kvs_gguf_find_key(file, length) < 0 && t->n_embd % t->n_head)
         return fail_value(file, heads, err, "does not divide the embedding length,", t->n_head, t->n_embd);
     int32_t value_length = t->head_dim = t->n_embd / t->n_head;
-    const field lengths[] = {{length, MAX_HEAD_DIM, &t->head_dim, true},
-                             {"llama.attention.value_length", MAX_HEAD_DIM, &value_length, true}};
+    const field lengths[] = {{length, KVS_MAX_HEAD_DIM, &t->head_dim, true},
+                             {"llama.attention.value_length", KVS_MAX_HEAD_DIM, &value_length, true}};
     if ((status = read_fields(file, lengths, 2, err))) return status;
     if (value_length != t->head_dim) return fail_value(file, length, err, "differs from the value length,", t->head_dim, value_length);
-    if (t->head_dim % 2 || t->head_dim > MAX_HEAD_DIM)
+    if (t->head_dim % 2 || t->head_dim > KVS_MAX_HEAD_DIM)
         return fail_value(file, heads, err, "heads make the odd or large head size", t->n_head, t->head_dim);
     t->rope.n_rot = t->head_dim;
-    const field rot = {"llama.rope.dimension_count", MAX_HEAD_DIM, &t->rope.n_rot, true};
+    const field rot = {"llama.rope.dimension_count", KVS_MAX_HEAD_DIM, &t->rope.n_rot, true};
     if ((status = read_fields(file, &rot, 1, err))) return status;
     if (t->rope.n_rot % 2 || t->rope.n_rot > t->head_dim)
         return fail_value(file, rot.key, err, "must be even, and the head size at most, which is", t->rope.n_rot, t->head_dim);
@@ -226,7 +226,7 @@ static void load_rope(kvs_loader *ld) {
     ld->status = kvs_gguf_get_f32(file, "llama.rope.freq_base", 1.0f, FLT_MAX, &found, &base, ld->err);
     if (!ld->status) ld->status = read_scaling(file, &scaling, ld->err);
     float *factors = kvs_load_floats(ld, KVS_NO_LAYER, "rope_freqs.weight", rope->n_rot / 2, true);
-    float inv_freq[MAX_HEAD_DIM / 2];
+    float inv_freq[KVS_MAX_HEAD_DIM / 2];
     for (int32_t i = 0; i < rope->n_rot / 2 && !ld->status; i++) {
         float exponent = (float)(2 * i) / (float)rope->n_rot, factor = factors ? factors[i] : 1.0f;
         inv_freq[i] = 1.0f / (float)pow((double)base, (double)exponent) / factor / scaling;
@@ -278,7 +278,17 @@ static uint64_t hash_sizes(const kvs_text *t) {
     return kvs_hash(kvs_hash(0, sizes, sizeof sizes), &t->rms_eps, sizeof t->rms_eps);
 }
 
-int kvs_text_load(kvs_model *model, const char *path, kvs_error *err) {
+/* Tables of angles that old converters wrote: we have our own. */
+static void pass_over_angles(const kvs_loader *ld) {
+    for (int32_t i = 0; i < ld->n_files; i++)
+        for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]); j++) {
+            kvs_gguf_tensor t;
+            kvs_gguf_tensor_at(ld->files[i], j, &t);
+            if (strstr(t.name, "attn_rot_embd") || strstr(t.name, "inv_freq")) kvs_gguf_use_tensor(ld->files[i], j);
+        }
+}
+
+int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err) {
     int status = open_parts(model, path, err);
     if (status) return status;
     const kvs_gguf *file = model->parts[0];
@@ -286,10 +296,12 @@ int kvs_text_load(kvs_model *model, const char *path, kvs_error *err) {
     if ((status = refuse_variants(file, err))) return status;
     if ((status = read_hyperparameters(&model->text, file, err))) return status;
     if ((status = load_tokenizer(model, err))) return status;
-    model->identity = hash_sizes(&model->text);
-    kvs_loader ld = {.model = model, .files = model->parts, .n_files = model->n_parts, .block = "blk", .err = err};
+    model->identity = hash_sizes(&model->text) ^ kvs_tokenizer_identity(model->tokenizer);
+    kvs_loader ld = {.model = model, .files = model->parts, .n_files = model->n_parts, .block = "blk", .cancel = cancel, .err = err};
     load_rope(&ld);
     load_weights(&ld);
+    pass_over_angles(&ld);
+    kvs_load_refuse_rest(&ld);
     if (ld.status) return ld.status;
     for (int32_t i = 0; i < model->n_parts; i++) kvs_gguf_prefetch(model->parts[i]);
     model->identity = kvs_load_identity(&ld, model->identity);
@@ -362,30 +374,9 @@ int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_err
 
 /* ---- lock ---- */
 
-enum { SLICE_NS = 10 * 1000 * 1000 }; /* how often a waiter looks at its cancel flag */
-
-static int lock_slice(pthread_mutex_t *lock) {
-#ifdef __linux__
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += SLICE_NS;
-    if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-    return pthread_mutex_timedlock(lock, &until);
-#else
-    if (!pthread_mutex_trylock(lock)) return 0;
-    nanosleep(&(struct timespec){.tv_nsec = SLICE_NS / 10}, NULL);
-    return ETIMEDOUT;
-#endif
-}
-
 int kvs_model_lock(kvs_model *model, const int32_t *cancel, kvs_error *err) {
-    for (;;) {
-        if (kvs_cancelled(cancel))
-            return kvs_fail(err, KVS_E_CANCELLED, "cancelled while waiting for the model, which another session uses");
-        int status = lock_slice(&model->lock);
-        if (!status) return KVS_OK;
-        if (status != ETIMEDOUT) return kvs_fail(err, KVS_E_DEVICE, "the model's lock failed: %s", strerror(status));
-    }
+    if (kvs_turns_take(&model->turns, cancel)) return KVS_OK;
+    return kvs_fail(err, KVS_E_CANCELLED, "cancelled while waiting for the model, which another session uses");
 }
 
-void kvs_model_unlock(kvs_model *model) { pthread_mutex_unlock(&model->lock); }
+void kvs_model_unlock(kvs_model *model) { kvs_turns_give(&model->turns); }

@@ -6,7 +6,7 @@
 #include "gguf.h"
 #include "tokenizer.h"
 
-#include <pthread.h>
+#include "turns.h"
 
 enum { KVS_BLOCK_ROWS = 512, KVS_MAX_LAYERS = 1024, KVS_MAX_PARTS = 64, KVS_NAME = 64 };
 
@@ -73,8 +73,8 @@ struct kvs_model {
     kvs_vision vision;
     kvs_backend *be;
     kvs_work work;
-    pthread_mutex_t lock; /* one pass at a time: backend step and work buffers */
-    void **owned;         /* (n_owned) [dev] blocks: vectors widened to F32, rope.inv_freq; released by kvs_text_unload */
+    kvs_turns turns; /* one pass at a time: backend step and work buffers */
+    void **owned;    /* (n_owned) [dev] blocks: vectors widened to F32, rope.inv_freq; released by kvs_text_unload */
     int32_t n_owned;
     uint64_t weight_bytes, identity, mmproj_identity;
 };
@@ -86,14 +86,16 @@ typedef struct kvs_shape {
     bool optional;
 } kvs_shape;
 
-int kvs_text_load(kvs_model *model, const char *path, kvs_error *err);   /* parts, hyperparameters, tokenizer, weights */
-int kvs_vision_load(kvs_model *model, const char *path, kvs_error *err); /* after kvs_text_load: shapes must fit */
+/* parts, hyperparameters, tokenizer, weights; cancel may be NULL */
+int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err);
+/* after kvs_text_load: shapes must fit */
+int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err);
 void kvs_vision_unload(kvs_model *model);
 void kvs_text_unload(kvs_model *model);
 
 /* Room for a pass of rows rows (and logits of logit_rows of them); the lock is held. */
 int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_error *err);
-/* Waits for the lock, but not beyond a cancellation: KVS_OK or KVS_E_CANCELLED. */
+/* Waits for this thread's turn, but not beyond a cancellation: KVS_OK or KVS_E_CANCELLED. */
 int kvs_model_lock(kvs_model *model, const int32_t *cancel, kvs_error *err);
 void kvs_model_unlock(kvs_model *model);
 #endif

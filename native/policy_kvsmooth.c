@@ -23,7 +23,22 @@ static int refuse(kvs_error *err, const char *what, const char *message) {
 
 static bool outside(float x, float low, float high) { return !(x >= low && x <= high); } /* NaN is outside */
 
-static int check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
+static int check_layers(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
+    if (p->n_layers < 1 || p->n_layers > n_layer || !p->layers) return refuse(err, "layers", "no layers, or more than the model has");
+    for (int32_t i = 0; i < p->n_layers; i++) {
+        if (p->layers[i] < 0 || p->layers[i] >= n_layer) {
+            kvs_fail(err, KVS_E_POLICY, "KVSmooth: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
+            return KVS_E_POLICY;
+        }
+        for (int32_t j = 0; j < i; j++)
+            if (p->layers[j] == p->layers[i]) return refuse(err, "layers", "a layer is named twice");
+    }
+    return KVS_OK;
+}
+
+int kvs_policy_kvsmooth_check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
+    if (p->struct_size != sizeof *p) return refuse(err, "struct_size", "kvs_smooth_params of another version");
+    if (p->n_skip_ids < 0 || (p->n_skip_ids && !p->skip_ids)) return refuse(err, "skip_token_ids", "skip_ids is not a list");
     if (outside(p->lambda_ref, 0, 1)) return refuse(err, "lambda_ref", "lambda_ref must be in [0, 1]");
     if (outside(p->half_width, 0, 1)) return refuse(err, "half_width", "half_width must be in [0, 1]");
     if (outside(p->lambda_max, 0, 1)) return refuse(err, "lambda_max", "lambda_max must be in [0, 1]");
@@ -37,13 +52,7 @@ static int check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
                       "it is known to be the last");
     if (p->per_kv_head && (p->target & KVS_TARGET_O))
         return refuse(err, "entropy_heads", "entropy_heads \"per_kv_group\" is for targets k and v, not o");
-    if (p->n_layers < 1 || p->n_layers > n_layer) return refuse(err, "layers", "no layers, or more than the model has");
-    for (int32_t i = 0; i < p->n_layers; i++)
-        if (p->layers[i] < 0 || p->layers[i] >= n_layer) {
-            kvs_fail(err, KVS_E_POLICY, "KVSmooth: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
-            return KVS_E_POLICY;
-        }
-    return KVS_OK;
+    return check_layers(p, n_layer, err);
 }
 
 static void smooth_free(kvs_policy *policy) {
@@ -88,7 +97,7 @@ static bool queued(const smooth *s, const kvs_cache *cache, int32_t index) {
 
 /* Queue of the row index, which may not be committed yet: the newest window entries up to it, oldest first. */
 static int32_t fill_queue(const smooth *s, const kvs_cache *cache, int32_t index) {
-    int32_t first = s->params.scope_session ? 0 : kvs_cache_turn_start(cache);
+    int32_t first = s->params.scope_session ? 0 : kvs_cache_turn_start(cache, index);
     int32_t n = 0;
     s->queue[n++] = index;
     for (int32_t i = index - 1; i >= first && n < s->params.window; i--)
@@ -101,27 +110,25 @@ static int32_t fill_queue(const smooth *s, const kvs_cache *cache, int32_t index
     return n;
 }
 
-static void set_job(smooth *s, kvs_cache *cache, int32_t row, int32_t index, int32_t phys, bool mix) {
+static void set_job(smooth *s, kvs_cache *cache, int32_t row, int32_t index, bool mix) {
     s->job = (kvs_smooth_job){.params = &s->params,
                               .kv = &cache->kv,
                               .row = row,
                               .index = index,
-                              .phys = phys,
+                              .phys = cache->n_rows + index - cache->n_past,
                               .prev = mix ? index - 1 : -1,
                               .pos_delta = 1,
                               .queue = s->queue,
                               .n_queue = fill_queue(s, cache, index)};
 }
 
-static int smooth_before_step(kvs_policy *policy, const kvs_span *span, kvs_error *err) {
-    (void)err;
+static void smooth_before_step(kvs_policy *policy, const kvs_span *span) {
     smooth *s = (smooth *)policy;
     kvs_cache *cache = span->cache;
-    int32_t index = cache->n_past;
+    int32_t index = span->index;
     bool after_prompt = index > 0 && !(cache->flags[index - 1] & KVS_ROW_GENERATED);
     bool mix = index > 0 && !skipped(s, span->ids[0]) && !(s->params.skip_first && after_prompt);
-    set_job(s, cache, span->first, index, cache->n_rows, mix);
-    return KVS_OK;
+    set_job(s, cache, span->first, index, mix);
 }
 
 static void smooth_after_attn(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out) {
@@ -130,33 +137,33 @@ static void smooth_after_attn(kvs_policy *policy, const kvs_span *span, int32_t 
 }
 
 /* smooth_prompt = last_token: nothing has looked at the last prompt row yet, so that it can be smoothed now. */
-static int smooth_end_prefill(kvs_policy *policy, kvs_cache *cache, const kvs_rope *rope, kvs_error *err) {
+static int smooth_end_prefill(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err) {
     smooth *s = (smooth *)policy;
-    if (!s->params.smooth_last_prompt || cache->n_past < 2) return KVS_OK;
+    if (!s->params.smooth_last_prompt || index < 1) return KVS_OK;
     const kvs_ops *ops = cache->be->ops;
-    int32_t index = cache->n_past - 1;
-    kvs_row row = {.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows - 1};
+    kvs_span span = {.cache = cache, .index = index, .n = 1};
+    kvs_row row;
+    kvs_cache_rows(&span, &row);
     kvs_step step = {.rows = &row, .n = 1};
-    set_job(s, cache, 0, index, row.phys, !skipped(s, cache->ids[index]));
+    set_job(s, cache, 0, index, !skipped(s, cache->ids[index]));
     ops->begin(cache->be, &step);
     for (int32_t layer = 0; layer < s->n_layer; layer++)
         if (s->on[layer]) ops->kv_smooth(cache->be, layer, &s->job, 1, rope, NULL);
     return ops->end(cache->be, err);
 }
 
-static bool smooth_needs_exact(const kvs_policy *policy) {
-    (void)policy;
-    return true;
+static bool smooth_mixes(const kvs_policy *policy, uint8_t flags) {
+    const smooth *s = (const smooth *)policy;
+    return flags & KVS_ROW_GENERATED || (s->params.smooth_last_prompt && flags & KVS_ROW_ENDED);
 }
 
 static const kvs_policy_ops smooth_ops = {
-    .name = "kvsmooth",
     .free = smooth_free,
     .clone = smooth_clone,
     .before_step = smooth_before_step,
     .after_attn = smooth_after_attn,
     .end_prefill = smooth_end_prefill,
-    .needs_exact = smooth_needs_exact,
+    .mixes = smooth_mixes,
 };
 
 static smooth *make(const kvs_smooth_params *params, int32_t n_layer) {
@@ -179,7 +186,7 @@ static smooth *make(const kvs_smooth_params *params, int32_t n_layer) {
 
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err) {
     *out = NULL;
-    int status = check(params, n_layer, err);
+    int status = kvs_policy_kvsmooth_check(params, n_layer, err);
     if (status) return status;
     *out = (kvs_policy *)make(params, n_layer);
     return *out ? KVS_OK : kvs_fail_memory(err, 0, "a policy");

@@ -66,7 +66,7 @@ static int check_params(const kvs_sampling *p, kvs_error *err) {
     return KVS_OK;
 }
 
-static int check_finite(const float *logits, int32_t n, kvs_error *err) {
+int kvs_logits_check(const float *logits, int32_t n, kvs_error *err) {
     int32_t bad = 0;
     for (int32_t i = 0; i < n; i++) bad += !isfinite(logits[i]);
     if (!bad) return KVS_OK;
@@ -237,7 +237,7 @@ int kvs_sampler_draw(const float *logits, int32_t n_vocab, const int32_t *seen, 
                      kvs_sample *out, kvs_error *err) {
     if (n_vocab < 1) return fail_argument(err, "n_vocab", n_vocab, ">= 1");
     int rc = check_params(params, err);
-    if (!rc) rc = check_finite(logits, n_vocab, err);
+    if (!rc) rc = kvs_logits_check(logits, n_vocab, err);
     int32_t id = -1;
     if (!rc) rc = choose_penalised(logits, n_vocab, seen, n_seen, params, rng, &id, err);
     if (rc) return rc;

@@ -8,6 +8,7 @@ typedef struct kvs_rng {
 } kvs_rng; /* xoroshiro128++; part of a saved session */
 
 void kvs_rng_seed(kvs_rng *rng, uint64_t seed);
+int kvs_logits_check(const float *logits, int32_t n, kvs_error *err); /* KVS_E_NUMERIC where one is not finite */
 /* logits (n_vocab) stay untouched; seen (n_seen): ids of the timeline for the repetition penalty, repeats allowed.
  * Greedy takes the first of equal maxima. Fails with KVS_E_ARGUMENT (parameter named), KVS_E_MEMORY, or KVS_E_NUMERIC when logits
  * are not finite. */

@@ -1,7 +1,6 @@
 /* session.c - one timeline over a model: feed, step, read, fork, rewind. */
 #include "session.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -149,13 +148,13 @@ static int flatten(const kvs_session *s, const kvs_chunk *chunks, int32_t n_chun
     return KVS_OK;
 }
 
-/* The lock is taken block by block, so that sessions of other threads get their turn. */
+/* The model is taken block by block, so that sessions of other threads get their turns between. */
 static int feed_blocks(kvs_session *s, const flat *f, const int32_t *cancel, kvs_error *err) {
     int status = KVS_OK;
     for (int32_t at = 0; at < f->n && !status; at += KVS_BLOCK_ROWS) {
         int32_t n = KVS_MIN(KVS_BLOCK_ROWS, f->n - at);
-        kvs_span span = {.cache = &s->cache, .n = n, .ids = f->ids + at, .hashes = f->hashes + at};
-        kvs_cache_rows(&span, at, f->rows);
+        kvs_span span = {.cache = &s->cache, .index = s->cache.n_past + at, .n = n, .ids = f->ids + at, .hashes = f->hashes + at};
+        kvs_cache_rows(&span, f->rows);
         kvs_pass pass = {.spans = &span,
                          .n_spans = 1,
                          .rows = f->rows,
@@ -182,7 +181,7 @@ static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const
         kvs_cache_touched(&s->cache, f.n);
         if (status && exact) kvs_cache_restore_exact(&s->cache);
         if (!status) {
-            kvs_span span = {.cache = &s->cache, .n = f.n, .ids = f.ids, .hashes = f.hashes};
+            kvs_span span = {.cache = &s->cache, .index = s->cache.n_past, .n = f.n, .ids = f.ids, .hashes = f.hashes};
             kvs_cache_commit(&span);
             s->has_logits = true;
         }
@@ -199,45 +198,64 @@ int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t 
     return status;
 }
 
-/* After a rewind the rows to mix with may be gone from the ring of exact rows: prompt rows of text are computed once more. */
-static int ensure_exact(kvs_session *s, int32_t n, const int32_t *cancel, kvs_error *err) {
+/* ---- rows that run again ---- */
+
+/* A row of the timeline once more, as what it was; it writes what is there already. Its pass can't be cancelled (only the wait for
+ * the model can): half of it would leave unsmoothed values in the cache. */
+static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
-    int32_t first = KVS_MAX(cache->n_past - n, 0), ids[2];
-    if (first == cache->n_past || !cache->policy || !cache->policy->ops->needs_exact(cache->policy) || kvs_cache_exact(cache, first))
-        return KVS_OK;
-    kvs_chunk again = {.ids = ids, .n = cache->n_past - first};
-    for (int32_t i = first; i < cache->n_past; i++) {
-        if (cache->flags[i] & KVS_ROW_GENERATED || cache->ids[i] < 0)
+    uint8_t flags = cache->flags[index];
+    kvs_span span = {.cache = cache, .index = index, .n = 1, .ids = &cache->ids[index], .generated = flags & KVS_ROW_GENERATED};
+    kvs_row row;
+    kvs_cache_rows(&span, &row);
+    kvs_pass pass = {.spans = &span, .n_spans = 1, .rows = &row, .n = 1, .logits = logits, .logits_out = &s->logits};
+    int status = kvs_model_lock(s->model, cancel, err);
+    if (status) return status;
+    status = kvs_llama_pass(s->model, &pass, err);
+    if (!status && flags & KVS_ROW_ENDED && cache->policy)
+        status = cache->policy->ops->end_prefill(cache->policy, cache, index, &s->model->text.rope, err);
+    kvs_model_unlock(s->model);
+    return status;
+}
+
+/* After a rewind the rows to mix with may be gone from the ring of exact rows: prompt rows of text are computed once more. */
+static int ensure_exact(kvs_session *s, int32_t from, const int32_t *cancel, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    if (kvs_cache_exact(cache, KVS_MAX(from, 0))) return KVS_OK; /* and so are those behind it */
+    int32_t first = cache->n_past;
+    for (int32_t i = cache->n_past - 1; i >= KVS_MAX(from, 0); i--) {
+        first = KVS_MIN(first, kvs_cache_again_from(cache, i));
+        if (first < 0)
             return kvs_fail(err, KVS_E_POLICY,
                             "the exact values of row %d, which the next one would be mixed with, are gone; feed text first", i);
-        ids[i - first] = cache->ids[i];
     }
-    int status = kvs_cache_rewind(cache, first, false, err);
-    return status ? status : feed(s, &again, 1, cancel, err);
+    int status = KVS_OK;
+    for (int32_t i = first; i < cache->n_past && !status; i++) status = run_again(s, i, false, cancel, err);
+    if (!status) cache->exact_from = KVS_MIN(cache->exact_from, first);
+    return status;
 }
 
 static int end_prefill(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
-    const kvs_smooth_params *smooth = kvs_policy_kvsmooth_params(cache->policy);
-    if (!cache->n_past || cache->flags[cache->n_past - 1] & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
-    int status = smooth && smooth->smooth_last_prompt ? ensure_exact(s, 2, cancel, err) : KVS_OK; /* that row and the one before it */
+    int32_t last = cache->n_past - 1;
+    if (last < 0 || cache->flags[last] & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
+    int status = kvs_cache_mixes(cache, KVS_ROW_ENDED) ? ensure_exact(s, last - 1, cancel, err) : KVS_OK;
     if (status) return status;
-    uint8_t *flags = &cache->flags[cache->n_past - 1];
-    *flags |= KVS_ROW_ENDED; /* before the policy looks: it derives its queue from the flags */
+    cache->flags[last] |= KVS_ROW_ENDED; /* before the policy looks: it derives its queue from the flags */
     if (!cache->policy) return KVS_OK;
     status = kvs_model_lock(s->model, cancel, err);
     if (!status) {
-        status = cache->policy->ops->end_prefill(cache->policy, cache, &s->model->text.rope, err);
+        status = cache->policy->ops->end_prefill(cache->policy, cache, last, &s->model->text.rope, err);
         kvs_model_unlock(s->model);
     }
-    if (status) *flags &= (uint8_t)~KVS_ROW_ENDED;
+    if (status) cache->flags[last] &= (uint8_t)~KVS_ROW_ENDED;
     return status;
 }
 
-int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err) {
+int32_t kvs_session_end_prefill(kvs_session *session, int32_t *cancel, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = end_prefill(session, NULL, err);
+    status = end_prefill(session, cancel, err);
     kvs_session_leave(session);
     return status;
 }
@@ -247,7 +265,8 @@ int32_t kvs_session_end_prefill(kvs_session *session, kvs_error *err) {
 static int prepare_step(kvs_session *s, int32_t id, const int32_t *cancel, kvs_error *err) {
     int status = check_ids(s, &id, 1, err);
     if (!status) status = check_room(s, 1, err);
-    if (!status) status = ensure_exact(s, 1, cancel, err);
+    if (!status && s->cache.n_past && kvs_cache_mixes(&s->cache, KVS_ROW_GENERATED))
+        status = ensure_exact(s, s->cache.n_past - 1, cancel, err);
     return status ? status : end_prefill(s, cancel, err);
 }
 
@@ -258,8 +277,9 @@ static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, con
     for (int32_t i = 0; i < n; i++) {
         int status = prepare_step(sessions[i], ids[i], cancel, err);
         if (status) return status;
-        spans[i] = (kvs_span){.cache = &sessions[i]->cache, .first = i, .n = 1, .ids = &ids[i], .generated = true};
-        kvs_cache_rows(&spans[i], 0, &rows[i]);
+        kvs_cache *cache = &sessions[i]->cache;
+        spans[i] = (kvs_span){.cache = cache, .index = cache->n_past, .first = i, .n = 1, .ids = &ids[i], .generated = true};
+        kvs_cache_rows(&spans[i], &rows[i]);
         logits[i] = sessions[i]->logits;
     }
     kvs_model *model = sessions[0]->model;
@@ -294,50 +314,40 @@ int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int3
 
 /* ---- reading ---- */
 
-/* After a rewind the last row has no logits: it is dropped and fed again, as what it was. */
-static int ensure_logits(kvs_session *s, kvs_error *err) {
+/* After a rewind the last row has no logits: it runs again. */
+static int ensure_logits(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
     if (s->has_logits) return KVS_OK;
     int32_t last = cache->n_past - 1;
     if (last < 0) return bad_argument(err, "logits", "nothing has been fed yet");
     if (cache->ids[last] < 0) return bad_argument(err, "logits", "rewind left an image row as the last; feed text first");
-    int32_t id = cache->ids[last];
-    bool generated = cache->flags[last] & KVS_ROW_GENERATED;
-    int status = kvs_cache_rewind(cache, last, false, err);
-    if (status) return status;
-    kvs_chunk again = {.ids = &id, .n = 1};
-    return generated ? step(&s, &id, 1, NULL, err) : feed(s, &again, 1, NULL, err);
+    int status = last > 0 && kvs_cache_mixes(cache, cache->flags[last]) ? ensure_exact(s, last - 1, cancel, err) : KVS_OK;
+    if (!status) status = run_again(s, last, true, cancel, err);
+    s->has_logits = !status;
+    return status;
 }
 
-static int check_finite(const kvs_session *s, kvs_error *err) {
-    for (int32_t i = 0; i < s->model->text.n_vocab; i++)
-        if (!isfinite(s->logits[i]))
-            return kvs_fail(err, KVS_E_NUMERIC, "the logits of row %d are not finite (first at id %d): the weights hold infinities or NaN",
-                            s->cache.n_past - 1, i);
-    return KVS_OK;
-}
-
-int32_t kvs_session_logits(kvs_session *session, float *logits, kvs_error *err) {
+int32_t kvs_session_logits(kvs_session *session, float *logits, int32_t *cancel, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = ensure_logits(session, err);
-    if (!status) status = check_finite(session, err);
+    status = ensure_logits(session, cancel, err);
+    if (!status) status = kvs_logits_check(session->logits, session->model->text.n_vocab, err);
     if (!status) memcpy(logits, session->logits, (size_t)session->model->text.n_vocab * sizeof *logits);
     kvs_session_leave(session);
     return status;
 }
 
-static int sample(kvs_session *s, const kvs_sampling *params, kvs_sample *out, kvs_error *err) {
-    int status = ensure_logits(s, err);
+static int sample(kvs_session *s, const kvs_sampling *params, kvs_sample *out, const int32_t *cancel, kvs_error *err) {
+    int status = ensure_logits(s, cancel, err);
     if (status) return status;
     return kvs_sampler_draw(s->logits, s->model->text.n_vocab, s->cache.ids, s->cache.n_past, params, &s->rng, out, err);
 }
 
-int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, kvs_error *err) {
+int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, int32_t *cancel, kvs_error *err) {
     if (params->struct_size != sizeof *params) return bad_argument(err, "struct_size", "kvs_sampling of another version");
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = sample(session, params, out, err);
+    status = sample(session, params, out, cancel, err);
     kvs_session_leave(session);
     return status;
 }
@@ -368,15 +378,25 @@ int32_t kvs_session_n_generated(const kvs_session *session) {
 
 int32_t kvs_session_n_exact(const kvs_session *session) { return kvs_cache_rewindable(&session->cache); }
 
-int32_t kvs_session_timeline(const kvs_session *session, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err) {
-    (void)err;
+/* Another thread may have fed since the caller asked how many rows there are. */
+static int check_rows(int32_t n, int32_t rows, kvs_error *err) {
+    if (n == rows) return KVS_OK;
+    kvs_fail(err, KVS_E_ARGUMENT, "n: there are %d rows, not %d", rows, n);
+    return KVS_E_ARGUMENT;
+}
+
+int32_t kvs_session_timeline(kvs_session *session, int32_t n, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
     const kvs_cache *cache = &session->cache;
-    for (int32_t i = 0; i < cache->n_past; i++) {
+    status = check_rows(n, cache->n_past, err);
+    for (int32_t i = 0; i < n && !status; i++) {
         ids[i] = cache->ids[i];
         hashes[i] = cache->hashes[i];
         generated[i] = cache->flags[i] & KVS_ROW_GENERATED ? 1 : 0;
     }
-    return KVS_OK;
+    kvs_session_leave(session);
+    return status;
 }
 
 static int check_layer(const kvs_session *s, int32_t layer, kvs_error *err) {
@@ -385,17 +405,22 @@ static int check_layer(const kvs_session *s, int32_t layer, kvs_error *err) {
     return KVS_E_ARGUMENT;
 }
 
-int32_t kvs_session_positions(const kvs_session *session, int32_t layer, int32_t *positions, kvs_error *err) {
-    int status = check_layer(session, layer, err);
-    if (!status) memcpy(positions, session->cache.positions, (size_t)session->cache.n_rows * sizeof *positions);
+int32_t kvs_session_positions(kvs_session *session, int32_t layer, int32_t n, int32_t *positions, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    status = check_layer(session, layer, err);
+    if (!status) status = check_rows(n, session->cache.n_rows, err);
+    if (!status) memcpy(positions, session->cache.positions, (size_t)n * sizeof *positions);
+    kvs_session_leave(session);
     return status;
 }
 
-int32_t kvs_session_kv(kvs_session *session, int32_t layer, float *k, float *v, kvs_error *err) {
-    int status = check_layer(session, layer, err);
-    if (!status) status = kvs_session_enter(session, err);
+int32_t kvs_session_kv(kvs_session *session, int32_t layer, int32_t n, float *k, float *v, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = kvs_cache_read(&session->cache, layer, k, v, err);
+    status = check_layer(session, layer, err);
+    if (!status) status = check_rows(n, session->cache.n_rows, err);
+    if (!status) status = kvs_cache_read(&session->cache, layer, k, v, err);
     kvs_session_leave(session);
     return status;
 }
@@ -438,7 +463,7 @@ int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
     kvs_cache *cache = &session->cache;
-    if (cache->n_past && kvs_cache_turn_start(cache) != cache->n_past) cache->turns[cache->n_turns++] = cache->n_past;
+    if (cache->n_past && kvs_cache_turn_start(cache, cache->n_past) != cache->n_past) cache->turns[cache->n_turns++] = cache->n_past;
     kvs_session_leave(session);
     return KVS_OK;
 }

@@ -248,9 +248,8 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     if (h->check != header_check(h)) return file_error(err, path, "header", "the file is damaged");
     if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
     if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");
-    bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows >= 0 && h->n_rows <= h->n_past && h->n_turns >= 0 &&
-                h->n_turns <= h->n_past && h->exact_from >= 0 && h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) &&
-                h->n_exact >= 0;
+    bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows == h->n_past && h->n_turns >= 0 && h->n_turns <= h->n_past &&
+                h->exact_from >= 0 && h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) && h->n_exact >= 0;
     return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
 }
 
@@ -273,10 +272,10 @@ static int check_policy(const header *h, const kvs_smooth_params *smooth, const 
 /* What was read must be a timeline before anything derives from it. */
 static bool sane_timeline(const kvs_session *s) {
     const kvs_cache *c = &s->cache;
-    for (int32_t i = 0; i < c->n_past; i++)
+    for (int32_t i = 0; i < c->n_past; i++) {
         if (c->ids[i] < -1 || c->ids[i] >= s->model->text.n_vocab || (c->flags[i] & KVS_ROW_GENERATED && c->ids[i] < 0)) return false;
-    for (int32_t i = 0; i < c->n_rows; i++)
-        if (c->positions[i] < (i ? c->positions[i - 1] + 1 : 0) || c->positions[i] >= c->n_past) return false;
+        if (c->flags[i] & ~(KVS_ROW_GENERATED | KVS_ROW_ENDED) || c->positions[i] != i) return false; /* nothing prunes rows yet */
+    }
     for (int32_t i = 0; i < c->n_turns; i++)
         if (c->turns[i] < (i ? c->turns[i - 1] + 1 : 1) || c->turns[i] > c->n_past) return false;
     return true;
@@ -305,6 +304,7 @@ static int load(stream *f, kvs_model *model, const kvs_session_params *params, k
     transfer(f, &h, sizeof h);
     if (f->failed) return file_error(err, f->path, "length", "too short for a saved session");
     int status = check_header(&h, model, f->path, err);
+    if (!status && params->smooth) status = kvs_policy_kvsmooth_check(params->smooth, model->text.n_layer, err);
     if (!status) status = check_policy(&h, params->smooth, f->path, err);
     if (status) return status;
     kvs_session_params as_saved = *params;

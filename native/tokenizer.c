@@ -29,29 +29,32 @@ enum { MAX_VOCAB = 1 << 24 };
 enum { MAX_SPECIAL_BYTES = 1024 };
 static const char UNKNOWN_SHOWN[] = " \xE2\x81\x87 "; /* what SentencePiece decodes an unknown token to */
 
-typedef struct special_token {
+typedef struct piece {
     const char *bytes;
     uint32_t length;
     int32_t id;
-} special_token;
+} piece;
 
-typedef struct special_set { /* sorted by bytes, each text once */
-    special_token *tokens;
+/* Sorted by bytes, each text once. Sorted, not hashed: a file could be made so that its pieces collide. */
+typedef struct piece_set {
+    piece *pieces;
     int32_t n;
+} piece_set;
+
+typedef struct special_set {
+    piece_set set;
     bool starts[256]; /* by first byte: almost all of a text is skipped by this */
 } special_set;
 
 struct kvs_tokenizer {
     int32_t n_vocab;
-    uint64_t *at;      /* (n_vocab + 1): piece i is text[at[i] .. at[i + 1]) */
-    char *text;        /* the pieces as in the file */
-    char *shown;       /* what they stand for, at the same offsets: never longer than the piece */
-    uint32_t *n_shown; /* (n_vocab) */
-    float *scores;     /* (n_vocab) */
-    uint8_t *kinds;    /* (n_vocab), kvs_token_kind */
-    int32_t *table;    /* open addressing, -1 = free: the pieces that merging may form */
-    uint64_t mask;     /* slots - 1 */
-    uint64_t max_piece;
+    uint64_t *at;          /* (n_vocab + 1): piece i is text[at[i] .. at[i + 1]) */
+    char *text;            /* the pieces as in the file */
+    char *shown;           /* what they stand for, at the same offsets: never longer than the piece */
+    uint32_t *n_shown;     /* (n_vocab) */
+    float *scores;         /* (n_vocab) */
+    uint8_t *kinds;        /* (n_vocab), kvs_token_kind */
+    piece_set merged;      /* the pieces that merging may form */
     int32_t byte_ids[256]; /* -1 = none */
     special_set user;      /* matched always */
     special_set special;   /* user and control and unknown: matched when special tokens are allowed */
@@ -66,80 +69,75 @@ static const char *piece_text(const kvs_tokenizer *tok, int32_t id) { return tok
 
 /* ---- pieces by their text ---- */
 
-/* The slot of this text, or the free one where it belongs. The table is at most half full, so the walk ends. */
-static uint64_t table_slot(const kvs_tokenizer *tok, const char *text, uint64_t length) {
-    uint64_t slot = kvs_hash(0, text, length) & tok->mask;
-    for (; tok->table[slot] >= 0; slot = (slot + 1) & tok->mask) {
-        int32_t id = tok->table[slot];
-        if (piece_length(tok, id) == length && !memcmp(piece_text(tok, id), text, (size_t)length)) break;
-    }
-    return slot;
+static int compare_pieces(const void *pa, const void *pb) {
+    const piece *a = pa, *b = pb;
+    int order = memcmp(a->bytes, b->bytes, KVS_MIN(a->length, b->length));
+    if (order) return order;
+    return (a->length > b->length) - (a->length < b->length);
+}
+
+static int compare_pieces_and_ids(const void *pa, const void *pb) {
+    int order = compare_pieces(pa, pb);
+    return order ? order : ((const piece *)pa)->id - ((const piece *)pb)->id;
+}
+
+static void sort_pieces(piece_set *set) {
+    int32_t n = set->n;
+    qsort(set->pieces, (size_t)n, sizeof *set->pieces, compare_pieces_and_ids);
+    set->n = 0;
+    for (int32_t i = 0; i < n; i++) /* of equal ones the last stays */
+        if (i + 1 == n || compare_pieces(&set->pieces[i], &set->pieces[i + 1])) set->pieces[set->n++] = set->pieces[i];
 }
 
 static int32_t find_piece(const kvs_tokenizer *tok, const char *text, uint64_t length) {
-    return length == 0 || length > tok->max_piece ? -1 : tok->table[table_slot(tok, text, length)];
+    if (length == 0 || length > UINT32_MAX) return -1;
+    piece wanted = {.bytes = text, .length = (uint32_t)length};
+    const piece *found = bsearch(&wanted, tok->merged.pieces, (size_t)tok->merged.n, sizeof wanted, compare_pieces);
+    return found ? found->id : -1;
 }
 
 /* Control, unknown and byte tokens stay out: no text may be merged into them. */
 static bool merges_into(int kind) { return kind == KVS_TOKEN_NORMAL || kind == KVS_TOKEN_USER || kind == KVS_TOKEN_UNUSED; }
 
-static int build_table(kvs_tokenizer *tok, kvs_error *err) {
-    uint64_t slots = 16;
-    while (slots < 2 * (uint64_t)tok->n_vocab) slots *= 2;
-    tok->table = kvs_calloc(slots, sizeof *tok->table);
-    if (!tok->table) return kvs_fail_memory(err, slots * sizeof *tok->table, "the vocabulary");
-    memset(tok->table, 0xFF, (size_t)slots * sizeof *tok->table);
-    tok->mask = slots - 1;
+static int build_merged(kvs_tokenizer *tok, kvs_error *err) {
+    piece_set *set = &tok->merged;
+    set->pieces = kvs_calloc((uint64_t)tok->n_vocab, sizeof *set->pieces);
+    if (!set->pieces) return kvs_fail_memory(err, (uint64_t)tok->n_vocab * sizeof *set->pieces, "the vocabulary");
     for (int32_t id = 0; id < tok->n_vocab; id++) {
-        uint64_t length = piece_length(tok, id);
-        if (length == 0 || !merges_into(tok->kinds[id])) continue;
-        tok->table[table_slot(tok, piece_text(tok, id), length)] = id;
-        tok->max_piece = KVS_MAX(tok->max_piece, length);
+        uint64_t length = piece_length(tok, id); /* below 2^31, see copy_pieces */
+        if (length && merges_into(tok->kinds[id])) set->pieces[set->n++] = (piece){piece_text(tok, id), (uint32_t)length, id};
     }
+    sort_pieces(set);
     return KVS_OK;
 }
 
 /* ---- special tokens in text ---- */
 
-static int compare_special(const void *pa, const void *pb) {
-    const special_token *a = pa, *b = pb;
-    int order = memcmp(a->bytes, b->bytes, KVS_MIN(a->length, b->length));
-    if (order) return order;
-    if (a->length != b->length) return a->length < b->length ? -1 : 1;
-    return a->id < b->id ? -1 : 1;
-}
-
-static bool same_special(const special_token *a, const special_token *b) {
-    return a->length == b->length && !memcmp(a->bytes, b->bytes, a->length);
-}
-
 static bool is_special(int kind, bool controls) {
     return kind == KVS_TOKEN_USER || (controls && (kind == KVS_TOKEN_CONTROL || kind == KVS_TOKEN_UNKNOWN));
 }
 
-static int build_specials(const kvs_tokenizer *tok, bool controls, special_set *set, kvs_error *err) {
+static int build_specials(const kvs_tokenizer *tok, bool controls, special_set *special, kvs_error *err) {
+    piece_set *set = &special->set;
     uint64_t count = 0;
     for (int32_t id = 0; id < tok->n_vocab; id++) count += is_special(tok->kinds[id], controls);
-    set->tokens = kvs_calloc(count, sizeof *set->tokens);
-    if (!set->tokens) return kvs_fail_memory(err, count * sizeof *set->tokens, "the special tokens");
-    int32_t n = 0;
+    set->pieces = kvs_calloc(count, sizeof *set->pieces);
+    if (!set->pieces) return kvs_fail_memory(err, count * sizeof *set->pieces, "the special tokens");
     for (int32_t id = 0; id < tok->n_vocab; id++) {
         uint32_t length = tok->n_shown[id];
         if (!is_special(tok->kinds[id], controls) || length == 0 || length > MAX_SPECIAL_BYTES) continue;
-        set->tokens[n++] = (special_token){tok->shown + tok->at[id], length, id};
-        set->starts[(uint8_t)tok->shown[tok->at[id]]] = true;
+        set->pieces[set->n++] = (piece){tok->shown + tok->at[id], length, id};
+        special->starts[(uint8_t)tok->shown[tok->at[id]]] = true;
     }
-    qsort(set->tokens, (size_t)n, sizeof *set->tokens, compare_special);
-    for (int32_t i = 0; i < n; i++) /* of equal ones the last stays */
-        if (i + 1 == n || !same_special(&set->tokens[i], &set->tokens[i + 1])) set->tokens[set->n++] = set->tokens[i];
+    sort_pieces(set);
     return KVS_OK;
 }
 
 /* The first token in [lo, hi), all longer than depth, whose byte at depth is not below byte. */
-static int32_t lower_bound(const special_set *set, int32_t lo, int32_t hi, uint64_t depth, int byte) {
+static int32_t lower_bound(const piece_set *set, int32_t lo, int32_t hi, uint64_t depth, int byte) {
     while (lo < hi) {
         int32_t mid = lo + (hi - lo) / 2;
-        if ((uint8_t)set->tokens[mid].bytes[depth] < byte)
+        if ((uint8_t)set->pieces[mid].bytes[depth] < byte)
             lo = mid + 1;
         else
             hi = mid;
@@ -148,12 +146,13 @@ static int32_t lower_bound(const special_set *set, int32_t lo, int32_t hi, uint6
 }
 
 /* The longest special token that text begins with, or NULL: the range of sorted tokens is narrowed byte by byte. */
-static const special_token *match_special(const special_set *set, const char *text, uint64_t length) {
-    const special_token *best = NULL;
-    if (!set->starts[(uint8_t)text[0]]) return NULL;
+static const piece *match_special(const special_set *special, const char *text, uint64_t length) {
+    const piece *best = NULL;
+    const piece_set *set = &special->set;
+    if (!special->starts[(uint8_t)text[0]]) return NULL;
     int32_t lo = 0, hi = set->n;
     for (uint64_t depth = 0; lo < hi; depth++) {
-        if (set->tokens[lo].length == depth) best = &set->tokens[lo++];
+        if (set->pieces[lo].length == depth) best = &set->pieces[lo++];
         if (lo == hi || depth == length) break;
         int byte = (uint8_t)text[depth];
         lo = lower_bound(set, lo, hi, depth, byte);
@@ -182,8 +181,8 @@ static int copy_pieces(const kvs_gguf *file, int64_t index, kvs_tokenizer *tok, 
     uint64_t total = 0;
     for (int32_t i = 0; i < tok->n_vocab; i++) {
         int64_t length = 0;
-        const char *piece = kvs_gguf_string(file, index, i, &length);
-        if (!piece || length < 0 || length > INT32_MAX) return fail_key(file, "tokenizer.ggml.tokens", err, "a token can't be read");
+        const char *bytes = kvs_gguf_string(file, index, i, &length);
+        if (!bytes || length < 0 || length > INT32_MAX) return fail_key(file, "tokenizer.ggml.tokens", err, "a token can't be read");
         tok->at[i] = total;
         total += (uint64_t)length; /* 2^24 lengths below 2^31: no overflow */
     }
@@ -193,8 +192,8 @@ static int copy_pieces(const kvs_gguf *file, int64_t index, kvs_tokenizer *tok, 
     if (!tok->text || !tok->shown) return kvs_fail_memory(err, 2 * total, "the texts of the vocabulary");
     for (int32_t i = 0; i < tok->n_vocab; i++) {
         int64_t length = 0;
-        const char *piece = kvs_gguf_string(file, index, i, &length);
-        if (length) memcpy(tok->text + tok->at[i], piece, (size_t)length);
+        const char *bytes = kvs_gguf_string(file, index, i, &length);
+        if (length) memcpy(tok->text + tok->at[i], bytes, (size_t)length);
     }
     return KVS_OK;
 }
@@ -370,7 +369,7 @@ static int load_vocabulary(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *
     show_pieces(tok);
     tok->bar_as_bytes = has_bytes(tok, BAR, BAR_BYTES);
     rc = check_coverage(file, tok, err);
-    if (!rc) rc = build_table(tok, err);
+    if (!rc) rc = build_merged(tok, err);
     if (!rc) rc = build_specials(tok, false, &tok->user, err);
     if (!rc) rc = build_specials(tok, true, &tok->special, err);
     return rc;
@@ -389,6 +388,12 @@ int kvs_tokenizer_load(const kvs_gguf *file, kvs_tokenizer **out, kvs_error *err
     return KVS_OK;
 }
 
+uint64_t kvs_tokenizer_identity(const kvs_tokenizer *tok) {
+    uint64_t n = (uint64_t)tok->n_vocab, hash = kvs_hash(n, tok->text, tok->at[n]);
+    hash = kvs_hash(hash, tok->at, (n + 1) * sizeof *tok->at);
+    return kvs_hash(kvs_hash(hash, tok->scores, n * sizeof *tok->scores), tok->kinds, n);
+}
+
 void kvs_tokenizer_free(kvs_tokenizer *tok) {
     if (!tok) return;
     free(tok->at);
@@ -397,9 +402,9 @@ void kvs_tokenizer_free(kvs_tokenizer *tok) {
     free(tok->n_shown);
     free(tok->scores);
     free(tok->kinds);
-    free(tok->table);
-    free(tok->user.tokens);
-    free(tok->special.tokens);
+    free(tok->merged.pieces);
+    free(tok->user.set.pieces);
+    free(tok->special.set.pieces);
     free(tok);
 }
 
@@ -601,7 +606,7 @@ static void encode_fragment(encoder *e, const char *text, uint64_t length) {
 static void encode_text(encoder *e, const char *text, uint64_t length, const special_set *set) {
     uint64_t from = 0;
     for (uint64_t i = 0; i < length && !e->failed;) {
-        const special_token *hit = match_special(set, text + i, length - i);
+        const piece *hit = match_special(set, text + i, length - i);
         if (!hit) {
             i++;
             continue;

@@ -15,6 +15,7 @@ enum kvs_token_kind {
 };
 
 int kvs_tokenizer_load(const kvs_gguf *file, kvs_tokenizer **out, kvs_error *err);
+uint64_t kvs_tokenizer_identity(const kvs_tokenizer *tok); /* hash of pieces, scores and kinds */
 void kvs_tokenizer_free(kvs_tokenizer *tok);
 int32_t kvs_tokenizer_n_vocab(const kvs_tokenizer *tok);
 int32_t kvs_tokenizer_bos(const kvs_tokenizer *tok); /* -1 = none; the same for the others */

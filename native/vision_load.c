@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_IMAGE = 2048, MAX_EMBD = 1 << 14, MAX_FF = 1 << 16, MAX_HEADS = 256, MAX_HEAD_DIM = 512, MAX_PATCHES = 1 << 14 };
+enum { MAX_IMAGE = 2048, MAX_EMBD = 1 << 14, MAX_FF = 1 << 16, MAX_HEADS = 256, MAX_PATCHES = 1 << 14 };
 
 static int fail_key(const kvs_gguf *file, int code, const char *key, kvs_error *err, const char *reason) {
     return kvs_fail_file(err, code, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key), "%s", reason);
@@ -141,7 +141,7 @@ static int read_hyperparameters(kvs_vision *v, const kvs_gguf *file, kvs_error *
     if (!status) status = read_activation(file, &v->act, err);
     if (status) return status;
     if (v->image_size % v->patch_size) return fail_key(file, KVS_E_FORMAT, image, err, "is not a multiple of clip.vision.patch_size");
-    if (v->n_embd % v->n_head || v->n_embd / v->n_head > MAX_HEAD_DIM)
+    if (v->n_embd % v->n_head || v->n_embd / v->n_head > KVS_MAX_HEAD_DIM)
         return fail_key(file, KVS_E_FORMAT, heads, err, "does not divide clip.vision.embedding_length into heads of a sane size");
     int32_t grid = v->image_size / v->patch_size;
     v->n_image = grid * grid;
@@ -262,6 +262,18 @@ static void load_projector(kvs_loader *ld, kvs_vision *v) {
                                (long long)v->mm2.rows, base_name(kvs_gguf_path(ld->model->parts[0])), ld->model->text.n_embd);
 }
 
+/* Of no use to LLaVA's features: blocks that do not run, the norm behind the last one, CLIP's text half. */
+static void pass_over(const kvs_vision *v, kvs_gguf *file) {
+    static const char *const prefixes[] = {"v.post_ln.", "t.", "text_projection.", "visual_projection.", "logit_scale"};
+    for (int64_t i = 0; i < kvs_gguf_n_tensors(file); i++) {
+        kvs_gguf_tensor t;
+        kvs_gguf_tensor_at(file, i, &t);
+        bool idle = !strncmp(t.name, "v.blk.", 6) && strtol(t.name + 6, NULL, 10) >= v->n_layer;
+        for (size_t k = 0; k < sizeof prefixes / sizeof *prefixes; k++) idle = idle || !strncmp(t.name, prefixes[k], strlen(prefixes[k]));
+        if (idle) kvs_gguf_use_tensor(file, i);
+    }
+}
+
 static void load_weights(kvs_loader *ld, kvs_vision *v) {
     int64_t E = v->n_embd;
     load_projector(ld, v);
@@ -274,6 +286,8 @@ static void load_weights(kvs_loader *ld, kvs_vision *v) {
     v->layers = kvs_calloc((uint64_t)v->n_layer, sizeof *v->layers);
     if (!v->layers && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)v->n_layer * sizeof *v->layers, "the layers of a tower");
     for (int32_t i = 0; i < v->n_layer && !ld->status; i++) load_layer(ld, v, &v->layers[i], i);
+    pass_over(v, ld->files[0]);
+    kvs_load_refuse_rest(ld);
 }
 
 static uint64_t hash_hyperparameters(const kvs_vision *v) {
@@ -282,10 +296,10 @@ static uint64_t hash_hyperparameters(const kvs_vision *v) {
     return kvs_hash(kvs_hash(hash, v->mean, sizeof v->mean), v->std, sizeof v->std);
 }
 
-int kvs_vision_load(kvs_model *model, const char *path, kvs_error *err) {
+int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err) {
     int status = kvs_gguf_open(path, &model->mmproj, err);
     if (status) return status;
-    kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .err = err};
+    kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .cancel = cancel, .err = err};
     kvs_vision *v = &model->vision;
     if ((status = check_architecture(model->mmproj, err))) return status;
     if ((status = check_projector(&ld, err))) return status;

@@ -12,11 +12,10 @@ the logger is "pykvsmooth".
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
-from ._native import lib as _lib
-from ._native import string as _string
-from .batch import Batch
 from .errors import (
     BusyError,
     CancelledError,
@@ -33,19 +32,26 @@ from .errors import (
     OutOfMemoryError,
     PolicyError,
     SessionFileError,
+    SessionFileNotFoundError,
+    SessionIOError,
     UnsupportedModelError,
 )
-from .model import Model
-from .policy import KVSmooth
-from .session import Session
-from .stats import Result, Stats, Token
-from .stream import Stream
-from .template import VICUNA_SYSTEM, TemplateError
 
-__version__ = _string(_lib.kvs_version())
+if TYPE_CHECKING:
+    from .aio import AsyncStream
+    from .batch import Batch
+    from .model import Model
+    from .policy import KVSmooth
+    from .session import Session
+    from .stats import Result, Stats, Token
+    from .stream import Stream
+    from .template import VICUNA_SYSTEM, TemplateError
+
+    __version__: str
 
 __all__ = [
     "VICUNA_SYSTEM",
+    "AsyncStream",
     "Batch",
     "BusyError",
     "CancelledError",
@@ -66,11 +72,46 @@ __all__ = [
     "Result",
     "Session",
     "SessionFileError",
+    "SessionFileNotFoundError",
+    "SessionIOError",
     "Stats",
     "Stream",
     "TemplateError",
     "Token",
     "UnsupportedModelError",
 ]
+
+# Modules of the names that are fetched when they are first used: the native library and NumPy load then, not with this package.
+_HOMES = {
+    "VICUNA_SYSTEM": "template",
+    "AsyncStream": "aio",
+    "Batch": "batch",
+    "KVSmooth": "policy",
+    "Model": "model",
+    "Result": "stats",
+    "Session": "session",
+    "Stats": "stats",
+    "Stream": "stream",
+    "TemplateError": "template",
+    "Token": "stats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        from ._native import lib, string
+
+        value = string(lib.kvs_version())
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -7,12 +7,13 @@ another version is an ImportError and never a crash.
 
 from __future__ import annotations
 
+import importlib
 import os
 import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from . import errors
 from ._cdef import declarations
@@ -25,9 +26,7 @@ T = TypeVar("T")
 
 def _make_ffi() -> Any:
     try:
-        from ._kvs_cffi import ffi  # type: ignore[import-not-found]
-
-        return ffi
+        return importlib.import_module("._kvs_cffi", __package__).ffi  # so written, because type checkers find it in wheels only
     except ImportError:
         pass
     import cffi
@@ -92,7 +91,7 @@ ffi, lib, library_path = _load()
 
 def string(chars: Any) -> str:
     """A zero-terminated C string or char array as text; file names may hold bytes that are not UTF-8."""
-    return ffi.string(chars).decode("utf-8", "surrogateescape")
+    return str(ffi.string(chars), "utf-8", "surrogateescape")
 
 
 def new_error() -> Any:
@@ -148,7 +147,7 @@ class Flag:
         lib.kvs_flag_set(self.pointer, value)
 
     def __bool__(self) -> bool:
-        return self.pointer[0] != 0
+        return bool(self.pointer[0])
 
 
 # ---- interruptible calls ----
@@ -245,4 +244,4 @@ def native_call(call: Callable[[], T], flag: Flag, poll: Callable[[], None] | No
         raise
     if job.error is not None:
         raise job.error
-    return job.result
+    return cast("T", job.result)

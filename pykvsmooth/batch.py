@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from . import errors
 from ._native import Flag
-from .handles import refuse_pickle
-from .options import integer
+from .checks import choice, integer
+from .errors import BusyError, CancelledError, ClosedError
+from .handles import CLOSE_SECONDS, refuse_pickle
+from .options import AnswerOptions, Options, RequestOptions, refuse_unknown
+from .prompt import MODES
 from .session import Session, step
-from .stats import Result, Token
+from .stats import Result, Stats, Token
 
 if TYPE_CHECKING:
     from .generation import Generation
     from .model import Model
 
+Item: TypeAlias = "tuple[int, Token | Result | Exception]"
 MAX_PARALLEL = 256
 
 
 class Batch:
     """An iterator of (index, Token) and, at the end of each request, (index, Result). Requests enter as others finish; at most parallel
-    sessions exist. Leaving the loop, close() and cancel() (from any thread) end all of them."""
+    sessions exist. Leaving the loop and close() end all of them and free the sessions."""
 
     def __init__(
         self,
@@ -35,7 +41,7 @@ class Batch:
         policy: Any,
         parallel: int,
         on_error: str,
-        options: dict[str, Any],
+        options: RequestOptions,
     ) -> None:
         if on_error not in ("raise", "yield"):
             raise ValueError(f'on_error must be "raise" or "yield", not {on_error!r}')
@@ -46,29 +52,44 @@ class Batch:
         self._make = {"n_ctx": n_ctx, "kv_type": kv_type, "policy": policy}
         self._parallel = integer("parallel", parallel, 1, MAX_PARALLEL)
         self._yield_errors = on_error == "yield"
-        self._options = options
+        self._options = _check_defaults(options)
         self._queue = enumerate(iter(requests))
         self._idle: list[Session] = [Session(model, **self._make)]  # the first one now, so that bad arguments are known at once
         self._live: dict[int, Generation] = {}
-        self._items = self._run()
+        self._ready: deque[Item] = deque()
+        self._over = False
+        self._lock = threading.RLock()  # reentrant: a signal handler, or the generator that gives the requests, may call close()
+        self._inside = False  # is a thread in _next()?
 
-    def __iter__(self) -> Iterator[tuple[int, Token | Result | Exception]]:
+    def __iter__(self) -> Iterator[Item]:
         try:
-            yield from self._items
+            while (item := self._next()) is not None:
+                yield item
         finally:
             self.close()
 
-    def __next__(self) -> tuple[int, Token | Result | Exception]:
-        return next(self._items)
+    def __next__(self) -> Item:
+        item = self._next()
+        if item is None:
+            raise StopIteration
+        return item
 
     def cancel(self) -> None:
-        """Ends all answers at the next occasion; their results come with finish_reason "cancelled". From any thread."""
+        """Ends all answers at the next occasion. Reading on gives a result with finish_reason "cancelled" for each of them, and for each
+        request that has not begun; where requests never end, use close(). From any thread."""
         self._flag.set()
 
     def close(self) -> None:
-        """Ends all answers and frees their sessions."""
+        """Ends all answers and frees their sessions; nothing more comes. From any thread; may be called again."""
+        self._over = True
         self.cancel()
-        self._items.close()
+        if not self._lock.acquire(timeout=CLOSE_SECONDS):
+            raise BusyError(f"another thread has been in this batch for {CLOSE_SECONDS:g} s")
+        try:
+            if not self._inside:  # else it is this thread, below on the stack, and frees them on its way out
+                self._free()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Batch:
         return self
@@ -79,40 +100,87 @@ class Batch:
     def __reduce__(self) -> Any:
         refuse_pickle(self)
 
-    # ---- inside ----
+    # ---- inside: the lock is held ----
 
-    def _run(self) -> Iterator[tuple[int, Any]]:
-        try:
-            while True:
-                yield from self._enter()
-                if not self._live:
-                    return
-                yield from self._step()
-        finally:
-            for session in [*self._idle, *(generation.session for generation in self._live.values())]:
-                session.close()
-
-    def _enter(self) -> Iterator[tuple[int, Any]]:
-        """Starts requests while there is room."""
-        while len(self._live) < self._parallel and not self._flag:
-            index, request = next(self._queue, (None, None))
-            if index is None:
-                return
-            session = self._idle.pop() if self._idle else Session(self._model, **self._make)
+    def _next(self) -> Item | None:
+        """None at the end."""
+        with self._lock:
+            self._inside = True
             try:
-                generation = session.generate(**self._arguments(request))._generation
-                generation.flag = self._flag
-                self._live[index] = generation
-                with session._handle as pointer:
-                    generation.start(pointer)
-            except errors.CancelledError:
-                yield self._leave(index)
+                while not self._ready and not self._over:
+                    self._advance()
+                if self._over:
+                    return None
+                index, item = self._ready.popleft()
+                if isinstance(item, Exception) and not self._yield_errors:
+                    raise item
+                return index, item
+            except BaseException:
+                self._over = True
+                raise
+            finally:
+                self._inside = False
+                if self._over:
+                    self._free()
+
+    def _free(self) -> None:
+        sessions = [*self._idle, *(generation.session for generation in self._live.values())]
+        self._ready.clear()
+        self._idle.clear()
+        self._live.clear()
+        for session in sessions:
+            session.close()
+
+    def _advance(self) -> None:
+        """One thing that has to be done next; items may come of it."""
+        if self._flag:
+            self._cancel_next()
+            return
+        self._enter()
+        if self._ready:
+            return
+        if self._live:
+            self._step()
+        elif not self._flag:
+            self._over = True
+
+    def _cancel_next(self) -> None:
+        for index in list(self._live):
+            self._leave(index)
+        if self._ready:
+            return
+        drawn = next(self._queue, None)
+        if drawn is None:
+            self._over = True
+        else:
+            self._ready.append((drawn[0], self._cancelled()))
+
+    def _cancelled(self) -> Result:
+        """Of a request that never began."""
+        return Result("", [], "cancelled", Stats(load_s=self._model.load_s, device=self._model.device, finish_reason="cancelled"))
+
+    def _enter(self) -> None:
+        """Starts requests while there is room."""
+        while len(self._live) < self._parallel and not self._ready and not self._flag:
+            drawn = next(self._queue, None)
+            if drawn is None:
+                return
+            try:
+                self._begin(*drawn)
             except Exception as error:
-                self._live.pop(index, None)
-                self._idle.append(session)
-                if not self._yield_errors:
-                    raise
-                yield index, error
+                self._fail(drawn[0], error)
+
+    def _begin(self, index: int, request: Any) -> None:
+        if not self._idle:
+            self._idle.append(Session(self._model, **self._make))
+        session = self._idle[-1]
+        generation = session.generate(**self._arguments(request))._generation
+        generation.flag = self._flag
+        self._live[index] = generation
+        self._idle.pop()
+        session._active = weakref.ref(generation)
+        with session._handle.use(self._flag) as pointer:
+            generation.start(pointer)
 
     def _arguments(self, request: Any) -> dict[str, Any]:
         if isinstance(request, str):
@@ -124,40 +192,66 @@ class Batch:
             raise TypeError("a request needs a prompt")
         return given
 
-    def _step(self) -> Iterator[tuple[int, Any]]:
+    def _step(self) -> None:
         """One token for each that is live. The handles are held for the native work only."""
         ids: dict[int, int] = {}
         for index, generation in list(self._live.items()):
-            with generation.session._handle as pointer:
-                id = generation.sample(pointer)
-            if id is not None:
-                ids[index] = id
+            try:
+                with generation.session._handle as pointer:
+                    id = generation.sample(pointer)
+            except Exception as error:
+                self._fail(index, error)
                 continue
-            last = generation.flush()
-            if last is not None:
-                yield index, last
-            yield self._leave(index)
+            if id is None:
+                self._leave(index)
+            else:
+                ids[index] = id
         try:
-            tokens = self._step_together(ids)
-        except errors.CancelledError:
+            self._step_together(ids)
+        except Exception as error:
             for index in ids:
-                yield self._leave(index)
-            return
-        yield from tokens
+                self._fail(index, error)
 
-    def _step_together(self, ids: dict[int, int]) -> list[tuple[int, Token]]:
+    def _step_together(self, ids: dict[int, int]) -> None:
         if not ids:
-            return []
+            return
         with ExitStack() as held:
-            pointers = [held.enter_context(self._live[index].session._handle) for index in ids]
+            pointers = []
+            for index in ids:
+                pointers.append(held.enter_context(self._live[index].session._handle.use(self._flag)))
             begin = time.perf_counter()
             step(pointers, list(ids.values()), self._flag)
             seconds = (time.perf_counter() - begin) / len(ids)
-            return [(index, self._live[index].after_step(pointer, seconds)) for index, pointer in zip(ids, pointers, strict=True)]
+            for index, pointer in zip(ids, pointers, strict=True):
+                self._ready.append((index, self._live[index].after_step(pointer, seconds)))
 
-    def _leave(self, index: int) -> tuple[int, Result]:
+    def _leave(self, index: int) -> None:
+        """The end of an answer: text that was held back, and the result."""
         generation = self._live.pop(index)
-        if generation.finish_reason is None:
-            generation._end("cancelled")
+        generation._end("cancelled")  # unless it has ended otherwise
+        last = generation.flush()
+        if last is not None:
+            self._ready.append((index, last))
+        self._ready.append((index, generation.result()))
         self._idle.append(generation.session)
-        return index, generation.result()
+
+    def _fail(self, index: int, error: Exception) -> None:
+        """The end of a request by an error. Its session goes: nobody knows what state it is in."""
+        generation = self._live.pop(index, None)
+        if generation is not None:
+            generation._end("cancelled")
+            generation.session.close()
+        if not (self._flag and isinstance(error, (CancelledError, ClosedError))):
+            self._ready.append((index, error))
+        else:
+            self._ready.append((index, generation.result() if generation is not None else self._cancelled()))
+
+
+def _check_defaults(given: RequestOptions) -> dict[str, Any]:
+    """The **options of Model.generate_batch, as far as they can be checked without a request."""
+    refuse_unknown("generate_batch", given, RequestOptions.__annotations__)
+    choice("mode", given.get("mode", "pad"), MODES)
+    defaults: dict[str, Any] = {**given}
+    options = [name for name in defaults if name in AnswerOptions.__annotations__]
+    checked = Options(**{name: defaults[name] for name in options})
+    return {**defaults, **{name: getattr(checked, name) for name in options}}

@@ -5,6 +5,8 @@ Wrong argument types and values are plain TypeError and ValueError.
 
 from __future__ import annotations
 
+import os
+
 __all__ = [
     "BusyError",
     "CancelledError",
@@ -21,6 +23,8 @@ __all__ = [
     "OutOfMemoryError",
     "PolicyError",
     "SessionFileError",
+    "SessionFileNotFoundError",
+    "SessionIOError",
     "UnsupportedModelError",
 ]
 
@@ -42,16 +46,27 @@ class ModelFormatError(KVSmoothError):
         self.offset = offset
 
 
-class ModelFileError(ModelFormatError, OSError):
-    """The operating system refuses a model file: missing, a folder, no permission. Also an OSError, with errno."""
+class _FileOSError(OSError):
+    """An OSError with our message and the attributes that the builtin has."""
 
-    def __init__(self, message: str, path: str = "", errno: int | None = None) -> None:
-        super().__init__(message, path)
+    def _of_file(self, path: str, errno: int | None) -> None:
         self.errno = errno
+        self.strerror = None if errno is None else os.strerror(errno)
         self.filename = path or None
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, int | None]]:
+        return type(self), (str(self), self.filename or "", self.errno)
+
+
+class ModelFileError(ModelFormatError, _FileOSError):
+    """The operating system refuses a model file: missing, a folder, no permission. Also an OSError, with errno."""
+
+    def __init__(self, message: str, path: str = "", errno: int | None = None) -> None:
+        super().__init__(message, path)
+        self._of_file(path, errno)
 
 
 class ModelFileNotFoundError(ModelFileError, FileNotFoundError):
@@ -113,6 +128,18 @@ class SessionFileError(KVSmoothError):
         self.path = path
         self.what = what
         self.offset = offset
+
+
+class SessionIOError(SessionFileError, _FileOSError):
+    """The operating system refuses to write or read a saved session. Also an OSError, with errno."""
+
+    def __init__(self, message: str, path: str = "", errno: int | None = None) -> None:
+        super().__init__(message, path)
+        self._of_file(path, errno)
+
+
+class SessionFileNotFoundError(SessionIOError, FileNotFoundError):
+    """There is no such file, or no such folder to save into. Also a FileNotFoundError."""
 
 
 class BusyError(KVSmoothError, RuntimeError):

@@ -1,11 +1,10 @@
-"""One answer as a state machine: start (encode, prefill), then sample, step, token until it ends. Streams drive one of these,
-batches several at once."""
+"""One answer as a state machine: prepare (pictures, words), start (encode, prefill), then sample, step, token until it ends. Streams
+drive one of these, batches several at once."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,29 +12,30 @@ import numpy as np
 from . import errors
 from ._native import Flag, check, ffi, lib, new_error
 from .options import Options
-from .prompt import Part
+from .prompt import Part, Picture, read_picture
 from .stats import Result, Stats, Token, peak_bytes
 from .text import AnswerText
 
 if TYPE_CHECKING:
-    from .session import Plan, Session
+    from .session import Plan, Request, Session
 
 
 class Generation:
-    """make_plan(n_past) is called at once, and again if the conversation has moved on until the first token."""
+    """Making one is cheap: prepare() does what takes a while."""
 
-    def __init__(self, session: Session, make_plan: Callable[[int], Plan], options: Options, n_past: int) -> None:
+    def __init__(self, session: Session, request: Request, options: Options) -> None:
         model = session.model
         self.session = session
+        self.request = request
         self.options = options
         self.flag = Flag()
+        self.plan: Plan | None = None
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None
         self.started = False
-        self._make_plan = make_plan
-        self._turns = len(session._chat.turns)
-        self.plan = make_plan(n_past)
-        session._check_room(self.plan, n_past)
+        self._pictures: list[Picture] | None = None
+        self._encoded = 0  # of them
+        self._turns = 0  # of the conversation that the plan goes on with
         self._answer = AnswerText(bool(model._info.add_space_prefix), options.stop)
         self._stats = Stats(load_s=model.load_s, device=model.device)
         self._sampling = options.to_native()
@@ -46,68 +46,93 @@ class Generation:
 
     # ---- the steps; the session's handle is held by the caller ----
 
+    def prepare(self, pointer: Any) -> Plan:
+        """What to feed, and that there is room for it. Once more at the start, for the conversation may have moved on."""
+        session, request = self.session, self.request
+        if self._pictures is None:
+            self._pictures = [read_picture(session.model, image, request.mode) for image in request.images]
+        n_past = lib.kvs_session_n_past(pointer)
+        if self.plan is None or self._turns != len(session._chat.turns):
+            self._turns = len(session._chat.turns)
+            self.plan = session._plan(request, self._pictures, n_past)
+        session._check_room(self.plan, n_past)
+        return self.plan
+
     def start(self, pointer: Any) -> None:
         """Pictures, prefix, prompt rows."""
-        session = self.session
         self.started = True
-        n_past = lib.kvs_session_n_past(pointer)
-        if self._turns != len(session._chat.turns):
-            self.plan = self._make_plan(n_past)
-        session._check_room(self.plan, n_past)
-        begin = session._reusable(pointer, self.plan.prompt) if self.plan.fresh else 0
-        parts = self.plan.prompt.rest(begin)
-        rows = self._encode(parts)
+        plan = self.prepare(pointer)
+        begin = self.session._reusable(pointer, plan.prompt) if plan.fresh else 0
+        parts = plan.prompt.rest(begin)
+        rows = [self._encode(part.picture) if part.picture else None for part in parts]
+        self._stats.reused_images = plan.prompt.pictures - self._encoded
         time_0 = time.perf_counter()
-        if self.plan.fresh:
-            session._rewind(pointer, n_past - begin)
+        try:
+            self._prefill(pointer, plan, begin, parts, rows)
+        finally:
+            self._stats.prefill_s = time.perf_counter() - time_0
+        self._stats.prefill_tokens = plan.prompt.n_rows - begin
+        self._stats.reused_tokens = begin
+        self._open_turn(pointer, plan)
+
+    def _encode(self, picture: Picture) -> Any:
+        """The picture's embeddings."""
+        known, begin = False, time.perf_counter()
+        try:
+            rows, known = self.session.model._encode(picture, self.flag)
+        finally:
+            if not known:
+                self._stats.encode_s += time.perf_counter() - begin
+        self._encoded += not known
+        return rows
+
+    def _prefill(self, pointer: Any, plan: Plan, begin: int, parts: list[Part], rows: list[Any]) -> None:
+        session = self.session
+        if plan.fresh:
+            session._rewind(pointer, lib.kvs_session_n_past(pointer) - begin)
             session._chat.turns = []
         check(lib.kvs_session_new_turn(pointer, self._err), self._err)
         session._feed(pointer, parts, rows, self.flag)
         session._note_prompt_end(pointer)
-        check(lib.kvs_session_end_prefill(pointer, self._err), self._err)
+        check(lib.kvs_session_end_prefill(pointer, self.flag.pointer, self._err), self._err)
         if self.options.seed is not None:
             check(lib.kvs_session_reseed(pointer, self.options.seed, self._err), self._err)
-        self._stats.prefill_s = time.perf_counter() - time_0
-        self._stats.prefill_tokens = self.plan.prompt.n_rows - begin
-        self._stats.reused_tokens = begin
-        self._open_turn(pointer)
 
-    def _encode(self, parts: list[Part]) -> list[Any]:
-        """Embeddings of the pictures that have to be fed, None for text."""
-        rows: list[Any] = []
-        encoded, begin = 0, time.perf_counter()
-        for part in parts:
-            embeddings, known = self.session.model._encode(part.picture, self.flag) if part.picture else (None, True)
-            rows.append(embeddings)
-            encoded += not known
-        self._stats.encode_s = time.perf_counter() - begin if encoded else 0.0
-        self._stats.reused_images = self.plan.prompt.pictures - encoded
-        return rows
-
-    def _open_turn(self, pointer: Any) -> None:
-        if self.plan.message is None:
+    def _open_turn(self, pointer: Any, plan: Plan) -> None:
+        if plan.message is None:
             return
-        system = [{"role": "system", "content": self.plan.system}] if self.plan.system else []
+        system = [{"role": "system", "content": plan.system}] if plan.system else []
         self._message = {"role": "assistant", "content": ""}
-        self.session._chat.turns += [*system, {"role": "user", "content": self.plan.message}, self._message]
+        self.session._chat.turns += [*system, {"role": "user", "content": plan.message}, self._message]
         self.session._chat.rows = lib.kvs_session_n_past(pointer)
 
     def sample(self, pointer: Any) -> int | None:
         """The next id, or None at the end; then flush() may hold a last piece of text."""
-        if self.flag:
-            return self._end("cancelled")
-        if self._answer.stopped:
-            return self._end("stop")
-        if self.options.max_tokens is not None and self._stats.decode_tokens >= self.options.max_tokens:
-            return self._end("length")
+        reason = self._reason_to_end()
+        if reason is not None:
+            self._end(reason)
+            return None
         begin = time.perf_counter()
-        check(lib.kvs_session_sample(pointer, self._sampling, self._sample, self._err), self._err)
+        check(lib.kvs_session_sample(pointer, self._sampling, self._sample, self.flag.pointer, self._err), self._err)
         self._stats.decode_s += time.perf_counter() - begin
         if self._sample.id in self.session.model._end_ids:
-            return self._end("stop")
-        if lib.kvs_session_n_past(pointer) >= self.session.n_ctx:
-            return self._end("context")
-        return self._sample.id
+            self._end("stop")
+        elif lib.kvs_session_n_past(pointer) >= self.session.n_ctx:
+            self._end("context")
+        else:
+            return int(self._sample.id)
+        return None
+
+    def _reason_to_end(self) -> str | None:
+        """Known before anything is sampled."""
+        if self.flag:
+            return "cancelled"
+        if self._answer.stopped:
+            return "stop"
+        return "length" if self._has_all_tokens() else None
+
+    def _has_all_tokens(self) -> bool:
+        return self.options.max_tokens is not None and self._stats.decode_tokens >= self.options.max_tokens
 
     def after_step(self, pointer: Any, seconds: float) -> Token:
         """The token of a sampled id that has been fed."""
@@ -116,8 +141,7 @@ class Generation:
         stats.decode_tokens += 1
         if self._message is not None:
             self.session._chat.rows = lib.kvs_session_n_past(pointer)
-        last = self.options.max_tokens is not None and stats.decode_tokens >= self.options.max_tokens
-        text = self._answer.push(self.session.model.token_bytes(self._sample.id), last)
+        text = self._answer.push(self.session.model.token_bytes(self._sample.id), self._has_all_tokens())
         out = ffi.cast("float *", ffi.from_buffer(self._telemetry))
         check(lib.kvs_session_telemetry(pointer, 1, out, out + self._telemetry.shape[1], self._err), self._err)
         entropy, strength = (_mean(row[self.session._layers]) for row in self._telemetry)
@@ -143,7 +167,7 @@ class Generation:
     # ---- for one stream ----
 
     def next_token(self, pointer: Any) -> Token | None:
-        """One whole step. None at the end. A cancelled native call is an end, every other exception goes through."""
+        """One whole step. None at the end. Being cancelled is an end, every other exception goes through."""
         try:
             if not self.started and not self.flag:
                 self.start(pointer)
@@ -153,12 +177,15 @@ class Generation:
             begin = time.perf_counter()
             self.session._step(pointer, id, self.flag)
             return self.after_step(pointer, time.perf_counter() - begin)
-        except errors.CancelledError:
+        except BaseException as error:
             self._end("cancelled")
-            return None
-        except BaseException:
-            self._end("cancelled")
+            if self.was_cancelled(error):
+                return None
             raise
+
+    def was_cancelled(self, error: BaseException) -> bool:
+        """Does error come of the flag, which cancel() sets, or of the close() that set it?"""
+        return bool(self.flag) and isinstance(error, (errors.CancelledError, errors.ClosedError))
 
     def stats(self) -> Stats:
         """The figures so far; a copy."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ._native import check, ffi, lib, new_error, string
+from .checks import c_path
 from .errors import KVSmoothError, ModelFileNotFoundError, ModelMismatchError
 
 MAX_ARRAY = 1024  # longer arrays (the vocabulary) are left out of metadata
@@ -19,7 +20,7 @@ MAX_ARRAY = 1024  # longer arrays (the vocabulary) are left out of metadata
 def open_file(path: str) -> Iterator[Any]:
     """A kvs_gguf for reading. ModelFormatError for what is none."""
     err, out = new_error(), ffi.new("kvs_gguf **")
-    check(lib.kvs_gguf_open(os.fsencode(path), out, err), err)
+    check(lib.kvs_gguf_open(c_path("path", path), out, err), err)
     try:
         yield out[0]
     finally:
@@ -61,7 +62,7 @@ def model_path(path: Any) -> str:
             "no model was named: call Model(path) with a GGUF file, or set the environment variable PYKVSMOOTH_MODEL to one "
             "(and PYKVSMOOTH_MMPROJ to its mmproj); this version has no checkpoint in the box"
         )
-    return os.fsdecode(os.fspath(path))
+    return os.fsdecode(c_path("path", path))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def find_mmproj(model: str, metadata: dict[str, Any], mmproj: Any) -> Found:
     if mmproj is None:
         mmproj = os.environ.get("PYKVSMOOTH_MMPROJ") or None
     if mmproj is not None:
-        return Found(os.fsdecode(os.fspath(mmproj)), "")
+        return Found(os.fsdecode(c_path("mmproj", mmproj)), "")
     folder = Path(model).parent
     try:
         names = sorted(p for p in folder.iterdir() if p.name.lower().startswith("mmproj") and p.name.lower().endswith(".gguf"))

@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from ._native import lib
-from .errors import BusyError, ClosedError, KVSmoothError
+from ._native import Flag, lib
+from .errors import BusyError, CancelledError, ClosedError, KVSmoothError
 
 CLOSE_SECONDS = 10.0  # how long close() waits for a cancelled call of another thread
 
@@ -73,8 +74,47 @@ def _free_session(pointer: Any, model: ModelHandle, pid: int) -> None:
         model.release()
 
 
+@dataclass(frozen=True)
+class _User:
+    """Who is inside a session: the thread, the function, and the flag that ends what it does, if that may take long."""
+
+    thread: int
+    frame: FrameType
+    flag: Flag | None
+
+    def is_mine(self) -> bool:
+        return self.thread == threading.get_ident()
+
+    def is_gone(self) -> bool:
+        """A signal's exception may strike between the steps of __enter__ and __exit__. Then the function that had taken the session has
+        ended without giving it back: it is this thread's, and no longer on its stack."""
+        if not self.is_mine():
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
+
+
+class _LongUse:
+    """What SessionHandle.use() gives."""
+
+    def __init__(self, handle: SessionHandle, user: _User) -> None:
+        self._handle = handle
+        self._user = user
+
+    def __enter__(self) -> Any:
+        return self._handle._enter(self._user)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._handle._leave()
+        if self._handle._closing and isinstance(error, CancelledError):
+            raise ClosedError("the session was closed during the call") from error
+
+
 class SessionHandle:
-    """A kvs_session. As a context manager it gives the pointer to one thread at a time: BusyError for the second.
+    """A kvs_session, for one thread at a time: BusyError for the second. `with handle as pointer` is for short calls, `with
+    handle.use(flag) as pointer` for those that flag ends; close() in another thread sets it, and the call is then a ClosedError.
 
     model must have been retained for it; the reference is given back when the session is freed.
     """
@@ -83,8 +123,9 @@ class SessionHandle:
         self._pointer = pointer
         self._model = model
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._owner: tuple[int, FrameType] | None = None  # the thread and the function that use the session now
+        self._lock = threading.RLock()  # reentrant: a signal handler may close the session inside
+        self._user: _User | None = None
+        self._closing = False
         self._free = weakref.finalize(self, _free_session, pointer, model, self._pid)
         self._free.atexit = False  # a thread may still be inside at exit; the process takes its memory with it
 
@@ -92,46 +133,60 @@ class SessionHandle:
     def closed(self) -> bool:
         return not self._free.alive
 
+    def use(self, flag: Flag) -> _LongUse:
+        return _LongUse(self, _User(threading.get_ident(), sys._getframe(1), flag))
+
     def __enter__(self) -> Any:
-        _check_process(self._pid, "session")
-        self._take(sys._getframe(1))
-        if self.closed or self._model.closed:
-            self._owner = None
-            raise ClosedError("the session is closed" if self.closed else "the session's model is closed")
-        return self._pointer
+        return self._enter(_User(threading.get_ident(), sys._getframe(1), None))
 
     def __exit__(self, *_: object) -> None:
-        self._owner = None
+        self._leave()
 
-    def _take(self, frame: FrameType) -> None:
+    def _enter(self, user: _User) -> Any:
+        _check_process(self._pid, "session")
+        self._take(user)
+        if self._closing or self._model.closed:
+            self._leave()
+            raise ClosedError("the session is closed" if self._closing else "the session's model is closed")
+        return self._pointer
+
+    def _leave(self) -> None:
+        self._user = None
+        if self._closing:
+            self._free()
+
+    def _take(self, user: _User) -> None:
         with self._lock:
-            if self._owner is not None and not self._left_behind(*self._owner):
+            if self._user is not None and not self._user.is_gone():
                 raise BusyError("the session is in use by another thread; make one session per thread, they share the model's weights")
-            self._owner = (threading.get_ident(), frame)
+            self._user = user
 
-    @staticmethod
-    def _left_behind(thread: int, owner: FrameType) -> bool:
-        """A signal's exception may strike between the steps of __enter__ and __exit__. Then the function that had taken the session has
-        ended without giving it back: it is this thread's, and no longer on its stack."""
-        if thread != threading.get_ident():
-            return False
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not owner:
-            frame = frame.f_back
-        return frame is None
+    def wait(self, flag: Flag) -> None:
+        """Until no other thread is inside with flag, which the caller has set."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while (user := self._user) is not None and user.flag is flag and not user.is_mine() and not sys.is_finalizing():
+            _pause(deadline)
 
     def close(self) -> None:
-        """Waits for a call of another thread, which the caller has cancelled."""
+        """Ends the call of another thread and waits for it. In a signal handler it can't wait for the call below it: that one frees the
+        session at its end."""
         deadline = time.monotonic() + CLOSE_SECONDS
         while not self.closed and os.getpid() == self._pid:
+            self._closing = True
+            user = self._user
+            if user is not None and user.flag is not None:
+                user.flag.set()
             try:
-                self._take(sys._getframe())
+                self._take(_User(threading.get_ident(), sys._getframe(), None))
             except BusyError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.002)
-                continue
-            try:
-                self._free()
-            finally:
-                self._owner = None
+                if user is not None and user.is_mine():
+                    return
+                _pause(deadline)
+            else:
+                self._leave()
+
+
+def _pause(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise BusyError(f"a call of another thread was cancelled, but has not ended for {CLOSE_SECONDS:g} s")
+    time.sleep(0.002)

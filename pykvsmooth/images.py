@@ -18,15 +18,16 @@ from typing import IO, Any, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .checks import choice
 from .errors import ImageError
+from .prompt import MODES
 
 ImageLike = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, "np.ndarray[Any, Any]"]
 
-MODES = ("pad", "crop", "stretch")
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean in 8 bits: what transparent pixels show
 MAX_PIXELS = 89_478_485  # Pillow's own warning mark: 256 MiB of RGB
 MAX_BYTES = 512 << 20  # of a stream, which has no size to look up first
-MAX_CANVAS = 32 << 20  # pixels of a square canvas that is really made; see _pad
+STRIP_PIXELS = 8 << 20  # that are laid out at once; see _pad
 
 _REFUSED_FORMATS = {"EPS"}  # Pillow would start Ghostscript on a stranger's PostScript
 _BROKEN_EXIF = (OSError, SyntaxError, LookupError, TypeError, ValueError, AttributeError, struct.error)
@@ -63,8 +64,7 @@ def preprocess(
     ``pad`` lays the picture in the middle of a square of the mean colour (the original LLaVA), ``crop`` keeps the middle
     square (Hugging Face's default), ``stretch`` ignores the proportions.
     """
-    if mode not in MODES:
-        raise ValueError(f"image mode {mode!r}: one of {', '.join(MODES)}")
+    choice("mode", mode, MODES)
     if image.mode != "RGB":
         raise ValueError(f"preprocess takes an RGB image, not {image.mode}: use load_image first")
     if mode != "stretch" and max(image.size) > size * min(image.size):
@@ -115,12 +115,12 @@ def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
 def _from_stream(stream: Any, name: str, max_pixels: int) -> Image.Image:
     try:
         data = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ImageError(f"{name}: can't be read: {error}") from error
     except UnicodeDecodeError:
         data = ""
-    if isinstance(data, str):
-        raise TypeError(f"{name}: the file object gives text; open it with mode 'rb'")
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise ImageError(f"{name}: can't be read: {error}; open it anew, with mode 'rb'") from error
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{name}: the file object gives {type(data).__name__}, not bytes; open it with mode 'rb'")
     if len(data) > MAX_BYTES:
         raise ImageError(f"{name}: more than {MAX_BYTES >> 20} MiB came and no end; give a picture file")
     return _decode(io.BytesIO(data), name, bytes(data[:64]), max_pixels)
@@ -252,26 +252,17 @@ def _crop(image: Image.Image, size: int, _: tuple[int, ...]) -> Image.Image:
 
 
 def _pad(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
+    """To a square with bars of colour, then resized. Pillow resizes rows first, then columns, and rows of one colour stay what they
+    are: so the rows go in strips, and a square of 100,000 pixels a side is never in memory."""
     width, height = image.size
     side = max(width, height)
-    if side * side > MAX_CANVAS:
-        return _pad_long(image, size, colour)
-    canvas = Image.new("RGB", (side, side), colour)
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-    return canvas.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _pad_long(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
-    """_pad without the square canvas. Pillow resizes rows first, then columns, and rows of one colour stay what they are:
-    so the picture's rows alone are resized, and only the narrow result is laid out to the full height. A tall picture is
-    turned over its diagonal for this, which swaps the two passes: up to a level or two of rounding, nothing else."""
-    if image.height > image.width:
-        flipped = _pad_long(image.transpose(Image.Transpose.TRANSPOSE), size, colour)
-        return flipped.transpose(Image.Transpose.TRANSPOSE)
-    rows = image.resize((size, image.height), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (size, image.width), colour)
-    canvas.paste(rows, (0, (image.width - image.height) // 2))
-    return canvas.resize((size, size), Image.Resampling.BICUBIC)
+    narrow = Image.new("RGB", (size, side), colour)
+    n_rows = max(1, STRIP_PIXELS // side)
+    for top in range(0, height, n_rows):
+        strip = Image.new("RGB", (side, min(n_rows, height - top)), colour)
+        strip.paste(image.crop((0, top, width, top + strip.height)), ((side - width) // 2, 0))
+        narrow.paste(strip.resize((size, strip.height), Image.Resampling.BICUBIC), (0, (side - height) // 2 + top))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
 
 _RESIZE = {"pad": _pad, "crop": _crop, "stretch": _stretch}

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from . import errors, gguf
 from ._native import Flag, check, ffi, lib, native_call, new_error, string
+from .checks import c_path, integer, integers, shown, utf8
 from .handles import ModelHandle, refuse_pickle
-from .options import integer
 from .prompt import Picture, read_picture
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
     from .batch import Batch
+    from .images import ImageLike
+    from .options import RequestOptions
     from .policy import KVSmooth
-    from .session import Session
+    from .prompt import ImageMode
+    from .session import KVType, Session
 
 _log = logging.getLogger("pykvsmooth")
 IMAGE_CACHE_BYTES = 64 << 20
@@ -37,18 +45,18 @@ class _ImageCache:
     def __init__(self, budget: int, pictures: int) -> None:
         self._budget = budget
         self._pictures = pictures
-        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._rows: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
-    def get(self, digest: bytes) -> np.ndarray | None:
+    def get(self, digest: bytes) -> NDArray[np.float32] | None:
         with self._lock:
             rows = self._rows.get(digest)
             if rows is not None:
                 self._rows.move_to_end(digest)
             return rows
 
-    def put(self, digest: bytes, rows: np.ndarray) -> None:
+    def put(self, digest: bytes, rows: NDArray[np.float32]) -> None:
         rows.flags.writeable = False
         with self._lock:
             if digest in self._rows or rows.nbytes > self._budget:
@@ -69,21 +77,22 @@ class Model:
 
     path: a GGUF file (the first part of a split one); None: the environment variable PYKVSMOOTH_MODEL. mmproj: the tower's file; None:
     PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
-    "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" or a number, of a GPU. threads: None takes
-    the processors that affinity and cgroup quota allow. progress(fraction) is called while loading; returning False cancels the load.
+    "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
+    threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
+    returning False cancels the load.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
 
     Raises ModelFormatError (path, what, offset), ModelFileError (also an OSError), UnsupportedModelError, ModelMismatchError, DeviceError,
-    OutOfMemoryError, CancelledError.
+    OutOfMemoryError, CancelledError; TypeError and ValueError for wrong arguments.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
-        mmproj: str | os.PathLike[str] | bool | None = None,
+        mmproj: str | os.PathLike[str] | Literal[False] | None = None,
         device: str = "auto",
-        gpu_layers: str | int = "auto",
+        gpu_layers: int | Literal["auto"] = "auto",
         threads: int | None = None,
         progress: Callable[[float], Any] | None = None,
     ) -> None:
@@ -121,56 +130,67 @@ class Model:
     @property
     def n_ctx_train(self) -> int:
         """Rows of context that the model was trained for."""
-        return self._info.n_ctx_train
+        return int(self._info.n_ctx_train)
 
     @property
     def n_layer(self) -> int:
-        return self._info.n_layer
+        """Layers of the text model."""
+        return int(self._info.n_layer)
 
     @property
     def n_embd(self) -> int:
-        return self._info.n_embd
+        """Width of a row, as feed_embeddings takes it and encode_image gives it."""
+        return int(self._info.n_embd)
 
     @property
     def n_vocab(self) -> int:
-        return self._info.n_vocab
+        """Tokens of the vocabulary: ids are 0..n_vocab - 1."""
+        return int(self._info.n_vocab)
 
     @property
     def n_head(self) -> int:
-        return self._info.n_head
+        """Query heads of a layer."""
+        return int(self._info.n_head)
 
     @property
     def n_kv_head(self) -> int:
-        return self._info.n_head_kv
+        """Heads of keys and values, less than n_head where query heads share them."""
+        return int(self._info.n_head_kv)
 
     @property
     def head_dim(self) -> int:
-        return self._info.head_dim
+        """Width of a head's keys and values."""
+        return int(self._info.head_dim)
 
     @property
     def n_image(self) -> int:
         """Rows of one encoded picture; 0 for a text-only model."""
-        return self._info.n_image
+        return int(self._info.n_image)
 
     @property
     def has_vision(self) -> bool:
+        """Is an mmproj loaded, so that pictures can be given?"""
         return bool(self._info.has_vision)
 
     @property
     def threads(self) -> int:
-        return self._info.threads
+        """Threads that compute, the caller's among them."""
+        return int(self._info.threads)
 
     @property
     def weight_bytes(self) -> int:
-        return self._info.weight_bytes
+        """Size of the weights as the files hold them, the tower's included; they are mapped, so processes share the memory."""
+        return int(self._info.weight_bytes)
 
     @property
     def bos_id(self) -> int | None:
-        return self._info.bos if self._info.bos >= 0 else None
+        """The token that begins a text, or None."""
+        return int(self._info.bos) if self._info.bos >= 0 else None
 
     @property
     def eos_id(self) -> int | None:
-        return self._info.eos if self._info.eos >= 0 else None
+        """The token that ends a text, or None."""
+        return int(self._info.eos) if self._info.eos >= 0 else None
 
     @property
     def chat_template(self) -> str | None:
@@ -185,10 +205,9 @@ class Model:
     # ---- vocabulary ----
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of text. special: names of control tokens in it ("</s>") become those tokens, otherwise they are plain text."""
-        if not isinstance(text, str):
-            raise TypeError(f"text must be str, not {type(text).__name__}")
-        data = text.encode("utf-8", "surrogateescape")
+        """Token ids of text. special: names of control tokens in it ("</s>") become those tokens, otherwise they are plain text.
+        TypeError, ValueError for what is no text, or holds a lone surrogate."""
+        data = utf8("text", text)
         capacity = len(data) + 8
         with self._handle as model:
             while True:
@@ -197,7 +216,8 @@ class Model:
                 if n < 0:
                     raise errors.OutOfMemoryError("out of memory while tokenizing")
                 if n <= capacity:
-                    return ids[:n].tolist()
+                    found: list[int] = ids[:n].tolist()
+                    return found
                 capacity = n
 
     def token_bytes(self, id: int, special: bool = False) -> bytes:
@@ -208,16 +228,17 @@ class Model:
             chars = lib.kvs_token_bytes(model, id, bool(special), length)
             if chars == ffi.NULL:
                 raise ValueError(f"id: {id} is not a token of this model")
-            return ffi.buffer(chars, length[0])[:]
+            return bytes(ffi.buffer(chars, length[0]))
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Text of ids: control tokens are left out, and so is the space that the tokenizer put in front, as in transformers' decode."""
-        data = b"".join(self.token_bytes(i) for i in ids)
+        """Text of ids: control tokens are left out, and so is the space that the tokenizer put in front, as in transformers' decode.
+        TypeError, ValueError for what is no list of ids of this model."""
+        data = b"".join(map(self.token_bytes, integers("ids", ids, 0, self.n_vocab - 1)))
         return (data.removeprefix(b" ") if self._info.add_space_prefix else data).decode("utf-8", "replace")
 
     # ---- pictures ----
 
-    def encode_image(self, image: Any, mode: str = "pad") -> np.ndarray:
+    def encode_image(self, image: ImageLike, mode: ImageMode = "pad") -> NDArray[np.float32]:
         """The rows that stand for a picture: (n_image, n_embd) float32, a copy.
 
         image: path, bytes, file object, PIL.Image, or HWC uint8 array. mode: "pad", "crop" or "stretch". Ctrl-C ends it.
@@ -225,7 +246,7 @@ class Model:
         """
         return self._encode(read_picture(self, image, mode), Flag())[0].copy()
 
-    def _encode(self, picture: Picture, flag: Flag) -> tuple[np.ndarray, bool]:
+    def _encode(self, picture: Picture, flag: Flag) -> tuple[NDArray[np.float32], bool]:
         """((n_image, n_embd) float32 that nobody may write to, was it there already)"""
         known = self._images.get(picture.digest)
         if known is not None:
@@ -255,16 +276,18 @@ class Model:
     def session(
         self,
         n_ctx: int = 2048,
-        kv_type: str = "f16",
-        policy: KVSmooth | list[KVSmooth] | None = None,
+        kv_type: KVType = "f16",
+        policy: KVSmooth | Sequence[KVSmooth] | None = None,
         seed: int | None = None,
         *,
         exact_rows: int = 0,
     ) -> Session:
-        """A new timeline with its own cache of n_ctx rows.
+        """A new timeline with its own cache of n_ctx rows, 1..1048576.
 
         kv_type: "f16", "f32" or "q8_0". policy: None, one, or a list. seed: of the sampler; None draws one. exact_rows: rows that
-        rewind can drop exactly under smoothing (0 = 32).
+        rewind can drop exactly under smoothing, up to 4096 (0 = 32).
+
+        Raises PolicyError (a policy that does not fit the model), OutOfMemoryError (needed, free), ClosedError, TypeError, ValueError.
         """
         from .session import Session
 
@@ -272,14 +295,14 @@ class Model:
 
     def generate_batch(
         self,
-        requests: Iterable[Any],
+        requests: Iterable[str | dict[str, Any]],
         n_ctx: int = 2048,
-        kv_type: str = "f16",
-        policy: KVSmooth | list[KVSmooth] | None = None,
+        kv_type: KVType = "f16",
+        policy: KVSmooth | Sequence[KVSmooth] | None = None,
         *,
         parallel: int = 4,
-        on_error: str = "raise",
-        **options: Any,
+        on_error: Literal["raise", "yield"] = "raise",
+        **options: Unpack[RequestOptions],
     ) -> Batch:
         """Answers to many requests, up to parallel of them stepping together in one pass over the weights.
 
@@ -289,16 +312,19 @@ class Model:
         """
         from .batch import Batch
 
+        if not isinstance(requests, Iterable):
+            raise TypeError(f"requests must be a list of prompts or of dicts, not {type(requests).__name__}")
         return Batch(self, requests, n_ctx=n_ctx, kv_type=kv_type, policy=policy, parallel=parallel, on_error=on_error, options=options)
 
     # ---- life ----
 
     def close(self) -> None:
-        """Ends the model's sessions and gives the memory back. May be called again."""
-        for session in list(self._sessions):
-            session.close()
-        self._images.clear()
-        self._handle.close()
+        """Ends what the model's sessions do, closes them and gives the memory back. May be called again."""
+        with ExitStack() as last:  # all of it, even if one part raises
+            last.callback(self._handle.close)
+            last.callback(self._images.clear)
+            for session in list(self._sessions):
+                last.callback(session.close)
 
     def __enter__(self) -> Model:
         return self
@@ -327,17 +353,22 @@ class Model:
 
 
 def _check_device(device: Any, gpu_layers: Any) -> None:
-    if not isinstance(device, str):
-        raise TypeError(f"device must be text, not {type(device).__name__}")
+    utf8("device", device)
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", device):
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", not {shown(device)}')
     if gpu_layers == "auto":
         return
-    if integer("gpu_layers", gpu_layers, 0) > 0:
+    try:
+        number = integer("gpu_layers", gpu_layers, 0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'{error}; give "auto" (as many layers as fit) or a number of layers') from None
+    if number > 0:
         raise errors.DeviceError("gpu_layers: this build has no GPU backend; leave gpu_layers away")
 
 
 def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None) -> Any:
     flag, permille, err, out = Flag(), Flag(), new_error(), ffi.new("kvs_model **")
-    names = [ffi.new("char[]", os.fsencode(name)) if name else ffi.NULL for name in (path, mmproj, device)]
+    names = [ffi.new("char[]", c_path("path", name)) if name else ffi.NULL for name in (path, mmproj, device)]
     params = ffi.new("kvs_model_params *")
     params.struct_size = ffi.sizeof("kvs_model_params")
     params.text_path, params.mmproj_path, params.device = names

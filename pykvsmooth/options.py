@@ -2,54 +2,75 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ._native import ffi
+from .checks import integer, real, utf8
+
+if TYPE_CHECKING:
+    from .images import ImageLike
+    from .prompt import ImageMode
 
 MAX_LOGPROBS = 20
-
-
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """value as an int within [low, high]; TypeError for bools and for what is no integer."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    value = value.__index__()
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {'at least ' + str(low) if high is None else f'in {low}..{high}'}, not {value}")
-    return value
-
-
-def real(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
-        limits = f"{'over' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high != math.inf else "")
-        raise ValueError(f"{name} must be {limits}, not {value}")
-    return value
 
 
 def seed_of(seed: Any) -> int:
     """Any integer as 64 bits; None draws a fresh one."""
     if seed is None:
         return int.from_bytes(os.urandom(8), "little")
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an integer or None, not {type(seed).__name__}")
-    return seed.__index__() & (2**64 - 1)
+    return integer("seed", seed) & (2**64 - 1)
 
 
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in strings:
-        if not isinstance(text, str):
-            raise TypeError(f"stop must be text or a list of texts, not a list of {type(text).__name__}")
-        if not text:
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    if stop is None or isinstance(stop, str):
+        stop = () if stop is None else (stop,)
+    if not isinstance(stop, Iterable) or isinstance(stop, (bytes, Mapping)):
+        raise TypeError(f"stop must be None, a text or a list of texts, not {type(stop).__name__}")
+    strings = tuple(stop)
+    for i, text in enumerate(strings):
+        if not utf8(f"stop[{i}]", text):
             raise ValueError("stop: an empty text would stop everything")
     return strings
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Options as keyword arguments, for type checkers."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: str | Iterable[str] | None
+    seed: int | None
+    logprobs: int
+
+
+class RequestOptions(AnswerOptions, total=False):
+    """All arguments of Session.generate."""
+
+    prompt: str
+    image: ImageLike | Sequence[ImageLike] | None
+    images: Sequence[ImageLike] | None
+    mode: ImageMode
+    system: str | None
+    template: str | None
+
+
+def refuse_unknown(function: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def read_options(function: str, given: AnswerOptions) -> Options:
+    """The **options of a public function."""
+    refuse_unknown(function, given, AnswerOptions.__annotations__)
+    return Options(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +83,7 @@ class Options:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: Sequence[str] = ()
+    stop: str | Iterable[str] | None = ()  # a tuple after the checks
     seed: int | None = None
     logprobs: int = 0
 

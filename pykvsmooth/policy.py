@@ -9,53 +9,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from ._native import ffi, lib
+from .checks import choice, integer, integers, real, shown
 from .errors import PolicyError
 
 if TYPE_CHECKING:
     from .model import Model
 
-_CHOICES = {
-    "mode": ("adaptive", "fixed"),
-    "lambda_den": ("fill", "capacity"),
-    "rope_mode": ("post", "relative"),
-    "target": ("kv", "k", "v", "o"),
-    "first_token": ("mix_with_prompt", "skip"),
-    "smooth_prompt": ("off", "last_token"),
-    "entropy_norm": ("none", "log_len"),
-    "entropy_heads": ("all", "per_kv_group"),
-    "rank_ties": ("strict", "midrank"),
-    "queue_scope": ("turn", "session"),
-    "ema": ("recursive", "one_step"),
-    "mix": ("ema", "damp"),
-}
 _TARGETS = {"kv": lib.KVS_TARGET_K | lib.KVS_TARGET_V, "k": lib.KVS_TARGET_K, "v": lib.KVS_TARGET_V, "o": lib.KVS_TARGET_O}
 MAX_WINDOW = 1024
 
 
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"KVSmooth: {name} must be a number, not {type(value).__name__}")
-    value = float(value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"KVSmooth: {name} must be in [0, 1], not {value}")
-    return value
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"KVSmooth: {name} must hold integers, not {type(value).__name__}")
-    return value.__index__()
-
-
 def _slice(text: str) -> slice:
     parts = text.split(":")
-    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"\s*(-?\d+)?\s*", part) for part in parts):
-        raise ValueError(f'KVSmooth: layers {text!r} is not a Python slice such as "3:-1"; give a slice or a list of layers')
+    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"\s*(-?[0-9]{1,18})?\s*", part) for part in parts):
+        raise ValueError(f'KVSmooth: layers {shown(text)} is not a Python slice such as "3:-1"; give a slice or a list of layers')
     numbers = [int(part) if part.strip() else None for part in parts]
     if len(numbers) == 3 and numbers[2] == 0:
         raise ValueError(f"KVSmooth: layers {text!r}: the step of a slice can't be 0")
@@ -68,12 +42,12 @@ def _warm_rows(value: Any) -> int:
         return 0
     if value == "last_prompt_row":
         return 1
-    match = re.fullmatch(r"prompt_rows\((\d+)\)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"prompt_rows\(([0-9]{1,18})\)", value) if isinstance(value, str) else None
     if match:
         return int(match[1])
     if isinstance(value, (tuple, list)) and len(value) == 2 and value[0] == "prompt_rows":
-        return _integer("warm_start", value[1])
-    raise ValueError(f'KVSmooth: warm_start must be "none", "last_prompt_row" or ("prompt_rows", n), not {value!r}')
+        return integer("KVSmooth: warm_start", value[1])
+    raise ValueError(f'KVSmooth: warm_start must be "none", "last_prompt_row" or ("prompt_rows", n), not {shown(value)}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,49 +65,49 @@ class KVSmooth:
     "session": the queue outlives a turn. ema "one_step": the previous row enters as it was before its own smoothing. mix "damp":
     rows are scaled by 1 - l and nothing is mixed in, an ablation of ours. skip_token_ids: tokens that are never smoothed.
 
-    Raises TypeError and ValueError; a selection of layers is checked (PolicyError) when a session is made.
+    Raises TypeError and ValueError; layers and skip_token_ids are compared with the model (PolicyError) when a session is made.
     """
 
     lambda_ref: float = 0.9
     window: int = 15
     half_width: float = 0.2
-    layers: Any = "3:-1"
-    mode: str = "adaptive"
+    layers: str | Sequence[int] = "3:-1"
+    mode: Literal["adaptive", "fixed"] = "adaptive"
     lambda_fixed: float | None = None
-    lambda_den: str = "fill"
+    lambda_den: Literal["fill", "capacity"] = "fill"
     lambda_max: float = 1.0
-    rope_mode: str = "post"
-    target: str = "kv"
-    first_token: str = "mix_with_prompt"
-    warm_start: Any = "none"
-    smooth_prompt: str = "off"
-    entropy_norm: str = "none"
-    entropy_heads: str = "all"
+    rope_mode: Literal["post", "relative"] = "post"
+    target: Literal["kv", "k", "v", "o"] = "kv"
+    first_token: Literal["mix_with_prompt", "skip"] = "mix_with_prompt"
+    warm_start: str | tuple[str, int] = "none"
+    smooth_prompt: Literal["off", "last_token"] = "off"
+    entropy_norm: Literal["none", "log_len"] = "none"
+    entropy_heads: Literal["all", "per_kv_group"] = "all"
     entropy_include_self: bool = True
-    rank_ties: str = "strict"
-    queue_scope: str = "turn"
-    ema: str = "recursive"
-    mix: str = "ema"
-    skip_token_ids: tuple[int, ...] = ()
+    rank_ties: Literal["strict", "midrank"] = "strict"
+    queue_scope: Literal["turn", "session"] = "turn"
+    ema: Literal["recursive", "one_step"] = "recursive"
+    mix: Literal["ema", "damp"] = "ema"
+    skip_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"KVSmooth: {name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
+            choice(f"KVSmooth: {name}", getattr(self, name), choices)
         for name in ("lambda_ref", "half_width", "lambda_max"):
-            self._set(name, _real(name, getattr(self, name)))
+            self._set(name, real(f"KVSmooth: {name}", getattr(self, name), 0.0, 1.0))
         self._check_mode()
-        self._set("window", _integer("window", self.window))
-        if not 1 <= self.window <= MAX_WINDOW:
-            raise ValueError(f"KVSmooth: window must be in 1..{MAX_WINDOW}, not {self.window}")
-        if not 0 <= _warm_rows(self.warm_start) <= self.window:
-            raise ValueError(f"KVSmooth: warm_start {self.warm_start!r} must be within 0..window ({self.window})")
-        if not isinstance(self.entropy_include_self, bool):
-            raise TypeError("KVSmooth: entropy_include_self must be True or False")
+        self._set("window", integer("KVSmooth: window", self.window, 1, MAX_WINDOW))
+        integer(f"KVSmooth: warm_start, with window={self.window},", _warm_rows(self.warm_start), 0, self.window)
+        if not isinstance(self.entropy_include_self, (bool, np.bool_)):
+            raise TypeError(f"KVSmooth: entropy_include_self must be True or False, not {type(self.entropy_include_self).__name__}")
+        self._set("entropy_include_self", bool(self.entropy_include_self))
         if isinstance(self.warm_start, list):
             self._set("warm_start", tuple(self.warm_start))
-        self._set("skip_token_ids", self._ids())
-        self._set("layers", self._layers())
+        self._set("skip_token_ids", tuple(integers("KVSmooth: skip_token_ids", self.skip_token_ids)))
+        if isinstance(self.layers, str):
+            _slice(self.layers)
+        else:
+            self._set("layers", tuple(integers("KVSmooth: layers", self.layers)))
         self._check_pairs()
 
     def _set(self, name: str, value: Any) -> None:
@@ -145,26 +119,13 @@ class KVSmooth:
         if self.mode == "adaptive" and self.lambda_fixed is not None:
             raise ValueError('KVSmooth: lambda_fixed needs mode="fixed"')
         if self.lambda_fixed is not None:
-            self._set("lambda_fixed", _real("lambda_fixed", self.lambda_fixed))
+            self._set("lambda_fixed", real("KVSmooth: lambda_fixed", self.lambda_fixed, 0.0, 1.0))
 
     def _check_pairs(self) -> None:
         if self.target == "o" and self.smooth_prompt != "off":
             raise ValueError('KVSmooth: target="o" and smooth_prompt exclude each other: the output of the last prompt row is used already')
         if self.target == "o" and self.entropy_heads != "all":
             raise ValueError('KVSmooth: entropy_heads="per_kv_group" is for targets k and v: an output mixes all heads')
-
-    def _ids(self) -> tuple[int, ...]:
-        if isinstance(self.skip_token_ids, (str, bytes)) or not isinstance(self.skip_token_ids, Iterable):
-            raise TypeError("KVSmooth: skip_token_ids must be a list of token ids")
-        return tuple(_integer("skip_token_ids", i) for i in self.skip_token_ids)
-
-    def _layers(self) -> str | tuple[int, ...]:
-        if isinstance(self.layers, str):
-            _slice(self.layers)
-            return self.layers
-        if isinstance(self.layers, bytes) or not isinstance(self.layers, Iterable):
-            raise TypeError('KVSmooth: layers must be a Python slice as text ("3:-1") or a list of ints')
-        return tuple(_integer("layers", i) for i in self.layers)
 
     def __repr__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
@@ -187,7 +148,7 @@ class KVSmooth:
         else:
             for i in self.layers:
                 if not -n_layer <= i < n_layer:
-                    raise PolicyError(f"KVSmooth: layers: {i} is out of range; the model has {n_layer} layers, 0..{n_layer - 1}")
+                    raise PolicyError(f"KVSmooth: layers: {shown(i)} is out of range; the model has {n_layer} layers, 0..{n_layer - 1}")
             chosen = sorted({i % n_layer for i in self.layers})
         if not chosen:
             raise PolicyError(
@@ -195,9 +156,12 @@ class KVSmooth:
             )
         return chosen
 
-    def to_native(self, n_layer: int) -> tuple[Any, list[Any]]:
-        """(kvs_smooth_params *, what must be kept alive beside it)."""
+    def to_native(self, n_layer: int, n_vocab: int) -> tuple[Any, list[Any]]:
+        """(kvs_smooth_params *, what must be kept alive beside it). PolicyError for what a model of this size does not have."""
         layers = self.resolve_layers(n_layer)
+        for i in self.skip_token_ids:
+            if not 0 <= i < n_vocab:
+                raise PolicyError(f"KVSmooth: skip_token_ids: {shown(i)} is out of range; the model has {n_vocab} tokens, 0..{n_vocab - 1}")
         layer_list = ffi.new("int32_t[]", layers)
         skip_list = ffi.new("int32_t[]", list(self.skip_token_ids) or [0])
         params = ffi.new("kvs_smooth_params *")
@@ -253,3 +217,7 @@ class KVSmooth:
             if f"kvsmooth.{key}" in model.metadata:
                 found[key] = model.metadata[f"kvsmooth.{key}"]
         return cls(**{**found, **changes})
+
+
+# The choices of the fields that have them, from their types.
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(KVSmooth).items() if get_origin(kind) is Literal}

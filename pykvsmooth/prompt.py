@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from .template import IMAGE_MARK
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .images import ImageLike
     from .model import Model
 
-Array = np.ndarray
+ImageMode = Literal["pad", "crop", "stretch"]
+MODES = get_args(ImageMode)
 
 
-def digest_of(data: Array, *context: object) -> bytes:
+def digest_of(data: NDArray[np.float32], *context: object) -> bytes:
     """16 bytes that stand for these numbers in this context."""
     return hashlib.blake2b(np.ascontiguousarray(data).data, digest_size=16, person=repr(context).encode()[:16]).digest()
 
@@ -31,7 +35,7 @@ def key_of(digest: bytes) -> int:
 class Picture:
     """A picture ready for the tower: pixels (3, size, size) float32, and the digest of them and of the mode."""
 
-    pixels: Array
+    pixels: NDArray[np.float32]
     digest: bytes
 
     @property
@@ -39,7 +43,7 @@ class Picture:
         return key_of(self.digest)
 
 
-def read_picture(model: Model, image: Any, mode: str) -> Picture:
+def read_picture(model: Model, image: ImageLike, mode: str) -> Picture:
     """ImageError for a bad picture, UnsupportedModelError for a model without vision, ValueError for an unknown mode."""
     from .images import load_image, preprocess  # here, because Pillow is slow to import and text does without
 
@@ -54,7 +58,7 @@ class Part:
 
     begin: int
     end: int
-    ids: Array | None = None
+    ids: NDArray[np.int32] | None = None
     picture: Picture | None = None
 
 
@@ -63,8 +67,8 @@ class Prompt:
 
     def __init__(self, pieces: Sequence[list[int] | Picture], n_image: int) -> None:
         self.parts: list[Part] = []
-        ids: list[Array] = [np.zeros(0, np.int32)]
-        keys: list[Array] = [np.zeros(0, np.uint64)]
+        ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+        keys: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
         at = 0
         for piece in pieces:
             n = n_image if isinstance(piece, Picture) else len(piece)
@@ -86,7 +90,7 @@ class Prompt:
     def pictures(self) -> int:
         return sum(part.picture is not None for part in self.parts)
 
-    def common(self, ids: Array, keys: Array, limit: int) -> int:
+    def common(self, ids: NDArray[np.int32], keys: NDArray[np.uint64], limit: int) -> int:
         """Rows at the front that a timeline holds already, at most limit, at least one row less than the prompt, whole pictures only."""
         n = max(0, min(len(ids), self.n_rows - 1, limit))
         differ = np.flatnonzero((self.ids[:n] != ids[:n]) | (self.keys[:n] != keys[:n]))
@@ -106,9 +110,10 @@ def build_prompt(model: Model, text: str, pictures: Sequence[Picture], begin: bo
     pieces = text.split(IMAGE_MARK)
     if len(pieces) - 1 != len(pictures):
         raise ValueError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks for {len(pictures)} pictures; give one picture per mark")
-    tokens: list[list[int] | Picture] = [model.tokenize(piece, special=True) for piece in pieces]
-    if begin and model._info.add_bos and model._info.bos >= 0 and tokens[0][:1] != [model._info.bos]:
-        tokens[0] = [model._info.bos, *tokens[0]]  # type: ignore[misc]
-    for i, picture in enumerate(pictures):
-        tokens.insert(2 * i + 1, picture)
-    return Prompt(tokens, model._info.n_image)
+    runs = [model.tokenize(piece, special=True) for piece in pieces]
+    if begin and model._info.add_bos and model._info.bos >= 0 and runs[0][:1] != [model._info.bos]:
+        runs[0].insert(0, model._info.bos)
+    mixed: list[list[int] | Picture] = [runs[0]]
+    for picture, run in zip(pictures, runs[1:], strict=True):
+        mixed += [picture, run]
+    return Prompt(mixed, model._info.n_image)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from . import errors
-from ._native import Flag, check, ffi, lib, make_exception, native_call, new_error
+from ._native import Flag, check, ffi, lib, native_call, new_error, string
+from .checks import c_path, choice, float_rows, integer, integers, utf8
 from .handles import SessionHandle, refuse_pickle
-from .options import Options, integer, seed_of
+from .options import AnswerOptions, Options, read_options, seed_of
 from .policy import KVSmooth
-from .prompt import Part, Picture, Prompt, build_prompt, digest_of, read_picture
+from .prompt import MODES, Part, Picture, Prompt, build_prompt, digest_of, read_picture
 from .stream import Stream
 from .template import Message, choose
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
     from .aio import AsyncStream
     from .generation import Generation
+    from .images import ImageLike
     from .model import Model
+    from .prompt import ImageMode
 
-KV_TYPES = {"f16": lib.KVS_TYPE_F16, "f32": lib.KVS_TYPE_F32, "q8_0": lib.KVS_TYPE_Q8_0}
+KVType = Literal["f16", "f32", "q8_0"]
+KV_TYPES: dict[KVType, int] = {"f16": lib.KVS_TYPE_F16, "f32": lib.KVS_TYPE_F32, "q8_0": lib.KVS_TYPE_Q8_0}
 NO_LIMIT = 1 << 30
 
 
@@ -39,12 +47,12 @@ def one_policy(policy: Any) -> KVSmooth | None:
     raise TypeError(f"policy must be None, a KVSmooth or a list of them, not {type(policy).__name__}")
 
 
-def _native_params(model: Model, n_ctx: int, kv_type: str, policy: KVSmooth | None, seed: int, exact_rows: int) -> tuple[Any, Any]:
+def _native_params(model: Model, n_ctx: int, kv_type: KVType, policy: KVSmooth | None, seed: int, exact_rows: int) -> tuple[Any, Any]:
     """(kvs_session_params *, what must be kept alive beside it)"""
     params = ffi.new("kvs_session_params *")
     params.struct_size = ffi.sizeof("kvs_session_params")
     params.n_ctx, params.kv_type, params.seed, params.exact_rows = n_ctx, KV_TYPES[kv_type], seed, exact_rows
-    smooth, keep = policy.to_native(model.n_layer) if policy else (ffi.NULL, [])
+    smooth, keep = policy.to_native(model.n_layer, model.n_vocab) if policy else (ffi.NULL, [])
     params.smooth = smooth
     return params, (smooth, keep)
 
@@ -55,6 +63,18 @@ class _Chat:
 
     turns: list[Message] = field(default_factory=list)
     rows: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What generate() and chat() were asked. images: as they were given, not read yet."""
+
+    message: str
+    images: list[Any]
+    mode: str
+    system: str | None
+    template: str | None
+    chat: bool
 
 
 @dataclass(frozen=True)
@@ -78,14 +98,14 @@ class Session:
         self,
         model: Model,
         n_ctx: int = 2048,
-        kv_type: str = "f16",
+        kv_type: KVType = "f16",
         policy: KVSmooth | Sequence[KVSmooth] | None = None,
         seed: int | None = None,
         exact_rows: int = 0,
     ) -> None:
+        _check_model(model)
         n_ctx = integer("n_ctx", n_ctx, 1, 1 << 20)
-        if kv_type not in KV_TYPES:
-            raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {kv_type!r}")
+        choice("kv_type", kv_type, list(KV_TYPES))
         exact_rows = integer("exact_rows", exact_rows, 0, 4096)
         policy = one_policy(policy)
         params, keep = _native_params(model, n_ctx, kv_type, policy, seed_of(seed), exact_rows)
@@ -117,9 +137,9 @@ class Session:
     def generate(
         self,
         prompt: str,
-        image: Any = None,
-        images: Sequence[Any] | None = None,
-        mode: str = "pad",
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        mode: ImageMode = "pad",
         system: str | None = None,
         template: str | None = "auto",
         max_tokens: int | None = 512,
@@ -128,7 +148,7 @@ class Session:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
         seed: int | None = None,
         logprobs: int = 0,
     ) -> Stream:
@@ -150,32 +170,29 @@ class Session:
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
-            stop=stop,  # type: ignore[arg-type]
+            stop=stop,
             seed=seed,
             logprobs=logprobs,
         )
-        pictures = self._pictures(image, images, mode)
-        plan = self._plan_first(prompt, pictures, system, template, chat=False)
-        return self._stream(lambda n_past: plan, options)
+        return self._stream(self._request(prompt, image, images, mode, system, template, chat=False), options)
 
     def chat(
         self,
         message: str,
-        image: Any = None,
-        images: Sequence[Any] | None = None,
-        mode: str = "pad",
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        mode: ImageMode = "pad",
         system: str | None = None,
         template: str | None = "auto",
-        **options: Any,
+        **options: Unpack[AnswerOptions],
     ) -> Stream:
         """The next turn of a conversation, as a Stream. What was said before stays in the cache: only the new turn is computed.
 
         Arguments as in generate(); system belongs to the first message. reset() begins another conversation. An answer that was cut
         short counts as it is. ValueError where the timeline was changed by something else since the last turn.
         """
-        checked = Options(**options)
-        pictures = self._pictures(image, images, mode)
-        return self._stream(lambda n_past: self._plan_chat(n_past, message, pictures, system, template), checked)
+        checked = read_options("chat", options)
+        return self._stream(self._request(message, image, images, mode, system, template, chat=True), checked)
 
     def reset(self) -> None:
         """Empties the timeline and forgets the conversation."""
@@ -184,71 +201,108 @@ class Session:
             self._rewind(pointer, lib.kvs_session_n_past(pointer))
             self._chat = _Chat()
 
-    def agenerate(self, prompt: str, *args: Any, **options: Any) -> AsyncStream:
-        """generate() for asyncio: `async for token in session.agenerate(...)`. Work runs in a thread; cancelling the task ends it."""
-        from .aio import AsyncStream
+    def agenerate(
+        self,
+        prompt: str,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        mode: ImageMode = "pad",
+        system: str | None = None,
+        template: str | None = "auto",
+        **options: Unpack[AnswerOptions],
+    ) -> AsyncStream:
+        """generate() for asyncio: `async for token in session.agenerate(...)`. Work runs in a thread; cancelling the task ends it.
 
-        return AsyncStream(self.generate(prompt, *args, **options))
+        Only what costs nothing is checked here. Pictures are read and the prompt is cut into tokens with the first token, and what is
+        wrong with them is raised there.
+        """
+        checked = read_options("agenerate", options)
+        return self._async_stream(self._request(prompt, image, images, mode, system, template, chat=False), checked)
 
-    def achat(self, message: str, *args: Any, **options: Any) -> AsyncStream:
-        """chat() for asyncio."""
-        from .aio import AsyncStream
+    def achat(
+        self,
+        message: str,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        images: Sequence[ImageLike] | None = None,
+        mode: ImageMode = "pad",
+        system: str | None = None,
+        template: str | None = "auto",
+        **options: Unpack[AnswerOptions],
+    ) -> AsyncStream:
+        """chat() for asyncio; see agenerate()."""
+        checked = read_options("achat", options)
+        return self._async_stream(self._request(message, image, images, mode, system, template, chat=True), checked)
 
-        return AsyncStream(self.chat(message, *args, **options))
-
-    def _stream(self, plan: Callable[[int], Plan], options: Options) -> Stream:
+    def _stream(self, request: Request, options: Options) -> Stream:
         from .generation import Generation
 
-        with self._handle as pointer:
+        generation = Generation(self, request, options)
+        with self._handle.use(generation.flag) as pointer:
             self._refuse_active()
-            return Stream(Generation(self, plan, options, lib.kvs_session_n_past(pointer)))
+            generation.prepare(pointer)
+        return Stream(generation)
 
-    def _pictures(self, image: Any, images: Sequence[Any] | None, mode: str) -> list[Picture]:
+    def _async_stream(self, request: Request, options: Options) -> AsyncStream:
+        from .aio import AsyncStream
+        from .generation import Generation
+
+        with self._handle:
+            self._refuse_active()
+        return AsyncStream(Stream(Generation(self, request, options)))
+
+    def _request(
+        self, message: str, image: Any, images: Sequence[ImageLike] | None, mode: str, system: str | None, template: str | None, chat: bool
+    ) -> Request:
+        """Checks what can be checked at no cost."""
+        utf8("message" if chat else "prompt", message)
+        if system is not None:
+            utf8("system", system)
+        choice("mode", mode, MODES)
         if image is not None and images is not None:
             raise ValueError("give image or images, not both")
         if images is not None and (isinstance(images, (str, bytes)) or not isinstance(images, Sequence)):
-            raise TypeError("images must be a list of pictures")
-        chosen = list(images) if images is not None else list(image) if isinstance(image, (list, tuple)) else [image]
-        if image is None and images is None:
-            chosen = []
-        return [read_picture(self.model, one, mode) for one in chosen]
+            hint = "; list(a) makes one of an array (n, height, width, 3)" if isinstance(images, np.ndarray) else ""
+            raise TypeError(f"images must be a list of pictures, not {type(images).__name__}{hint}")
+        chosen = images if images is not None else image if isinstance(image, (list, tuple)) else [] if image is None else [image]
+        marks = message.count("<image>")
+        if marks and marks != len(chosen):
+            raise ValueError(f"the prompt has {marks} <image> marks for {len(chosen)} pictures; give one picture per mark")
+        if chosen:
+            self.model._vision_info()  # an error for a text-only model
+        return Request(message, list(chosen), mode, system, template, chat)
+
+    def _plan(self, request: Request, pictures: list[Picture], n_past: int) -> Plan:
+        """pictures: those of the request, read."""
+        if request.chat and self._chat.turns:
+            return self._plan_next(request, pictures, n_past)
+        text = self._template(request.template).first(request.message, len(pictures), request.system)
+        prompt = build_prompt(self.model, text, pictures, begin=True)
+        if not prompt.n_rows:
+            raise ValueError("the prompt is empty and the model has no BOS token: there is nothing to begin with")
+        return Plan(prompt, True, request.message if request.chat else None, request.system)
+
+    def _plan_next(self, request: Request, pictures: list[Picture], n_past: int) -> Plan:
+        if request.system is not None:
+            raise ValueError("system belongs to the first message of a conversation; call reset() to begin another one")
+        if n_past != self._chat.rows:
+            raise ValueError("the timeline has changed since the last turn of the conversation; call reset() to begin another one")
+        text = self._template(request.template).next(self._chat.turns, request.message, len(pictures))
+        return Plan(build_prompt(self.model, text, pictures, begin=False), False, request.message)
 
     def _template(self, template: str | None) -> Any:
         info = self.model._info
         return choose(template, self.model.chat_template, self.model._special_text(info.bos), self.model._special_text(info.eos))
 
-    def _plan_first(self, message: str, pictures: list[Picture], system: str | None, template: str | None, chat: bool) -> Plan:
-        for name, value in (("prompt", message), ("system", system)):
-            if not isinstance(value, str) and not (name == "system" and value is None):
-                raise TypeError(f"{name} must be text, not {type(value).__name__}")
-        _check_marks(message, len(pictures))
-        text = self._template(template).first(message, len(pictures), system)
-        prompt = build_prompt(self.model, text, pictures, begin=True)
-        if not prompt.n_rows:
-            raise ValueError("the prompt is empty and the model has no BOS token: there is nothing to begin with")
-        return Plan(prompt, True, message if chat else None, system)
-
-    def _plan_chat(self, n_past: int, message: str, pictures: list[Picture], system: str | None, template: str | None) -> Plan:
-        turns = self._chat.turns
-        if not turns:
-            return self._plan_first(message, pictures, system, template, chat=True)
-        if system is not None:
-            raise ValueError("system belongs to the first message of a conversation; call reset() to begin another one")
-        if n_past != self._chat.rows:
-            raise ValueError("the timeline has changed since the last turn of the conversation; call reset() to begin another one")
-        if not isinstance(message, str):
-            raise TypeError(f"message must be text, not {type(message).__name__}")
-        _check_marks(message, len(pictures))
-        text = self._template(template).next(turns, message, len(pictures))
-        return Plan(build_prompt(self.model, text, pictures, begin=False), False, message)
-
     def _check_room(self, plan: Plan, n_past: int) -> None:
-        needed = plan.prompt.n_rows + (0 if plan.fresh else n_past) + 1
-        if needed > self.n_ctx:
+        """For the prompt and one token of the answer."""
+        self._check_rows(0 if plan.fresh else n_past, plan.prompt.n_rows + 1)
+
+    def _check_rows(self, there: int, new: int) -> None:
+        if there + new > self.n_ctx:
             raise errors.ContextOverflowError(
-                f"context overflow: the prompt and one token of the answer need {needed} rows, n_ctx is {self.n_ctx}; "
+                f"context overflow: {there + new} rows needed ({there} there, {new} new), n_ctx is {self.n_ctx}; "
                 "make the session with a larger n_ctx, or shorten the prompt",
-                needed,
+                there + new,
                 self.n_ctx,
             )
 
@@ -257,98 +311,109 @@ class Session:
     def feed(self, ids: Iterable[int], generated: bool = False) -> None:
         """Adds rows, synchronously; no BOS is added. generated=True: each id counts as just generated, one by one, and policies act on it.
 
-        Prompt rows are all or nothing: on an error or Ctrl-C none has been added. Raises ContextOverflowError, ValueError.
+        Prompt rows are all or nothing: on an error or Ctrl-C none has been added. Generated ones are a step each: after Ctrl-C those
+        before it stay, n_past says how many. Raises ContextOverflowError (nothing was fed), ValueError, and ClosedError if another
+        thread closes the session meanwhile.
         """
-        run = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids)
-        if run.size and (run.ndim != 1 or run.dtype.kind not in "iu"):
-            raise TypeError("ids must be a list of integers")
-        if run.size and (run.min() < 0 or run.max() >= self.model.n_vocab):
-            raise ValueError(f"ids: token ids must be in 0..{self.model.n_vocab - 1}")
-        run = run.astype(np.int32)
+        run = np.array(integers("ids", ids, 0, self.model.n_vocab - 1), np.int32)
         flag = Flag()
-        with self._handle as pointer:
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
             if not generated:
                 self._feed(pointer, [Part(0, len(run), ids=run)] if run.size else [], [None], flag)
                 return
+            self._check_rows(lib.kvs_session_n_past(pointer), len(run))
             for id in run.tolist():
                 self._note_prompt_end(pointer)
                 self._step(pointer, id, flag)
 
-    def feed_image(self, image: Any, mode: str = "pad") -> None:
-        """Adds the rows of a picture: n_image of them. See Model.encode_image."""
+    def feed_image(self, image: ImageLike, mode: ImageMode = "pad") -> None:
+        """Adds the rows of a picture: n_image of them, all or nothing.
+
+        Arguments and errors as in Model.encode_image(); ContextOverflowError, BusyError, ClosedError.
+        """
         picture, flag = read_picture(self.model, image, mode), Flag()
-        with self._handle as pointer:
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
             rows, _ = self.model._encode(picture, flag)
             self._feed(pointer, [Part(0, len(rows), picture=picture)], [rows], flag)
 
-    def feed_embeddings(self, embeddings: Any) -> None:
-        """Adds rows given as embeddings: (n, n_embd) float32, finite."""
-        rows = np.ascontiguousarray(embeddings, np.float32)
-        if rows.ndim != 2 or rows.shape[1] != self.model.n_embd:
-            raise ValueError(f"embeddings must be (n, {self.model.n_embd}), not {rows.shape}")
-        if not np.isfinite(rows).all():
-            raise ValueError("embeddings must be finite")
+    def feed_embeddings(self, embeddings: ArrayLike) -> None:
+        """Adds rows given as embeddings, all or nothing: (n, n_embd) float32, finite.
+
+        Raises TypeError for what holds no real numbers, ValueError for another shape or numbers that are not finite, and
+        ContextOverflowError, BusyError, ClosedError.
+        """
+        rows = float_rows("embeddings", embeddings, self.model.n_embd)
         if not len(rows):
             return
-        with self._handle as pointer:
+        picture, flag = Picture(rows, digest_of(rows, "rows")), Flag()
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
-            self._feed(pointer, [Part(0, len(rows), picture=Picture(rows, digest_of(rows, "rows")))], [rows], Flag())
+            self._feed(pointer, [Part(0, len(rows), picture=picture)], [rows], flag)
 
-    def logits(self) -> np.ndarray:
-        """(n_vocab,) float32 of the last row fed. ValueError before anything was fed."""
+    def logits(self) -> NDArray[np.float32]:
+        """(n_vocab,) float32 of the last row fed. Ends the prefill: what a policy does at the end of a prompt is done, once.
+
+        ValueError before anything was fed; NumericError if they are not finite; BusyError, ClosedError.
+        """
         out = np.empty(self.model.n_vocab, np.float32)
         with self._handle as pointer:
             self._end_prefill(pointer)
             err = new_error()
-            check(lib.kvs_session_logits(pointer, ffi.from_buffer("float[]", out), err), err)
+            check(lib.kvs_session_logits(pointer, ffi.from_buffer("float[]", out), ffi.NULL, err), err)
         return out
 
-    def kv(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def kv(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(K, V) of a layer, each (n_kv_head, n_rows, head_dim) float32: the physical rows, the newest already smoothed. K after rotary
-        embedding, in the GGUF's interleaved order."""
+        embedding, in the GGUF's interleaved order. Ends the prefill, as logits() does.
+
+        layer: negative as in Python; ValueError where there is none. BusyError, ClosedError.
+        """
         layer = self._layer(layer)
         with self._handle as pointer:
             self._end_prefill(pointer)
             shape = (self.model.n_kv_head, lib.kvs_session_n_rows(pointer, layer), self.model.head_dim)
             k, v, err = np.empty(shape, np.float32), np.empty(shape, np.float32), new_error()
-            check(lib.kvs_session_kv(pointer, layer, ffi.from_buffer("float[]", k), ffi.from_buffer("float[]", v), err), err)
+            buffers = ffi.from_buffer("float[]", k), ffi.from_buffer("float[]", v)
+            check(lib.kvs_session_kv(pointer, layer, shape[1], *buffers, err), err)
         return k, v
 
-    def positions(self, layer: int) -> np.ndarray:
-        """(n_rows,) int32: the rotary position of each physical row of a layer."""
+    def positions(self, layer: int) -> NDArray[np.int32]:
+        """(n_rows,) int32: the rotary position of each physical row of a layer. Errors as of kv()."""
         layer = self._layer(layer)
         with self._handle as pointer:
             out, err = np.empty(lib.kvs_session_n_rows(pointer, layer), np.int32), new_error()
-            check(lib.kvs_session_positions(pointer, layer, ffi.from_buffer("int32_t[]", out), err), err)
+            check(lib.kvs_session_positions(pointer, layer, len(out), ffi.from_buffer("int32_t[]", out), err), err)
         return out
 
-    def entropies(self) -> np.ndarray:
-        """(n_generated, n_layer) float32: row entropies in nats, mean over heads (arXiv 2602.04268 eq. 5), also without a policy."""
+    def entropies(self) -> NDArray[np.float32]:
+        """(n_generated, n_layer) float32: row entropies in nats, mean over heads (arXiv 2602.04268 eq. 5), also without a policy.
+        Ends the prefill, as logits() does. BusyError, ClosedError."""
         return self._telemetry()[0]
 
-    def strengths(self) -> np.ndarray:
-        """(n_generated, n_layer) float32: strengths (eq. 14); NaN where a layer was not smoothed."""
+    def strengths(self) -> NDArray[np.float32]:
+        """(n_generated, n_layer) float32: strengths (eq. 14); NaN where a layer was not smoothed. Ends the prefill, as logits() does.
+        BusyError, ClosedError."""
         return self._telemetry()[1]
 
     @property
     def n_past(self) -> int:
         """Rows of the timeline."""
         with self._handle as pointer:
-            return lib.kvs_session_n_past(pointer)
+            return int(lib.kvs_session_n_past(pointer))
 
     @property
     def n_generated(self) -> int:
         """Rows that were generated."""
         with self._handle as pointer:
-            return lib.kvs_session_n_generated(pointer)
+            return int(lib.kvs_session_n_generated(pointer))
 
     @property
     def nbytes(self) -> int:
         """Memory of the cache, in bytes."""
         with self._handle as pointer:
-            return lib.kvs_session_bytes(pointer)
+            return int(lib.kvs_session_bytes(pointer))
 
     def fork(self) -> Session:
         """An independent copy, the sampler's state and the conversation too."""
@@ -360,31 +425,37 @@ class Session:
         return twin
 
     def rewind(self, n_tokens: int) -> None:
-        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone (then nothing has changed)."""
-        n_tokens = integer("n_tokens", n_tokens, 0)
+        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone (then nothing has changed);
+        ValueError for more rows than there are; BusyError, ClosedError."""
         with self._handle as pointer:
             self._refuse_active()
-            if n_tokens > lib.kvs_session_n_past(pointer):
-                raise ValueError(f"n_tokens: can't drop {n_tokens} of {lib.kvs_session_n_past(pointer)} rows")
-            self._rewind(pointer, n_tokens)
+            self._rewind(pointer, integer("n_tokens", n_tokens, 0, lib.kvs_session_n_past(pointer)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the timeline, the cache and the sampler's state to a file, completely or not at all. SessionFileError if it can't."""
-        err = new_error()
+        """Writes the timeline, the cache and the sampler's state to a file, completely or not at all.
+
+        Raises SessionIOError (also an OSError, with errno), OutOfMemoryError, BusyError, ClosedError, TypeError, ValueError.
+        """
+        name, err = c_path("path", path), new_error()
         with self._handle as pointer:
-            _check_file(lib.kvs_session_save(pointer, os.fsencode(path), err), err)
+            _check_file(lib.kvs_session_save(pointer, name, err), err)
 
     @classmethod
     def load(
         cls, model: Model, path: str | os.PathLike[str], policy: KVSmooth | Sequence[KVSmooth] | None = None, exact_rows: int = 0
     ) -> Session:
         """A session that save() wrote, over the same model. policy must be what it was saved with; n_ctx and kv_type come from the file.
-        The words of a chat() are not in it. SessionFileError says what is wrong."""
-        policy, err = one_policy(policy), new_error()
+        The words of a chat() are not in it.
+
+        Raises SessionFileError (path, what), of which SessionIOError and SessionFileNotFoundError are OSErrors, too; PolicyError,
+        OutOfMemoryError, ClosedError, TypeError, ValueError.
+        """
+        _check_model(model)
+        policy, name, err = one_policy(policy), c_path("path", path), new_error()
         params, keep = _native_params(model, 1, "f16", policy, 0, integer("exact_rows", exact_rows, 0, 4096))
 
         def make(pointer: Any, out: Any, _: Any) -> int:
-            _check_file(lib.kvs_session_load(pointer, os.fsencode(path), params, out, err), err)
+            _check_file(lib.kvs_session_load(pointer, name, params, out, err), err)
             return 0
 
         session = object.__new__(cls)
@@ -394,13 +465,13 @@ class Session:
         return session
 
     def close(self) -> None:
-        """Stops a running stream and gives the memory back. May be called again."""
+        """Ends what the session does, in this thread or another, and gives the memory back. May be called again. A stream ends as
+        "cancelled", any other call of another thread as a ClosedError."""
         active = self._active_generation()
         if active is not None:
             active.flag.set()
-        self._handle.close()
-        if active is not None:
             active._end("cancelled")
+        self._handle.close()
 
     @property
     def closed(self) -> bool:
@@ -427,7 +498,7 @@ class Session:
         keep = []
         for chunk, part, embeddings in zip(chunks, parts, rows, strict=False):
             chunk.n = part.end - part.begin
-            if part.ids is not None:
+            if part.picture is None:
                 keep.append(ffi.from_buffer("int32_t[]", np.ascontiguousarray(part.ids)))
                 chunk.ids = keep[-1]
             else:
@@ -447,7 +518,7 @@ class Session:
         if self._active_generation() is None:
             self._note_prompt_end(pointer)
         err = new_error()
-        check(lib.kvs_session_end_prefill(pointer, err), err)
+        check(lib.kvs_session_end_prefill(pointer, ffi.NULL, err), err)
 
     def _rewind(self, pointer: Any, n: int) -> None:
         err = new_error()
@@ -460,7 +531,7 @@ class Session:
         n, err = lib.kvs_session_n_past(pointer), new_error()
         ids, keys, generated = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty(n, np.int32)
         buffers = [ffi.from_buffer(kind, array) for kind, array in (("int32_t[]", ids), ("uint64_t[]", keys), ("int32_t[]", generated))]
-        check(lib.kvs_session_timeline(pointer, *buffers, err), err)
+        check(lib.kvs_session_timeline(pointer, n, *buffers, err), err)
         limit = n
         if self.policy is not None:
             changed = np.flatnonzero(generated)
@@ -469,7 +540,7 @@ class Session:
                 limit = min(limit, self._prompt_end, prompt.n_rows - self.policy.warm_rows)
         return prompt.common(ids, keys, limit)
 
-    def _telemetry(self) -> tuple[np.ndarray, np.ndarray]:
+    def _telemetry(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         with self._handle as pointer:
             self._end_prefill(pointer)
             shape = (lib.kvs_session_n_generated(pointer), self.model.n_layer)
@@ -499,15 +570,25 @@ def step(pointers: list[Any], ids: list[int], flag: Flag) -> None:
     check(native_call(lambda: lib.kvs_sessions_step(sessions, tokens, len(ids), flag.pointer, err), flag), err)
 
 
-def _check_marks(message: str, n_pictures: int) -> None:
-    marks = message.count("<image>")
-    if marks and marks != n_pictures:
-        raise ValueError(f"the prompt has {marks} <image> marks for {n_pictures} pictures; give one picture per mark")
+def _check_model(model: object) -> None:
+    from .model import Model
+
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a Model, not {type(model).__name__}")
+
+
+_WHAT_TO_DO = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "check the permissions, or choose another folder",
+    errno.ENOSPC: "make room there, or choose another folder",
+}
 
 
 def _check_file(code: int, err: Any) -> None:
-    """Like check, for session files: trouble of the operating system is a SessionFileError, too."""
-    if code == lib.KVS_E_IO:
-        error = make_exception(lib.KVS_E_SESSION_FILE, err)
-        raise error
-    check(code, err)
+    """Like check, for session files: trouble of the operating system is a SessionIOError."""
+    if code != lib.KVS_E_IO:
+        check(code, err)
+        return
+    number = int(err.offset)
+    kind = errors.SessionFileNotFoundError if number == errno.ENOENT else errors.SessionIOError
+    raise kind(f"{string(err.message)}; {_WHAT_TO_DO.get(number, 'choose another path')}", string(err.path), number)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .errors import ClosedError
 from .handles import refuse_pickle
 from .stats import Result, Stats, Token
 
@@ -21,8 +22,9 @@ class Stream:
             print(token.text, end="")
         print(stream.finish_reason, stream.stats.tokens_per_s)
 
-    A for loop that is left early closes the stream. next(stream) takes one token at a time. cancel() may be called from any thread; it
-    also ends a prefill and the encoding of a picture.
+    A loop that is left early closes the stream, and so does everything that drops an iterator of it (itertools.islice, zip): to read a
+    few tokens and go on later take them with next(stream). cancel() may be called from any thread; it also ends a prefill and the
+    encoding of a picture.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -31,27 +33,33 @@ class Stream:
 
     def __iter__(self) -> Iterator[Token]:
         try:
-            while True:
-                try:
-                    token = next(self)
-                except StopIteration:
-                    return
+            while (token := self._next()) is not None:
                 yield token
         finally:
             self.close()
 
     def __next__(self) -> Token:
-        generation = self._generation
-        if generation.finish_reason is not None:
-            raise StopIteration
-        session = generation.session
-        with session._handle as pointer:
-            session._refuse_active(generation)
-            session._active = weakref.ref(generation)
-            token = self._advance(pointer)
+        token = self._next()
         if token is None:
             raise StopIteration
         return token
+
+    def _next(self) -> Token | None:
+        """None at the end."""
+        generation = self._generation
+        if generation.finish_reason is not None:
+            return None
+        session = generation.session
+        try:
+            with session._handle.use(generation.flag) as pointer:
+                session._refuse_active(generation)
+                session._active = weakref.ref(generation)
+                return self._advance(pointer)
+        except ClosedError as error:
+            if not generation.was_cancelled(error):
+                raise
+            generation._end("cancelled")
+            return None
 
     def _advance(self, pointer: Any) -> Token | None:
         try:
@@ -65,18 +73,18 @@ class Stream:
         self._generation.flag.set()
 
     def close(self) -> None:
-        """Ends the answer; the session is free for the next. Does nothing if it has ended."""
-        if self._generation.finish_reason is None:
+        """Ends the answer, and waits for a call of another thread that is in it; the session is free for the next. Does nothing if it
+        has ended."""
+        generation = self._generation
+        if generation.finish_reason is None:
             self.cancel()
-            self._generation._end("cancelled")
+        generation.session._handle.wait(generation.flag)
+        generation._end("cancelled")
 
     def result(self) -> Result:
         """Reads the stream to its end. An exception that ended it is raised again."""
-        while self._generation.finish_reason is None:
-            try:
-                next(self)
-            except StopIteration:
-                break
+        while self._next() is not None:
+            pass
         if self._error is not None:
             raise self._error
         return self._generation.result()

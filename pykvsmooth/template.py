@@ -11,6 +11,7 @@ import logging
 from datetime import datetime
 from typing import Any, Protocol
 
+from .checks import utf8
 from .errors import KVSmoothError
 
 IMAGE_MARK = "<image>"
@@ -104,7 +105,7 @@ class Jinja:
         if self._typed:
             messages = [{**m, "content": _as_parts(m["content"])} for m in messages]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._names)
+            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
         except Exception as error:  # a template is a program of the model's maker: whatever it raises is about the template
             raise TemplateError(f"the model's chat template fails: {error}; use template='vicuna' or template=None") from error
 
@@ -153,8 +154,7 @@ def choose(template: str | None, own: str | None, bos: str = "", eos: str = "") 
     """
     if template is None:
         return Raw()
-    if not isinstance(template, str):
-        raise TypeError(f"template must be text or None, not {type(template).__name__}")
+    utf8("template", template)
     if template == "vicuna" or (template == "auto" and not own):
         return Vicuna()
     if template != "auto":

@@ -4,7 +4,7 @@ string are held back."""
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class AnswerText:
@@ -13,10 +13,10 @@ class AnswerText:
     The first space of an answer is SentencePiece's, not the writer's: it is dropped, as in transformers' decode.
     """
 
-    def __init__(self, drop_space: bool, stop: Sequence[str] = ()) -> None:
+    def __init__(self, drop_space: bool, stop: Iterable[str] | None = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = drop_space
-        self._stop = tuple(stop)
+        self._stop = tuple(stop or ())
         self._held = ""
         self.stopped = False
 

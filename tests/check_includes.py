@@ -18,6 +18,7 @@ LAYERS = [
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
     ["gguf.h", "gguf.c"],
     ["quant.h", "quant.c", "strength.h"],
+    ["turns.h", "turns.c"],
     ["util.h", "util.c"],
     ["kvs.h"],
 ]

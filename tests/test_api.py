@@ -1,7 +1,7 @@
-"""The Python package as a caller sees it: answers, streams, conversations, reuse, batches, asyncio."""
+"""The Python package as a caller sees it: answers, streams, conversations, reuse."""
 
-import asyncio
 import gc
+import inspect
 import logging
 import math
 import random
@@ -249,6 +249,21 @@ def test_several_pictures_at_any_place(model: kvs.Model, rng: np.random.Generato
     assert ids(front) == ids(answer(model, "<image><image>what", policy, images=[a, b], template=None, max_tokens=4))
 
 
+def test_names_of_options(model: kvs.Model) -> None:
+    """The typed **options are the keywords of generate(), and a wrong name is told as Python tells it."""
+    from pykvsmooth.options import AnswerOptions, Options, RequestOptions
+
+    assert list(AnswerOptions.__annotations__) == list(Options.__dataclass_fields__)
+    assert set(RequestOptions.__annotations__) == set(inspect.signature(kvs.Session.generate).parameters) - {"self"}
+    with model.session() as session:
+        for call in (session.generate, session.chat, session.agenerate, session.achat):
+            with pytest.raises(TypeError, match=rf"{call.__name__}\(\) got an unexpected keyword argument 'bogus'"):
+                call("m", bogus=3)
+            for wrong in ({"temperature": 1e300}, {"repetition_penalty": 1e-300}, {"top_p": 1e-300}):
+                with pytest.raises(ValueError, match=rf"{next(iter(wrong))}.* in float32"):
+                    call("m", **wrong)
+
+
 # ---- text ----
 
 
@@ -356,6 +371,14 @@ def test_cancel_between_tokens(model: kvs.Model) -> None:
         assert early.result().finish_reason == "cancelled" and early.result().tokens == []
 
 
+def test_a_cancelled_prefill_has_its_time(model: kvs.Model) -> None:
+    with model.session(n_ctx=30000) as session:
+        stream = session.generate("a dog " * 6000, template=None)
+        threading.Timer(0.05, stream.cancel).start()
+        stats = stream.result().stats
+        assert stats.finish_reason == "cancelled" and 0.01 < stats.prefill_s < 5 and session.n_past == stats.prefill_tokens == 0
+
+
 # ---- reuse ----
 
 
@@ -388,6 +411,8 @@ def test_reuse_never_crosses_smoothed_rows(model: kvs.Model, policy: kvs.KVSmoot
         longer = session.generate(prompt + " " + first.text, **options)
         longer.result()
         common = next((i for i, (a, b) in enumerate(zip(rows, timeline(session), strict=False)) if a != b), len(rows))
+        n_longer = longer.stats.prefill_tokens + longer.stats.reused_tokens
+        common = min(common, n_longer - 1)  # the last row of a prompt is always computed
         assert longer.stats.reused_tokens == (common if policy is None else min(common, n_prompt))
         assert ids(longer.result()) == ids(answer(model, prompt + " " + first.text, policy, **options))
 
@@ -488,6 +513,19 @@ def test_chat_and_other_calls(model: kvs.Model) -> None:
         assert timeline(session)[rows] == 2, "the second stream was started after the first one's turn"
 
 
+# ---- the lower floor ----
+
+
+def test_generated_rows_that_do_not_fit(model: kvs.Model, policy: kvs.KVSmooth | None) -> None:
+    with model.session(n_ctx=8, policy=policy) as session:
+        session.feed([1, 5, 6])
+        with pytest.raises(kvs.ContextOverflowError, match="9") as caught:
+            session.feed([5] * 6, generated=True)
+        assert (caught.value.needed, caught.value.n_ctx, session.n_past, session.n_generated) == (9, 8, 3, 0)
+        session.feed([5] * 5, generated=True)
+        assert (session.n_past, session.n_generated) == (8, 5)
+
+
 # ---- fork, rewind, save ----
 
 
@@ -516,126 +554,6 @@ def test_stream_equals_feeding(model: kvs.Model, policy: kvs.KVSmooth | None, rn
         assert np.allclose(session.entropies(), floor.entropies(), atol=1e-4)
         assert np.allclose(session.logits(), floor.logits(), atol=1e-3)
         assert np.array_equal(session.positions(0), np.arange(session.n_past))
-
-
-# ---- batches ----
-
-
-def requests_for(rng: np.random.Generator) -> list[Any]:
-    image = picture(rng)
-    return [
-        "a dog",
-        {"prompt": PROMPT, "image": image, "max_tokens": 9},
-        {"prompt": "the street <image> and <image>", "images": [picture(rng), image], "max_tokens": 3},
-        {"prompt": "a car", "temperature": 1.3, "seed": 5, "logprobs": 2},
-        {"prompt": "a cat", "max_tokens": 1},
-        {"prompt": "a tree", "system": "be kind.", "repetition_penalty": 1.4},
-        {"prompt": "nothing", "max_tokens": 0},
-    ]
-
-
-@pytest.mark.parametrize("parallel", [1, 2, 4, 16])
-def test_batch_equals_single_runs(model: kvs.Model, policy: kvs.KVSmooth | None, rng: np.random.Generator, parallel: int) -> None:
-    requests = requests_for(rng)
-    tokens: dict[int, list[kvs.Token]] = {i: [] for i in range(len(requests))}
-    results: dict[int, kvs.Result] = {}
-    live = 0
-    for index, item in model.generate_batch(requests, n_ctx=300, policy=policy, parallel=parallel, max_tokens=12):
-        assert index not in results
-        if isinstance(item, kvs.Result):
-            results[index] = item
-        else:
-            tokens[index].append(item)
-            live = max(live, sum(bool(tokens[i]) and i not in results for i in tokens))
-    assert sorted(results) == list(range(len(requests))) and live <= parallel
-    for i, request in enumerate(requests):
-        arguments = {"max_tokens": 12, **(request if isinstance(request, dict) else {"prompt": request})}
-        single = answer(model, policy=policy, **arguments)
-        assert ids(results[i]) == ids(single) and results[i].text == single.text, i
-        assert results[i].tokens == tokens[i] and results[i].finish_reason == single.finish_reason
-        assert np.allclose([t.entropy for t in tokens[i]], [t.entropy for t in single.tokens], atol=1e-5, equal_nan=True)
-
-
-def test_batch_draws_requests_as_it_goes(model: kvs.Model) -> None:
-    drawn = []
-
-    def requests() -> Iterator[str]:
-        for i in range(50):
-            drawn.append(i)
-            yield f"a dog {i}"
-
-    batch = model.generate_batch(requests(), n_ctx=100, parallel=2, max_tokens=3)
-    assert drawn == []
-    for _index, item in batch:
-        if isinstance(item, kvs.Result):
-            break
-    assert len(drawn) <= 3 and not [s for s in model._sessions if not s.closed and s.n_ctx == 100]
-
-
-def test_batch_errors(model: kvs.Model) -> None:
-    bad = ["a dog", {"prompt": "b", "image": b"no picture"}, {"image": b""}, 5, {"prompt": "a " * 300}, "a cat"]
-    with pytest.raises(kvs.ImageError):
-        list(model.generate_batch(bad, n_ctx=100, max_tokens=2))
-    items = list(model.generate_batch(bad, n_ctx=100, max_tokens=2, on_error="yield", parallel=2))
-    ends = {i: type(item) for i, item in items if not isinstance(item, kvs.Token)}
-    assert ends == {0: kvs.Result, 1: kvs.ImageError, 2: TypeError, 3: TypeError, 4: kvs.ContextOverflowError, 5: kvs.Result}
-    for arguments in ({"parallel": 0}, {"on_error": "ignore"}, {"n_ctx": 0}, {"policy": kvs.KVSmooth(layers="9:")}):
-        with pytest.raises(ValueError):
-            model.generate_batch(["a"], **arguments)
-    with pytest.raises(TypeError):
-        model.generate_batch("a dog")
-
-
-def test_batch_cancel(model: kvs.Model) -> None:
-    batch = model.generate_batch(["a dog", "a cat", "a tree"], n_ctx=200, parallel=2, max_tokens=100, repetition_penalty=1.2)
-    results = {}
-    for n, (index, item) in enumerate(batch):
-        if n == 5:
-            batch.cancel()
-        if isinstance(item, kvs.Result):
-            results[index] = item.finish_reason
-    assert results == {0: "cancelled", 1: "cancelled"}
-
-
-# ---- asyncio ----
-
-
-def test_agenerate(model: kvs.Model, policy: kvs.KVSmooth | None) -> None:
-    async def one(session: kvs.Session, prompt: str) -> list[int]:
-        return [token.id async for token in session.agenerate(prompt, max_tokens=10)]
-
-    async def main() -> list[list[int]]:
-        with model.session(policy=policy) as a, model.session(policy=policy) as b:
-            together = await asyncio.gather(one(a, "a dog"), one(b, "a cat"))
-            stream = b.agenerate("a tree", max_tokens=3)
-            result = await stream.result()
-            assert stream.finish_reason == result.finish_reason and stream.stats.decode_tokens == result.stats.decode_tokens
-            async with b.achat("a tree", max_tokens=50) as stream:
-                async for _ in stream:
-                    break
-            assert stream.finish_reason == "cancelled"
-            with pytest.raises(kvs.ImageError):
-                b.agenerate("a", image=b"no picture")
-        return together
-
-    together = asyncio.run(main())
-    assert together == [ids(answer(model, prompt, policy, max_tokens=10)) for prompt in ("a dog", "a cat")]
-
-
-def test_cancelling_the_task_ends_the_answer(model: kvs.Model) -> None:
-    async def main() -> None:
-        with model.session(n_ctx=30000) as session:
-            stream = session.agenerate("a dog " * 6000, template=None)
-            task = asyncio.ensure_future(stream.__anext__())
-            await asyncio.sleep(0.05)
-            began = time.monotonic()
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert time.monotonic() - began < 2 and stream.finish_reason == "cancelled"
-            assert session.generate("a dog", max_tokens=2).result().tokens, "the session is free at once"
-
-    asyncio.run(main())
 
 
 # ---- long runs ----

@@ -160,3 +160,14 @@ def test_full_attention(isas: list[str], rng: np.random.Generator, n: int, n_hea
             out = np.full_like(q, np.nan)
             assert lib.kvs_test_attn_full(isa.encode(), threads, floats(q), floats(k), floats(v), n, n_head, head_dim, floats(out)) == 0
             np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5, err_msg=isa)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+def test_a_key_that_is_no_number_is_not_passed_over(kv_type: str, isas: list[str], rng: np.random.Generator) -> None:
+    """Its score would otherwise count as the lowest, and a broken model would look healthy."""
+    q, k, v = draw(rng, 3, 4, 40), draw(rng, 37, 2, 40), draw(rng, 37, 2, 40)
+    k[20, 1, 3] = np.nan
+    for isa in isas:
+        out, entropy = attend(isa, TYPES[kv_type], q, k, v)
+        assert np.isnan(out[:, 2:]).all() and np.isnan(entropy[:, 2:]).all()
+        assert np.isfinite(out[:, :2]).all() and np.isfinite(entropy[:, :2]).all()

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from conftest import Pair
 from PIL import Image
+from rich.cells import cell_len
 
 import pykvsmooth as kvs
+from pykvsmooth.cli import compare, pictures, records, render, terminal
 from pykvsmooth.cli import main as cli
-from pykvsmooth.cli import pictures, records, render, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Please describe the image in detail."
@@ -286,14 +287,15 @@ def test_compare_on_a_pipe(run, image, answer):
     got = run("caption", image, "--compare", "--max-tokens", 12)
     assert got.code == 0 and ESC not in got.out
     plain, smoothed = re.fullmatch(r"plain:\n(.*)smoothed:\n(.*)", got.out, re.S).groups()
-    assert words_of(re.sub(r"\[-|-\]", "", plain)) == words_of(re.sub(r"\[-|-\]", "", answer(image, smooth=False).text))
-    assert words_of(re.sub(r"\{\+|\+\}", "", smoothed)) == words_of(re.sub(r"\{\+|\+\}", "", answer(image).text))
+    for marks, shown, smooth in ((r"\[-|-\]", plain, False), (r"\{\+|\+\}", smoothed, True)):
+        text = terminal.escaped(answer(image, smooth=smooth).text)
+        assert words_of(re.sub(marks, "", shown)) == words_of(re.sub(marks, "", text))
     both = run("caption", image, "--compare", "--max-tokens", 12, "--json").lines
     assert [line["settings"]["policy"] == "off" for line in both] == [True, False]
 
 
 def test_differences_are_marked():
-    left, right = render.marked_words("a red cat sits here", "a dog sits here now")
+    left, right = compare.marked_words("a red cat sits here", "a dog sits here now")
     assert left == [("a", False), ("red", True), ("cat", True), ("sits", False), ("here", False)]
     assert right == [("a", False), ("dog", True), ("sits", False), ("here", False), ("now", True)]
 
@@ -315,9 +317,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., terminal.Ui]:
     def make(width: int = 40, **environment: str) -> terminal.Ui:
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setenv("COLUMNS", str(width))
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(terminal.Screen, "width", width)
         monkeypatch.setattr(sys, "stdout", Terminal())
         monkeypatch.setattr(sys, "stderr", Terminal())
         return terminal.Ui()
@@ -335,7 +337,7 @@ def paint(ui: terminal.Ui, tokens: list[kvs.Token], heat: bool = True, bars: boo
         painter.token(one)
     painter.end()
     painter.legend()
-    return ui.out.stream.getvalue()
+    return ui.out.file.getvalue()
 
 
 def without_codes(text: str) -> str:
@@ -351,7 +353,7 @@ def random_tokens(rng: np.random.Generator, n: int) -> list[kvs.Token]:
 def test_painted_text_is_the_text(screen, rng, width):
     tokens = random_tokens(rng, 80)
     shown = without_codes(paint(screen(width), tokens, bars=False))
-    assert all(terminal.cells(line) < width for line in shown.splitlines())
+    assert all(cell_len(line) < width for line in shown.splitlines())
     assert re.sub(r"\s", "", shown) == re.sub(r"\s", "", "".join(t.text for t in tokens))
 
 
@@ -361,42 +363,52 @@ def test_bars_stand_under_their_words(screen, rng, width):
     lines = without_codes(paint(screen(width), tokens, heat=False)).splitlines()
     for text, bars in zip(lines[::2], lines[1::2], strict=True):
         assert set(bars) <= set(render.BARS + " ")
-        assert terminal.cells(text.rstrip()) == len(bars)
+        assert cell_len(text.rstrip()) == len(bars)
 
 
 def test_heat_shades_by_rank_and_has_a_legend(screen):
     ui = screen(100)
     shown = paint(ui, [token(f" w{i}", entropy=i) for i in range(16)], bars=False)
-    assert shown.startswith("w0") and render.SHADES[-1] in shown
+    assert shown.startswith("w0") and "48;5;197m" in shown
     low_last = paint(screen(100), [token(f" w{i}", entropy=-i) for i in range(16)], bars=False)
     assert ESC not in low_last
-    assert "row entropy" in ui.err.stream.getvalue() and "0.00 to 15.00 nats" in ui.err.stream.getvalue()
+    assert "row entropy" in ui.err.file.getvalue() and "0.00 to 15.00 nats" in ui.err.file.getvalue()
 
 
 def test_no_color_is_respected(screen, rng):
     ui = screen(60, NO_COLOR="1")
-    assert ESC not in paint(ui, random_tokens(rng, 50)) + ui.err.paint("x", terminal.RED)
+    ui.error("x")
+    assert ESC not in paint(ui, random_tokens(rng, 50)) + ui.err.file.getvalue()
+
+
+def test_colours_are_for_terminals_only(run, image, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    got = run("caption", image, image, "--max-tokens", 3, "--strengths")
+    assert got.code == 0 and ESC not in got.out + got.err
 
 
 def test_the_model_does_not_drive_the_terminal(screen):
     ui = screen()
     render.Plain(ui).token(token("a\x1b[2Jb\x07\x9b\u202ec\r\n\td"))
-    assert ui.out.stream.getvalue() == "a\\x1b[2Jb\\x07\\x9b\\u202ec\\r\n\td"
+    assert ui.out.file.getvalue() == "a\\x1b[2Jb\\x07\\x9b\\u202ec\\r\n\td"
     assert paint(screen(), [token("\x1b]0;x\x07")]).startswith("\\x1b]0;x\\x07")
     assert terminal.one_line("a\nb\x1b") == "a b\\x1b"
 
 
-def test_progress_is_one_line_that_goes_away(screen):
+@pytest.mark.parametrize("total", [None, 7])
+def test_status_is_one_line_that_goes_away(screen, total):
     ui = screen(30)
-    ui.status("x" * 50)
-    ui.out.write("caption")
-    ui.clear()
-    shown = without_codes(ui.err.stream.getvalue())
-    assert terminal.cells(shown.replace("\r", "")) < 30 and ui.err.stream.getvalue().endswith("\r\x1b[K")
+    ui.status("[red]x\x1b[2J" * 9, 1, total)
+    shown = re.split(r"\r|\x1b\[2K", without_codes(ui.err.file.getvalue()))
+    assert all(cell_len(line) <= 30 for line in shown) and f"{ESC}[2J" not in ui.err.file.getvalue()
+    assert "[red]x" in shown[-1] or total  # no markup in the names of files
+    ui.put("caption")
+    assert ui.err.file.getvalue().endswith("\r\x1b[1A\x1b[2K") and ui.out.file.getvalue() == "caption"
+    assert "\x1b[?25" not in ui.err.file.getvalue()  # the cursor stays
     ui.quiet = True
-    before = ui.err.stream.getvalue()
+    before = ui.err.file.getvalue()
     ui.status("y")
-    assert ui.err.stream.getvalue() == before
+    assert ui.err.file.getvalue() == before
 
 
 @pytest.mark.parametrize(("width", "beside"), [(100, True), (40, False), (20, False)])
@@ -404,11 +416,11 @@ def test_compare_fits_the_terminal(screen, width, beside):
     ui = screen(width)
     stats = kvs.Stats(device="cpu")
     texts = ["a red cat sits on the mat " * 5, "a dog sits on 中文 mat averyveryverylongwordthatfillslines " * 5]
-    render.compare(ui, *(kvs.Result(text, [], "stop", stats) for text in texts))
-    lines = without_codes(ui.out.stream.getvalue()).splitlines()
-    assert all(terminal.cells(line) < width for line in lines)
+    compare.show(ui, *(kvs.Result(text, [], "stop", stats) for text in texts))
+    lines = without_codes(ui.out.file.getvalue()).splitlines()
+    assert all(cell_len(line) <= width for line in lines)
     assert ("plain" in lines[0] and "smoothed" in lines[0]) is beside
-    assert terminal.RED in ui.out.stream.getvalue() and terminal.GREEN in ui.out.stream.getvalue()
+    assert "\x1b[31m" in ui.out.file.getvalue() and "\x1b[32m" in ui.out.file.getvalue()
 
 
 # ---- inspect and info ----
@@ -491,8 +503,28 @@ def command(tiny_pair: Pair) -> Iterator[Callable[..., list[str]]]:
 
 @pytest.fixture
 def environment(tiny_pair: Pair) -> dict[str, str]:
-    ours = {"PYKVSMOOTH_MODEL": tiny_pair.text, "PYKVSMOOTH_MMPROJ": tiny_pair.mmproj, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    ours = {
+        "PYKVSMOOTH_MODEL": tiny_pair.text,
+        "PYKVSMOOTH_MMPROJ": tiny_pair.mmproj,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TERM": "xterm",
+    }
     return {**os.environ, **ours, "KVS_LIBRARY": str(kvs._native.library_path)}
+
+
+def test_help_loads_no_library(command, environment):
+    broken = {**environment, "KVS_LIBRARY": "/nowhere/libkvs.so"}
+    done = subprocess.run(command("--help"), capture_output=True, env=broken)
+    assert done.returncode == 0 and b"caption" in done.stdout
+    done = subprocess.run(command("info"), capture_output=True, env=broken, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "/nowhere/libkvs.so" in done.stderr
+
+
+def test_without_rich_one_line_says_what_to_do(environment):
+    code = "import sys; sys.modules['rich'] = None; from pykvsmooth.cli.main import main; sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install 'pykvsmooth[cli]'" in done.stderr
 
 
 def test_nobody_reads_any_more(command, environment, image):
@@ -549,7 +581,7 @@ class Window:
 
 def settled(shown: bytes) -> bool:
     """Text of an answer is there: something longer stands behind the last line that said what was being waited for."""
-    *waiting, text = shown.split(b"\x1b[K")
+    *waiting, text = shown.split(b"\x1b[2K")
     return len(waiting) > 1 and len(text) > 40 and b"looking" not in text and b"reading" not in text
 
 

@@ -1,6 +1,8 @@
 """Every wrong argument has its exception, and the message says what is wrong and what to do."""
 
 import copy
+import errno
+import math
 import os
 import pickle
 import shutil
@@ -102,14 +104,68 @@ def test_swapped_files_and_misfits(tiny_pair: Pair, tmp_path: Path) -> None:
         ({"threads": True}, TypeError),
         ({"mmproj": True}, TypeError),
         ({"mmproj": 5}, TypeError),
+        ({"mmproj": ""}, ValueError),
+        ({"device": ""}, ValueError),
+        ({"device": "cpu\0"}, ValueError),
+        ({"device": "cuda:x"}, ValueError),
     ],
     ids=str,
 )
 def test_arguments_of_a_model(tiny_pair: Pair, arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error, match=next(iter(arguments))):
         kvs.Model(tiny_pair.text, **arguments)
     with pytest.raises(TypeError):
         kvs.Model(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [-1, "all"])
+def test_gpu_layers_says_what_is_allowed(tiny_pair: Pair, layers: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r'gpu_layers .*"auto" .* or a number of layers'):
+        kvs.Model(tiny_pair.text, gpu_layers=layers)
+
+
+def test_paths_are_never_cut(tiny_pair: Pair, session: kvs.Session, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    uses = [
+        lambda name: kvs.Model(tiny_pair.text + name),
+        lambda name: kvs.Model(tiny_pair.text, mmproj=str(tiny_pair.mmproj) + name),
+        lambda name: session.save(str(path) + name),
+        lambda name: session.save(os.fsencode(path) + name.encode()),
+        lambda name: kvs.Session.load(session.model, str(path) + name),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="embedded null"):
+            use("\0zzz")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="path: is empty"):
+        kvs.Model("")
+    odd = tmp_path / os.fsdecode(b"not UTF-8 \xff")
+    session.save(odd)
+    assert kvs.Session.load(session.model, os.fsencode(odd)).n_past == 0
+
+
+def test_trouble_of_the_system_with_session_files(session: kvs.Session, tmp_path: Path) -> None:
+    """Also an OSError, and it says what to do."""
+    (tmp_path / "file").touch()
+    cases = [
+        (lambda: session.save(tmp_path / "no" / "a"), errno.ENOENT, "check the path"),
+        (lambda: session.save(tmp_path / "file" / "a"), errno.ENOTDIR, "choose another path"),
+        (lambda: kvs.Session.load(session.model, tmp_path / "no"), errno.ENOENT, "check the path"),
+    ]
+    for use, number, message in cases:
+        with pytest.raises(kvs.SessionFileError, match=message) as caught:
+            use()
+        error = caught.value
+        assert isinstance(error, OSError) and isinstance(error, kvs.SessionIOError)
+        assert (error.errno, error.strerror) == (number, os.strerror(number))
+        assert error.path == error.filename and error.path.startswith(str(tmp_path)) and str(error).startswith(error.path)
+        assert isinstance(error, FileNotFoundError) == (number == errno.ENOENT)
+        assert pickle.loads(pickle.dumps(error)).errno == number
+    with pytest.raises(kvs.SessionFileError, match="folder: name a file"):
+        session.save(tmp_path)
+    with pytest.raises(kvs.SessionFileError) as caught:
+        kvs.Session.load(session.model, tmp_path / "file")
+    assert not isinstance(caught.value, OSError)
 
 
 def test_progress_cancels_the_load(tiny_pair: Pair) -> None:
@@ -163,7 +219,7 @@ def test_which_mmproj(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.Monke
         ({"n_ctx": True}, TypeError),
         ({"n_ctx": 1 << 30}, ValueError),
         ({"kv_type": "q4_0"}, ValueError),
-        ({"kv_type": None}, ValueError),
+        ({"kv_type": None}, TypeError),
         ({"seed": 1.5}, TypeError),
         ({"seed": "a"}, TypeError),
         ({"policy": "kvsmooth"}, TypeError),
@@ -296,6 +352,89 @@ def test_context_overflow_has_the_numbers_and_does_no_work(model: kvs.Model) -> 
         with pytest.raises(kvs.ContextOverflowError) as caught:
             session.chat("a dog " * 40)
         assert caught.value.needed > 64
+
+
+SURROGATE = "a dog \ud800"
+HUGE = 10**5000  # more digits than Python writes
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda s: s.feed(None), TypeError, "ids must be a list of integers, not NoneType"),
+        (lambda s: s.feed(5), TypeError, "ids must be a list of integers, not int"),
+        (lambda s: s.feed(b"ab"), TypeError, "ids must be a list of integers, not bytes"),
+        (lambda s: s.feed({1: 2}), TypeError, "ids must be a list of integers, not dict"),
+        (lambda s: s.feed([[1], [2, 3]]), TypeError, "ids[0] must be an integer, not list"),
+        (lambda s: s.feed(np.ones((2, 2), int)), TypeError, "ids[0] must be an integer, not ndarray"),
+        (lambda s: s.feed(np.int64(3)), TypeError, "ids must be a list of integers, not int64"),
+        (lambda s: s.feed([1, HUGE]), ValueError, "ids[1] must be in 0.."),
+        (lambda s: s.feed([True]), TypeError, "ids[0] must be an integer, not bool"),
+        (lambda s: s.model.detokenize(None), TypeError, "ids must be a list of integers, not NoneType"),
+        (lambda s: s.model.detokenize([3, 1 << 40]), ValueError, "ids[1] must be in 0.."),
+        (lambda s: s.model.generate_batch(None), TypeError, "requests must be a list"),
+        (lambda s: s.feed_embeddings(None), TypeError, "embeddings must be an array of shape (n, 64), float32, not NoneType"),
+        (
+            lambda s: s.feed_embeddings(np.ones((1, 64), complex)),
+            TypeError,
+            "embeddings must be an array of shape (n, 64), float32, not compl",
+        ),
+        (lambda s: s.feed_embeddings([[1.0], [1.0, 2.0]]), ValueError, "embeddings must be an array of shape (n, 64), float32, not lists"),
+        (lambda s: s.feed_embeddings(np.ones((2, 63))), ValueError, "embeddings must be an array of shape (n, 64), float32, not (2, 63)"),
+        (lambda s: s.feed_embeddings(np.full((1, 64), 1e300)), ValueError, "embeddings must be finite"),
+        (lambda s: s.generate(SURROGATE), ValueError, "prompt: holds a lone surrogate at 6"),
+        (lambda s: s.generate("\udc80"), ValueError, "prompt: holds a lone surrogate at 0"),
+        (lambda s: s.chat(SURROGATE), ValueError, "message: holds a lone surrogate at 6"),
+        (lambda s: s.generate("a", system=SURROGATE), ValueError, "system: holds a lone surrogate at 6"),
+        (lambda s: s.generate("a", stop=["b", SURROGATE]), ValueError, "stop[1]: holds a lone surrogate at 6"),
+        (lambda s: s.generate("a", template="{{ \udcff }}"), ValueError, "template: holds a lone surrogate at 3"),
+        (lambda s: s.model.tokenize(SURROGATE), ValueError, "text: holds a lone surrogate at 6"),
+        (lambda s: s.generate("a", temperature=math.inf), ValueError, "temperature must be finite and at least 0, not inf"),
+        (lambda s: s.generate("a", temperature=math.nan), ValueError, "temperature must be finite and at least 0, not nan"),
+        (
+            lambda s: s.generate("a", temperature=10**400),
+            ValueError,
+            "temperature must be finite and at least 0, not a number of 1329 bits",
+        ),
+        (lambda s: s.generate("a", temperature=1j), TypeError, "temperature must be a number, not complex"),
+        (lambda s: s.generate("a", top_k=HUGE), ValueError, "top_k must be in 0..2147483647, not a number of"),
+        (lambda s: s.generate("a", stop=3), TypeError, "stop must be None, a text or a list of texts, not int"),
+        (lambda s: s.generate("a", stop=b"a"), TypeError, "stop must be None, a text or a list of texts, not bytes"),
+        (lambda s: s.generate("a", mode="foo"), ValueError, "mode must be one of pad, crop, stretch, not 'foo'"),
+        (lambda s: s.chat("a", mode=None), TypeError, "mode must be one of pad, crop, stretch, not NoneType"),
+        (
+            lambda s: s.generate("a", images=np.zeros((2, 9, 9, 3), np.uint8)),
+            TypeError,
+            "images must be a list of pictures, not ndarray; list",
+        ),
+        (lambda s: s.model.session(kv_type=["f16"]), TypeError, "kv_type must be one of f16, f32, q8_0, not list"),
+        (lambda s: s.save(None), TypeError, "path must be a path, not NoneType"),
+        (lambda s: s.save(""), ValueError, "path: is empty"),
+        (lambda s: s.save("/nowhere/\ud800"), ValueError, "path: holds a lone surrogate at 9"),
+        (lambda s: kvs.Session.load(None, "x"), TypeError, "model must be a Model, not NoneType"),
+        (lambda s: kvs.Session(None), TypeError, "model must be a Model, not NoneType"),
+        (lambda s: kvs.Session.load(s.model, None), TypeError, "path must be a path, not NoneType"),
+        (lambda s: s.rewind(HUGE), ValueError, "n_tokens"),
+    ],
+)
+def test_messages_name_the_argument(session: kvs.Session, use: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        use(session)
+    assert type(caught.value) is error and str(caught.value).startswith(message)
+    assert session.n_past == 0
+
+
+def test_what_else_is_accepted(session: kvs.Session) -> None:
+    session.feed(np.array([1, 5], np.uint8))
+    session.feed(iter([6]))
+    session.feed(range(2))
+    session.feed([np.int16(3)])
+    assert session.n_past == 6 and session.model.detokenize(np.array([1])) == ""
+    session.feed_embeddings(np.zeros((1, 64), int))
+    assert session.n_past == 7
+    result = session.generate("a dog", stop=None, max_tokens=np.int8(2), temperature=np.float32(0.5), top_p=1).result()
+    assert result.finish_reason in ("length", "stop")
+    assert session.generate("a dog", stop=("a",), max_tokens=1).result() and session.model.session(policy=(kvs.KVSmooth(layers=[1]),))
 
 
 @pytest.mark.parametrize("ids", [[-1], [1 << 20], [1, 2, 10**6], [1.5], ["a"], [[1, 2]]], ids=str)
@@ -444,7 +583,10 @@ def test_library_that_can_not_be_had(tmp_path: Path) -> None:
     (tmp_path / "libkvs.so").write_text("no library")
     for path, message in ((tmp_path / "nothing.so", "KVS_LIBRARY"), (tmp_path / "libkvs.so", "does not load")):
         result = subprocess.run(
-            [sys.executable, "-c", "import pykvsmooth"], capture_output=True, text=True, env={**environment(), "KVS_LIBRARY": str(path)}
+            [sys.executable, "-c", "import pykvsmooth; pykvsmooth.Model"],
+            capture_output=True,
+            text=True,
+            env={**environment(), "KVS_LIBRARY": str(path)},
         )
         assert result.returncode == 1 and "ImportError" in result.stderr and message in result.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import threading
 import time
 import tracemalloc
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from pykvsmooth.errors import ImageError
-from pykvsmooth.images import MAX_CANVAS, MEAN_COLOUR, MODES, load_image, preprocess
+from pykvsmooth.images import MEAN_COLOUR, MODES, load_image, preprocess
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -113,14 +112,25 @@ def test_padding_shows_the_mean_colour():
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_long_pictures_pad_without_the_canvas(rng, turned):
-    width = math.isqrt(MAX_CANVAS) + 9
-    pixels = noise(rng, 130, width)
+@pytest.mark.parametrize("shape", [(130, 5800), (2500, 3700)])
+def test_pad_in_strips_equals_the_square(rng, shape, turned):
+    """Large pictures are laid out in strips: not a level differs from Pillow's resize of the whole square."""
+    pixels = noise(rng, *shape)
     if turned:
         pixels = pixels.transpose(1, 0, 2)
-    got = preprocess(load_image(pixels), 48, "pad", MEAN, STD)
-    levels = np.abs(got - reference_long(pixels, 48)) * np.array(STD)[:, None, None] * 255
-    assert levels.max() <= 2.01
+    image = load_image(pixels)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    whole = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(preprocess(image, 48, "pad", MEAN, STD), ((whole / 255 - MEAN) / STD).transpose(2, 0, 1), atol=1e-6)
+
+
+def test_very_long_pictures_pad_without_the_square(rng):
+    pixels = noise(rng, 150, 40_000)
+    got = preprocess(load_image(pixels), 336, "pad", MEAN, STD)
+    levels = np.abs(got - reference_long(pixels, 336)) * np.array(STD)[:, None, None] * 255
+    assert levels.max() <= 1.01
 
 
 def reference_long(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -220,6 +230,29 @@ def test_what_is_no_file(tmp_path):
         load_image("a\0b.png")
     with pytest.raises(ImageError, match="device"):
         load_image("/dev/zero")
+
+
+def test_streams_that_can_not_be_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x")
+    with open(path, "rb") as file:
+        pass
+    for stream, name in ((file, str(path)), (closed(io.BytesIO(b"x")), "<file object>")):
+        with pytest.raises(ImageError, match="closed") as info:
+            load_image(stream)
+        assert str(info.value).startswith(f"{name}: can't be read")
+
+    class Nothing:
+        def read(self, n):
+            return None
+
+    with pytest.raises(TypeError, match="NoneType, not bytes"):
+        load_image(Nothing())
+
+
+def closed(stream):
+    stream.close()
+    return stream
 
 
 # ---- modes ----

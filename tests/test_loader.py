@@ -335,8 +335,19 @@ def test_widened_norms_and_foreign_extras(tmp_path: Path) -> None:
     f = gw.text()
     f.tensors["output_norm.weight"] = Tensor((32,), kind=gw.TYPE_F16)
     f.tensors["blk.0.ffn_norm.weight"] = Tensor((32,), kind=gw.TYPE_BF16)
-    f.tensors["blk.1.attn_rot_embd"] = Tensor((4,), kind=16)  # not needed: neither its name nor its type matters
+    f.tensors["blk.1.attn_rot_embd"] = Tensor((4,), kind=16)  # a table of angles: neither its shape nor its type matters
     assert loaded(tmp_path, f).n_layer == 2
+
+
+EXTRAS = ["blk.1.attn_norm.bias", "blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "blk.2.attn_q.weight", "x"]
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_tensors_without_a_place(tmp_path: Path, name: str) -> None:
+    """Running without them would be another model."""
+    f = gw.text()
+    f.tensors[name] = Tensor((32,))
+    refused(load, f.write(tmp_path / "t.gguf"), code=lib.KVS_E_UNSUPPORTED, match="this tensor has no place", what=name)
 
 
 def test_identity_follows_contents(tmp_path: Path) -> None:

@@ -163,6 +163,17 @@ def test_shapes_of_an_mmproj(tmp_path: Path) -> None:
         refused_pair(tmp_path, f, code=lib.KVS_E_FORMAT, match="has the shape [")
 
 
+def test_tensors_without_a_place(tmp_path: Path) -> None:
+    for name in ("mm.4.weight", "v.blk.0.ls1.weight", "v.something"):
+        f = gw.mmproj()
+        f.tensors[name] = Tensor((8,))
+        refused_pair(tmp_path, f, code=lib.KVS_E_UNSUPPORTED, match="this tensor has no place", what=name)
+    f = gw.mmproj()
+    for name in ("v.post_ln.weight", "t.position_embd.weight", "visual_projection.weight", "logit_scale"):
+        f.tensors[name] = Tensor((8,))
+    load(gw.text().write(tmp_path / "t.gguf"), f.write(tmp_path / "m.gguf"))
+
+
 def test_a_pair_that_does_not_fit(tmp_path: Path) -> None:
     failure = refused_pair(
         tmp_path,

@@ -79,6 +79,14 @@ def test_layers(layers: Any, depth: int, expected: list[int]) -> None:
         ({"warm_start": "some"}, ValueError),
         ({"warm_start": ("prompt_rows", 16)}, ValueError),
         ({"warm_start": ("prompt_rows", "3")}, TypeError),
+        ({"warm_start": ("prompt_rows", -1)}, ValueError),
+        ({"warm_start": "prompt_rows(１)"}, ValueError),
+        ({"layers": "１:"}, ValueError),
+        ({"layers": {1: 2}}, TypeError),
+        ({"mode": ["fixed"]}, TypeError),
+        ({"lambda_ref": 10**400}, ValueError),
+        ({"lambda_ref": True}, TypeError),
+        ({"skip_token_ids": [1.5]}, TypeError),
         ({"entropy_include_self": 1}, TypeError),
         ({"skip_token_ids": "ab"}, TypeError),
         ({"skip_token_ids": 3}, TypeError),
@@ -92,6 +100,38 @@ def test_layers(layers: Any, depth: int, expected: list[int]) -> None:
 def test_bad_policies(arguments: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         kvs.KVSmooth(**arguments)
+
+
+def test_messages() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"window": 1.5}, "KVSmooth: window must be an integer, not float"),
+        ({"layers": [1, 1.5]}, "KVSmooth: layers[1] must be an integer, not float"),
+        ({"warm_start": ("prompt_rows", 16)}, "KVSmooth: warm_start, with window=15, must be in 0..15, not 16"),
+        ({"layers": "1" * 5000 + ":"}, "KVSmooth: layers '1111"),
+        ({"warm_start": f"prompt_rows({'1' * 5000})"}, "KVSmooth: warm_start must be "),
+        ({"window": 10**5000}, "KVSmooth: window must be in 1..1024, not a number of 16610 bits"),
+        ({"target": "x"}, "KVSmooth: target must be one of kv, k, v, o, not 'x'"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            kvs.KVSmooth(**arguments)
+        assert str(caught.value).startswith(message) and len(str(caught.value)) < 200
+
+
+def test_numpy_values() -> None:
+    policy = kvs.KVSmooth(entropy_include_self=np.bool_(False), window=np.int64(7), lambda_ref=np.float32(0.5))
+    assert policy == kvs.KVSmooth(entropy_include_self=False, window=7, lambda_ref=0.5)
+    assert repr(policy) == "KVSmooth(lambda_ref=0.5, window=7, entropy_include_self=False)"
+
+
+@pytest.mark.parametrize("skip", [-1, 10**4, 10**30])
+def test_skipped_tokens_must_be_the_models(model: kvs.Model, skip: int) -> None:
+    policy = kvs.KVSmooth(layers=[1], skip_token_ids=[0, model.n_vocab - 1, skip])
+    with pytest.raises(kvs.PolicyError, match=f"skip_token_ids: .* has {model.n_vocab} tokens"):
+        model.session(policy=policy)
+    with pytest.raises(kvs.PolicyError, match=r"layers: .* has 4 layers"):
+        model.session(policy=kvs.KVSmooth(layers=[10**5000]))
+    model.session(policy=kvs.KVSmooth(layers=[1], skip_token_ids=[0, model.n_vocab - 1])).close()
 
 
 def test_warm_start_spellings() -> None:

@@ -58,7 +58,7 @@ def test_rope(isas: list[str], rng: np.random.Generator, head_dim: int, n_rot: i
     pos = rng.integers(0, 100_000, n).astype(np.int32)
     inv_freq = (10000.0 ** (-np.arange(0, n_rot, 2) / n_rot)).astype(np.float32)
     x = draw(rng, n, n_head, head_dim)
-    angle = pos[:, None, None].astype(np.float64) * inv_freq.astype(np.float64)
+    angle = (pos[:, None, None].astype(np.float32) * inv_freq).astype(np.float64)  # the product in float32, as transformers has it
     turned = x[..., 0:n_rot:2].astype(np.float64) + 1j * x[..., 1:n_rot:2]
     turned = turned * np.exp(1j * angle)
     expected = x.astype(np.float64)

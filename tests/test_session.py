@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 from conftest import Pair
-from twins import feed_with_flag, picture, timeline, tokens
+from twins import feed_with_flag, new_turn, picture, timeline, tokens
 
 import pykvsmooth as kvs
 from pykvsmooth import _native
+from pykvsmooth.session import step
 
 KV_TYPES = ["f32", "f16", "q8_0"]
 POLICIES: dict[str, dict[str, Any] | None] = {
@@ -207,6 +208,63 @@ def test_every_rewind_that_is_allowed_is_exact(policy: str, kv_type: str, model:
         session.rewind(last)
         session.feed(ids, generated=True)
         assert_equal(expected, state(session))
+
+
+@pytest.mark.parametrize("policy", ["kvsmooth", "o", "smooth_prompt"])
+def test_rows_that_run_again_stay_in_the_timeline(policy: str, model: kvs.Model, rng: np.random.Generator) -> None:
+    """Behind a rewind beyond the ring the prompt's last rows run again; if that is cancelled, nothing has changed."""
+    prompt, answer = tokens(rng, 20), tokens(rng, 40)
+    with open_session(model, policy) as session, open_session(model, policy) as fresh:
+        session.feed(prompt)
+        session.feed(answer, generated=True)
+        session.rewind(40)
+        flag = _native.Flag()
+        flag.set()
+        with session._handle as pointer, pytest.raises(kvs.CancelledError):
+            step([pointer], [answer[0]], flag)
+        assert timeline(session) == prompt
+        fresh.feed(prompt)
+        for one in (session, fresh):
+            one.feed(answer[:6], generated=True)
+        assert_equal(state(session), state(fresh))
+
+
+@pytest.mark.parametrize("policy", ["kvsmooth", "smooth_prompt"])
+def test_rows_that_run_again_keep_the_turns(policy: str, model: kvs.Model, rng: np.random.Generator) -> None:
+    first, answer, second, more = tokens(rng, 10), tokens(rng, 10), tokens(rng, 10), tokens(rng, 4)
+
+    def strengths(detour: bool) -> np.ndarray:
+        with open_session(model, policy) as session:
+            session.feed(first)
+            session.feed(answer, generated=True)
+            session.feed(second)
+            if detour:
+                session.feed(tokens(rng, 40), generated=True)
+                session.rewind(40)
+            new_turn(session)
+            session.feed(more, generated=True)
+            return session.strengths()[-4:]
+
+    np.testing.assert_array_equal(strengths(True), strengths(False))
+
+
+def test_every_rewind_that_is_allowed_can_go_on(model: kvs.Model, rng: np.random.Generator) -> None:
+    """A smoothed prompt row right behind a picture can't be had again: rewind says so, not the call after it."""
+    with open_session(model, "smooth_prompt") as session:
+        session.feed_image(picture(rng))
+        session.feed(tokens(rng, 1))
+        session.feed(tokens(rng, 36), generated=True)
+        n_past = session.n_past
+        for n in range(1, 37):
+            try:
+                session.rewind(n)
+            except kvs.PolicyError:
+                assert session.n_past == n_past
+                continue
+            session.logits()
+            session.feed(tokens(rng, n), generated=True)
+        with pytest.raises(kvs.PolicyError):
+            session.rewind(36)
 
 
 def test_plain_sessions_rewind_to_any_row(model: kvs.Model, rng: np.random.Generator) -> None:
@@ -401,6 +459,8 @@ def test_newer_version_and_foreign_files(model: kvs.Model, saved: bytes, tmp_pat
 def test_wild_headers(model: kvs.Model, saved: bytes, tmp_path: Path) -> None:
     """Sizes that no file holds: refused, whatever they are, without a crash or an allocation of terabytes."""
     assert sealed(saved) == saved
+    few_rows = struct.pack("<i", 0)  # physical rows: fewer than the timeline has
+    refuse(model, tmp_path / "s", sealed(saved[:52] + few_rows + saved[56:]), "damaged")
     for at in range(16, 72, 4):
         for value in (-1, 0x7FFFFFFF, -0x80000000, 1 << 20):
             refuse(model, tmp_path / "s", sealed(saved[:at] + struct.pack("<i", value) + saved[at + 4 :]))

@@ -57,6 +57,21 @@ def test_eight_threads_as_alone(model: kvs.Model, rng: np.random.Generator) -> N
         assert one[0] == other[0] and np.array_equal(one[1], other[1], equal_nan=True)
 
 
+def test_a_step_gets_its_turn_beside_a_long_prompt(model: kvs.Model) -> None:
+    """The model is handed on block by block, in the order of asking."""
+    with model.session(n_ctx=12_000) as long, model.session(n_ctx=12_000) as short:
+        short.feed([1, 2, 3])
+        thread = threading.Thread(target=long.feed, args=([5] * 10_240,))  # 20 blocks
+        longest, start = 0.0, time.perf_counter()
+        thread.start()
+        while thread.is_alive():
+            begin = time.perf_counter()
+            short.feed([5], generated=True)
+            longest = max(longest, time.perf_counter() - begin)
+        thread.join()
+        assert longest < (time.perf_counter() - start) / 3
+
+
 def test_two_threads_on_one_session(model: kvs.Model) -> None:
     """Each call works or is a BusyError; the session is sound afterwards."""
     with model.session(n_ctx=30000) as session:
@@ -72,7 +87,7 @@ def test_two_threads_on_one_session(model: kvs.Model) -> None:
         ids = model.tokenize(LONG)[:6000]
         long = threading.Thread(target=use, args=(lambda: session.feed(ids),))
         long.start()
-        while session._handle._owner is None and long.is_alive():
+        while session._handle._user is None and long.is_alive():
             time.sleep(0.001)
         time.sleep(0.01)
         for call in (lambda: session.feed([5]), lambda: session.logits(), lambda: session.generate("a"), lambda: session.kv(0)):
@@ -114,16 +129,97 @@ def test_cancel_from_another_thread(model: kvs.Model, phase: str) -> None:
         assert session.generate("a dog", max_tokens=4).result().text == expected
 
 
-def test_close_while_another_thread_decodes(model: kvs.Model) -> None:
-    session = model.session(n_ctx=30000)
-    results = []
-    thread = threading.Thread(target=lambda: results.append(session.generate("a dog", max_tokens=None).result()))
+@pytest.mark.parametrize("whose", ["session", "model"])
+def test_close_while_another_thread_decodes(tiny_pair: Pair, whose: str) -> None:
+    for _ in range(10):
+        with kvs.Model(tiny_pair.text, mmproj=False, threads=2) as model:
+            model._end_ids = frozenset()
+            session = model.session(n_ctx=30000)
+            results: list[kvs.Result] = []
+            thread = threading.Thread(target=lambda s, r: r.append(s.generate("a dog", max_tokens=None).result()), args=(session, results))
+            thread.start()
+            time.sleep(0.03)
+            (session if whose == "session" else model).close()
+            thread.join(5)
+            assert not thread.is_alive() and session.closed
+            assert results[0].finish_reason == "cancelled" and results[0].tokens
+
+
+def test_closing_a_stream_waits_for_the_call(model: kvs.Model) -> None:
+    with model.session(n_ctx=30000) as session:
+        for _ in range(20):
+            stream = session.generate("a dog " * 2000, template=None, max_tokens=None)
+            thread = threading.Thread(target=stream.result, daemon=True)
+            thread.start()
+            while session._handle._user is None and thread.is_alive():
+                time.sleep(0.001)
+            stream.close()
+            session.feed([5])
+            thread.join()
+            assert stream.finish_reason == "cancelled"
+            session.reset()
+
+
+def waits_for_flag(_: object, flag: Any) -> Any:
+    while not flag:
+        time.sleep(0.001)
+    raise kvs.CancelledError
+
+
+@pytest.mark.parametrize("whose", ["session", "model"])
+@pytest.mark.parametrize("what", ["feed", "generated", "image"])
+def test_close_ends_a_feed_of_another_thread(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch, what: str, whose: str) -> None:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, threads=2) as model:
+        session, other = model.session(n_ctx=60000), model.session()
+        monkeypatch.setattr(model, "_encode", waits_for_flag)
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                if what == "image":
+                    session.feed_image(np.zeros((56, 56, 3), np.uint8))
+                else:
+                    session.feed([5, 6, 7] * 19000, generated=what == "generated")
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while session._handle._user is None and thread.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.02)
+        began = time.monotonic()
+        (session if whose == "session" else model).close()
+        assert time.monotonic() - began < 1 and session.closed and (other.closed, model.closed) == (whose == "model",) * 2
+        thread.join()
+        assert [type(error) for error in errors] == [kvs.ClosedError]
+
+
+def test_model_close_goes_through_all_of_it(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pykvsmooth import handles
+
+    monkeypatch.setattr(handles, "CLOSE_SECONDS", 0.05)
+    model = kvs.Model(tiny_pair.text, mmproj=False)
+    stuck, others = model.session(), [model.session() for _ in range(4)]
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with stuck._handle:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
     thread.start()
-    time.sleep(0.1)
-    session.close()
-    thread.join(5)
-    assert not thread.is_alive() and session.closed
-    assert not results or results[0].finish_reason in ("cancelled", "stop")
+    inside.wait()
+    with pytest.raises(kvs.BusyError):
+        model.close()
+    assert model.closed and all(session.closed for session in others) and not stuck.closed
+    leave.set()
+    thread.join()
+    with pytest.raises(kvs.ClosedError):
+        stuck.feed([5])
+    model.close()
+    assert stuck.closed
 
 
 CTRL_C = """
@@ -204,3 +300,32 @@ def test_interrupts_at_any_moment(model: kvs.Model) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert done + interrupted == 150 and interrupted > 10
+
+
+@pytest.mark.parametrize("what", ["stream", "session", "model", "batch"])
+def test_closing_in_a_signal_handler(tiny_pair: Pair, what: str) -> None:
+    """What runs below the handler ends as cancelled and frees itself."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+    rng = np.random.default_rng(2)
+    old = signal.getsignal(signal.SIGALRM)
+    try:
+        for _ in range(30):
+            with kvs.Model(tiny_pair.text, mmproj=False, threads=2) as model:
+                model._end_ids = frozenset()
+                session = model.session(n_ctx=3000)
+                stream = session.generate("a dog and a cat", max_tokens=None)
+                batch = model.generate_batch(["a dog", "a cat"], n_ctx=3000, max_tokens=None)
+                things = {"stream": stream, "session": session, "model": model, "batch": batch}
+                signal.signal(signal.SIGALRM, lambda *_, thing=things[what]: thing.close())
+                signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-3, 1e-2)))
+                if what == "batch":
+                    assert not [item for _, item in batch if not isinstance(item, kvs.Token)]
+                else:
+                    assert stream.result().finish_reason == "cancelled"
+                    assert session.closed == (what != "stream") and model.closed == (what == "model")
+                batch.close()
+                assert sum(not s.closed for s in model._sessions) == (what in ("stream", "batch"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)

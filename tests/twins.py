@@ -71,7 +71,7 @@ def timeline(session: kvs.Session) -> list[int]:
     n = session.n_past
     ids, generated, hashes = ffi.new("int32_t[]", n), ffi.new("int32_t[]", n), ffi.new("uint64_t[]", n)
     with session._handle as pointer:
-        call(lib.kvs_session_timeline, pointer, ids, hashes, generated)
+        call(lib.kvs_session_timeline, pointer, n, ids, hashes, generated)
     return list(ids)
 
 

@@ -125,7 +125,7 @@ static void full_task(void *arg, int64_t begin, int64_t end, int32_t thread) {
 
 static void run(attn_job *job, kvs_task task) {
     if (!job->n_rows || kvs_cpu_stopped(job->cpu) || !cut(job)) return;
-    kvs_pool_run(job->cpu->pool, task, job, (int64_t)job->n_blocks * job->n_kv_head * job->n_chunks, 1, job->cpu->cancel);
+    kvs_cpu_loop(job->cpu, task, job, (int64_t)job->n_blocks * job->n_kv_head * job->n_chunks, 1);
 }
 
 void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy) {

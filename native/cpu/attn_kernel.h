@@ -220,7 +220,7 @@ static inline void absorb(attn_row *row, float *s, int32_t n) {
     }
     vf shift = v_set(row->m), bottom = v_set(-1e4f), l = v_zero(), u = v_zero();
     for (int32_t i = 0; i < n; i += VW) {
-        vf x = v_max(v_sub(v_load(s + i), shift), bottom);
+        vf x = v_max(bottom, v_sub(v_load(s + i), shift)); /* in this order NaN stays NaN */
         vf e = v_exp(x);
         v_store(s + i, e);
         l = v_add(l, e);
@@ -231,7 +231,7 @@ static inline void absorb(attn_row *row, float *s, int32_t n) {
 }
 
 static inline float row_entropy(const attn_row *row) {
-    float h = row->l > 0.0f ? logf(row->l) - row->u / row->l : 0.0f;
+    float h = row->l == 0.0f ? 0.0f : logf(row->l) - row->u / row->l;
     return h < 0.0f ? 0.0f : h;
 }
 

@@ -70,6 +70,11 @@ static inline bool kvs_cpu_stopped(kvs_cpu *cpu) {
     return cpu->status != KVS_OK;
 }
 
+/* The loop of an op. Pieces that were left out make the step a cancelled one, even if the flag goes back to 0. */
+static inline void kvs_cpu_loop(kvs_cpu *cpu, kvs_task fn, void *arg, int64_t n, int64_t grain) {
+    if (!kvs_pool_run(cpu->pool, fn, arg, n, grain, cpu->cancel)) cpu->status = KVS_E_CANCELLED;
+}
+
 /* What cpu.c's op table points to, by file: matmul.c */
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
 void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);

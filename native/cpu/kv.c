@@ -5,8 +5,6 @@
 #include <math.h>
 #include <string.h>
 
-enum { MAX_HEAD_DIM = 512 };
-
 /* ---- kv_put, kv_put_out ---- */
 
 typedef struct put_job {
@@ -48,7 +46,7 @@ void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float 
     kvs_cpu *cpu = (kvs_cpu *)be;
     if (kvs_cpu_stopped(cpu)) return;
     put_job job = {.cpu = cpu, .layer = layer, .k = k, .v = v};
-    kvs_pool_run(cpu->pool, put_rows, &job, cpu->step->n, 4, cpu->cancel);
+    kvs_cpu_loop(cpu, put_rows, &job, cpu->step->n, 4);
 }
 
 void kvs_cpu_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
@@ -133,7 +131,7 @@ static void set_turn(smoother *s, const kvs_rope *rope) {
 /* x = (1 - lambda) x + lambda previous, or only the first half of it */
 static void mix_head(const smoother *s, float *x, const float *previous, float lambda, bool turn) {
     int32_t n = s->kv->head_dim;
-    float turned[MAX_HEAD_DIM];
+    float turned[KVS_MAX_HEAD_DIM];
     if (s->params->damp) {
         s->ops->mix(x, x, 1.0f - lambda, 0.0f, n);
         return;
@@ -152,7 +150,7 @@ static void smooth_rows(const smoother *s, uint8_t *base, float *exact, bool tur
     float *self = exact + kvs_kv_exact(kv, s->layer, s->job->index, kv->n_kv_head);
     const float *previous = exact + kvs_kv_exact(kv, s->layer, s->job->prev, kv->n_kv_head);
     for (int32_t h = 0; h < kv->n_kv_head; h++, self += kv->head_dim, previous += kv->head_dim) {
-        float lambda = s->strength[kv->n_group > 1 ? h : 0], mixed[MAX_HEAD_DIM];
+        float lambda = s->strength[kv->n_group > 1 ? h : 0], mixed[KVS_MAX_HEAD_DIM];
         if (lambda == 0.0f) continue; /* not a bit may change */
         memcpy(mixed, self, (size_t)kv->head_dim * sizeof *mixed);
         mix_head(s, mixed, previous, lambda, turn);
@@ -178,7 +176,7 @@ static void smooth_outputs(const smoother *s, float *out) {
 
 static void smooth(const kvs_cpu *cpu, int32_t layer, const kvs_smooth_job *job, const kvs_rope *rope, float *out) {
     const kvs_kv *kv = job->kv;
-    float turn[MAX_HEAD_DIM], *strength = kv->strength + kvs_kv_history(kv, layer, job->index);
+    float turn[KVS_MAX_HEAD_DIM], *strength = kv->strength + kvs_kv_history(kv, layer, job->index);
     smoother s = {.ops = cpu->isa->rows, .job = job, .params = job->params, .kv = kv, .layer = layer, .turn = turn, .strength = strength};
     int32_t target = job->params->target;
     if (job->prev >= 0) {
@@ -208,5 +206,5 @@ void kvs_cpu_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *job
     kvs_cpu *cpu = (kvs_cpu *)be;
     if (kvs_cpu_stopped(cpu)) return;
     smooth_jobs all = {.cpu = cpu, .layer = layer, .jobs = jobs, .rope = rope, .out = out};
-    kvs_pool_run(cpu->pool, smooth_some, &all, n_jobs, 2, cpu->cancel);
+    kvs_cpu_loop(cpu, smooth_some, &all, n_jobs, 2);
 }

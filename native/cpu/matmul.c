@@ -122,16 +122,16 @@ static int64_t grain(const run *r, int32_t threads, int64_t total) {
 
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
     kvs_cpu *cpu = (kvs_cpu *)be;
-    if (cpu->status || n_jobs < 1 || n < 1) return;
+    if (n_jobs < 1 || n < 1 || kvs_cpu_stopped(cpu)) return;
     run r = {.dots = cpu->isa->dots, .jobs = jobs, .x = x, .n = n, .n_tiles = (n + KVS_XT - 1) / KVS_XT};
     if (!prepare(cpu, &r, n_jobs)) {
         cpu->status = KVS_E_MEMORY;
         return;
     }
-    if (r.acts[0].block || r.acts[1].block) kvs_pool_run(cpu->pool, quantize_rows, &r, n, n <= KVS_FEW ? n : 4, cpu->cancel);
+    if (r.acts[0].block || r.acts[1].block) kvs_cpu_loop(cpu, quantize_rows, &r, n, n <= KVS_FEW ? n : 4);
     int64_t total = 0;
     for (int32_t j = 0; j < n_jobs; j++) total += units(jobs[j].w) * r.n_tiles;
-    kvs_pool_run(cpu->pool, multiply_units, &r, total, grain(&r, kvs_pool_threads(cpu->pool), total), cpu->cancel);
+    kvs_cpu_loop(cpu, multiply_units, &r, total, grain(&r, kvs_pool_threads(cpu->pool), total));
 }
 
 typedef struct lookup {
@@ -151,5 +151,5 @@ static void look_up(void *arg, int64_t begin, int64_t end, int32_t thread) {
 void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n) {
     kvs_cpu *cpu = (kvs_cpu *)be;
     lookup l = {table, ids, y};
-    if (!cpu->status) kvs_pool_run(cpu->pool, look_up, &l, n, 8, cpu->cancel);
+    if (!kvs_cpu_stopped(cpu)) kvs_cpu_loop(cpu, look_up, &l, n, 8);
 }

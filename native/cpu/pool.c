@@ -37,7 +37,7 @@ struct kvs_pool {
     _Alignas(64) _Atomic int64_t cursor;
     _Alignas(64) _Atomic int32_t sleepers;
     _Atomic int32_t caller_sleeps;
-    _Atomic int32_t stop;
+    _Atomic int32_t stop, skipped;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
 };
@@ -53,13 +53,21 @@ static void relax(void) {
 static void work(kvs_pool *pool, int32_t thread) {
     for (;;) {
         int64_t begin = atomic_fetch_add_explicit(&pool->cursor, pool->grain, memory_order_relaxed);
-        if (begin >= pool->n || kvs_cancelled(pool->cancel)) return;
+        if (begin >= pool->n) return;
+        if (kvs_cancelled(pool->cancel)) {
+            atomic_store_explicit(&pool->skipped, 1, memory_order_relaxed);
+            return;
+        }
         pool->fn(pool->arg, begin, KVS_MIN(begin + pool->grain, pool->n), thread);
     }
 }
 
-static void run_alone(kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel) {
-    for (int64_t i = 0; i < n && !kvs_cancelled(cancel); i += grain) fn(arg, i, KVS_MIN(i + grain, n), 0);
+static bool run_alone(kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel) {
+    for (int64_t i = 0; i < n; i += grain) {
+        if (kvs_cancelled(cancel)) return false;
+        fn(arg, i, KVS_MIN(i + grain, n), 0);
+    }
+    return true;
 }
 
 static bool joinable(kvs_pool *pool, uint64_t seen) {
@@ -137,23 +145,22 @@ static void await_helpers(kvs_pool *pool) {
     pthread_mutex_unlock(&pool->mutex);
 }
 
-void kvs_pool_run(kvs_pool *pool, kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel) {
+bool kvs_pool_run(kvs_pool *pool, kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel) {
     if (grain < 1) grain = 1;
-    if (!pool || pool->n_threads == 1 || n <= grain || getpid() != pool->pid) {
-        run_alone(fn, arg, n, grain, cancel);
-        return;
-    }
+    if (!pool || pool->n_threads == 1 || n <= grain || getpid() != pool->pid) { return run_alone(fn, arg, n, grain, cancel); }
     pool->fn = fn;
     pool->arg = arg;
     pool->n = n;
     pool->grain = grain;
     pool->cancel = cancel;
     atomic_store_explicit(&pool->cursor, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool->skipped, 0, memory_order_relaxed);
     atomic_store(&pool->job, (atomic_load(&pool->job) / JOB_NUMBER + 1) * JOB_NUMBER | JOB_OPEN);
     wake_helpers(pool, (n - 1) / grain);
     work(pool, 0);
     atomic_fetch_and(&pool->job, ~JOB_OPEN);
     await_helpers(pool);
+    return !atomic_load_explicit(&pool->skipped, memory_order_relaxed);
 }
 
 /* Signals are the business of the process that we are a guest in: helpers take none. */

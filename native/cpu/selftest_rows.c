@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_HEAD_DIM = 512 };
-
 /* A backend with the kernels of that name; NULL if this CPU can't run them. */
 static kvs_backend *open_isa(const char *isa, int32_t threads, int *status) {
     const kvs_isa *chosen;
@@ -114,7 +112,7 @@ static kvs_row *number_rows(kvs_kv *kv, int32_t n) {
 
 static bool good_shape(int32_t kv_type, int32_t n_head, int32_t n_kv_head, int32_t head_dim) {
     return (kv_type == KVS_TYPE_F32 || kv_type == KVS_TYPE_F16 || kv_type == KVS_TYPE_Q8_0) && n_kv_head > 0 && n_head > 0 &&
-           n_head % n_kv_head == 0 && head_dim > 0 && head_dim <= MAX_HEAD_DIM;
+           n_head % n_kv_head == 0 && head_dim > 0 && head_dim <= KVS_MAX_HEAD_DIM;
 }
 
 int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
@@ -174,7 +172,7 @@ typedef struct smooth_test {
 static bool make_smooth_test(smooth_test *t, int32_t n) {
     t->rows = number_rows(&t->kv, n);
     t->queue = kvs_calloc((uint64_t)n, sizeof *t->queue);
-    float *inv_freq = kvs_calloc(MAX_HEAD_DIM, sizeof *inv_freq);
+    float *inv_freq = kvs_calloc(KVS_MAX_HEAD_DIM, sizeof *inv_freq);
     t->rope = (kvs_rope){.n_rot = t->kv.head_dim / 2 * 2, .inv_freq = inv_freq};
     for (int32_t i = 0; inv_freq && i < t->kv.head_dim / 2; i++) inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)t->kv.head_dim);
     for (int32_t i = 0; t->queue && i < n; i++) t->queue[i] = i;

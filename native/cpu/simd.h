@@ -115,10 +115,10 @@ static inline vf v_pow2(vf n) {
 }
 #endif
 
-/* e^x to 2 ulp for x <= 88; below -87.3 (and for -inf) it is 0, so that masked scores vanish. */
+/* e^x to 2 ulp for x <= 88; below -87.3 (and for -inf) it is 0, so that masked scores vanish; NaN stays NaN. */
 static inline vf v_exp(vf x) {
     const vf floor_x = v_set(-87.3f);
-    vf y = v_max(v_min(x, v_set(88.0f)), floor_x);
+    vf y = v_max(floor_x, v_min(v_set(88.0f), x)); /* of two operands the second one's NaN survives */
     vf n = v_round(v_mul(y, v_set(1.44269504088896341f)));
     vf r = v_fma(n, v_set(-0.693145751953125f), y);
     r = v_fma(n, v_set(-1.42860682030941723e-6f), r);

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from . import options, render
+from . import compare, options, render
 from .pictures import STDIN, expand, named, source_of
 from .records import CaptionFile, caption_file, caption_record, dumps, file_facts, token_record
-from .terminal import BOLD, Ui, time_text
+from .terminal import Ui
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -88,17 +88,26 @@ class Job:
     @property
     def has_bar(self) -> bool:
         """Where captions stream to the same terminal, they are the progress."""
-        return len(self.names) > 1 and (self.out is not None or not self.ui.out.tty)
+        return len(self.names) > 1 and (self.out is not None or not self.ui.out.is_terminal)
 
     def progress(self, name: str) -> None:
-        self.ui.clear()
-        seen, total = self.done + self.failed, len(self.names)
-        if not self.has_bar:
-            return
-        each = (time.monotonic() - self.begin) / seen if seen else 0.0
-        eta = f" {each:.1f} s each, {time_text(each * (total - seen))} left" if seen else ""
-        filled = 12 * seen // total
-        self.ui.status(f"[{'#' * filled}{'.' * (12 - filled)}] {seen}/{total}{eta} {name}")
+        if self.has_bar:
+            self.ui.status(name, self.done + self.failed, len(self.names))
+
+    def session(self, policy: Any) -> Session:
+        return self.model.session(n_ctx=self.args.n_ctx, kv_type=self.args.kv_type, policy=policy)
+
+    def header(self, name: str, end: str = " ") -> None:
+        """Whose caption comes: a title on a terminal, the begin of its line on a pipe."""
+        if self.ui.out.is_terminal:
+            self.ui.put("\n" if self.done else "")
+            self.ui.put(self.ui.out.safe(f"{name}:"), "bold")
+            self.ui.put("\n")
+        else:
+            self.ui.put(f"{name}:{end}")
+
+    def line(self, record: dict[str, Any]) -> None:
+        self.ui.put(dumps(record) + "\n")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
@@ -109,11 +118,12 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         ui.error(text)
     if not names:
         return 1
-    with caption_file(args.out) as out, options.load_model(args, ui) as model:
-        job = Job(args, ui, model, options.make_policy(args, model, changes), answer, out, names, failed=0)
+    with caption_file(args.out) as out:
+        model = options.load_model(args, ui)
+        job = Job(args, ui, model, options.make_policy(args, model, changes), answer, out, names)
         _skip_done(job)
         if job.names:
-            (_compare_all if args.compare else _caption_together if args.parallel > 1 else _caption_each)(job)
+            (compare.compare_all if args.compare else _caption_together if args.parallel > 1 else _caption_each)(job)
         _summary(job)
     return 1 if wrong or job.failed else 0
 
@@ -155,35 +165,25 @@ def _skip_done(job: Job) -> None:
 
 
 def _summary(job: Job) -> None:
+    job.ui.clear()
     if job.done + job.failed > 1:
         failed = f", {job.failed} failed" if job.failed else ""
-        job.ui.note(f"{job.done} captioned{failed} in {time_text(time.monotonic() - job.begin)}")
+        job.ui.note(f"{job.done} captioned{failed} in {timedelta(seconds=int(time.monotonic() - job.begin))}")
 
 
 # ---- one after the other ----
 
 
 def _caption_each(job: Job) -> None:
-    with _session(job, job.policy) as session:
-        for name in job.names:
-            job.progress(name)
-            try:
-                result = _stream(job, session, name)
-            except (errors.ImageError, errors.ContextOverflowError) as error:
-                job.fail(name, error)
-                continue
-            _finish(job, name, result, job.policy)
-
-
-def _session(job: Job, policy: Any) -> Session:
-    return job.model.session(n_ctx=job.args.n_ctx, kv_type=job.args.kv_type, policy=policy)
-
-
-def _header(ui: Ui, name: str, first: bool) -> None:
-    ui.clear()
-    gap = "\n" if ui.out.tty and not first else ""
-    shown = ui.out.safe(name) + ":"
-    ui.out.write(gap + (ui.out.paint(shown, BOLD) + "\n" if ui.out.tty else shown + " "))
+    session = job.session(job.policy)
+    for name in job.names:
+        job.progress(name)
+        try:
+            result = _stream(job, session, name)
+        except (errors.ImageError, errors.ContextOverflowError) as error:
+            job.fail(name, error)
+            continue
+        _finish(job, name, result)
 
 
 def _stream(job: Job, session: Session, name: str) -> Result:
@@ -196,12 +196,12 @@ def _stream(job: Job, session: Session, name: str) -> Result:
     try:
         for token in stream:
             if not begun and painter is not None and len(job.names) > 1:
-                _header(job.ui, name, first=job.done == 0)
+                job.header(name)
             begun = True
             if painter is not None:
                 painter.token(token)
             if job.token_lines:
-                _line(job, token_record(name, token))
+                job.line(token_record(name, token))
     finally:
         if painter is not None and (begun or stream.finish_reason not in (None, "cancelled")):
             painter.end()
@@ -223,20 +223,15 @@ def _painter(job: Job) -> Any:
     return render.Plain(ui)
 
 
-def _line(job: Job, record: dict[str, Any]) -> None:
-    job.ui.clear()
-    job.ui.out.write(dumps(record) + "\n")
-
-
-def _finish(job: Job, name: str, result: Result, policy: Any) -> None:
+def _finish(job: Job, name: str, result: Result) -> None:
     job.done += 1
-    record = caption_record(name, result, job.settings(policy))
+    record = caption_record(name, result, job.settings(job.policy))
     if job.out:
         job.out.add(record)
     if job.json:
-        _line(job, {"type": "result", **record})
+        job.line({"type": "result", **record})
     if not job.out or len(job.names) == 1:
-        prefix = f"{name}: " if len(job.names) > 1 and not job.ui.out.tty else ""
+        prefix = f"{name}: " if len(job.names) > 1 and not job.ui.out.is_terminal else ""
         job.ui.note(prefix + render.stats_line(result.stats, result.finish_reason))
 
 
@@ -246,7 +241,7 @@ def _finish(job: Job, name: str, result: Result, policy: Any) -> None:
 def _caption_together(job: Job) -> None:
     """Whole captions, as they finish: the words of several pictures would run into one another."""
     requests = ({"image": source_of(name), "prompt": job.args.prompt} for name in job.names)
-    with job.model.generate_batch(
+    batch = job.model.generate_batch(
         requests,
         n_ctx=job.args.n_ctx,
         kv_type=job.args.kv_type,
@@ -254,10 +249,10 @@ def _caption_together(job: Job) -> None:
         parallel=min(job.args.parallel, len(job.names)),
         on_error="yield",
         **job.answer,
-    ) as batch:
-        job.progress("")
-        for index, item in batch:
-            _take(job, job.names[index], item)
+    )
+    job.progress("")
+    for index, item in batch:
+        _take(job, job.names[index], item)
 
 
 def _take(job: Job, name: str, item: Token | Result | Exception) -> None:
@@ -265,7 +260,7 @@ def _take(job: Job, name: str, item: Token | Result | Exception) -> None:
 
     if isinstance(item, Token):
         if job.token_lines:
-            _line(job, token_record(name, item))
+            job.line(token_record(name, item))
         return
     if isinstance(item, Exception):
         if not isinstance(item, (errors.ImageError, errors.ContextOverflowError)):
@@ -273,52 +268,7 @@ def _take(job: Job, name: str, item: Token | Result | Exception) -> None:
         job.fail(name, item)
     else:
         if not job.json and not job.out:
-            _header(job.ui, name, first=job.done == 0)
-            job.ui.out.write(job.ui.out.safe(item.text) + "\n")
-        _finish(job, name, item, job.policy)
+            job.header(name)
+            job.ui.put(job.ui.out.safe(item.text) + "\n")
+        _finish(job, name, item)
     job.progress(name)
-
-
-# ---- plain against smoothed ----
-
-
-def _compare_all(job: Job) -> None:
-    from ..images import load_image
-
-    with _session(job, None) as plain, _session(job, job.policy) as smoothed:
-        for i, name in enumerate(job.names):
-            try:
-                image = load_image(source_of(name))
-                results = [_result(job, session, name, image, what) for session, what in ((plain, "plain"), (smoothed, "smoothed"))]
-            except (errors.ImageError, errors.ContextOverflowError) as error:
-                job.fail(name, error)
-                continue
-            _show_pair(job, name, results, first=i == 0)
-
-
-def _result(job: Job, session: Session, name: str, image: Any, what: str) -> Result:
-    stream = session.generate(job.args.prompt, image=image, **job.answer)
-    for n, _ in enumerate(_with_status(job.ui, stream, f"looking at {name}"), 1):
-        job.ui.status(f"{what}: {n} tokens", at_most_every=0.1)
-    job.ui.clear()
-    return stream.result()
-
-
-def _with_status(ui: Ui, stream: Any, text: str) -> Iterator[Any]:
-    ui.status(text)
-    yield from stream
-
-
-def _show_pair(job: Job, name: str, results: list[Result], first: bool) -> None:
-    job.done += 1
-    if job.json:
-        for result, policy in zip(results, (None, job.policy), strict=True):
-            _line(job, {"type": "result", **caption_record(name, result, job.settings(policy))})
-    else:
-        if len(job.names) > 1:
-            _header(job.ui, name, first)
-            if not job.ui.out.tty:
-                job.ui.out.write("\n")
-        render.compare(job.ui, *results)
-    for title, result in zip(("plain", "smoothed"), results, strict=True):
-        job.ui.note(f"{title}: {render.stats_line(result.stats, result.finish_reason)}")

@@ -91,7 +91,7 @@ class Chat:
     def line(self, prompt: str) -> str | None:
         self.ui.clear()
         try:
-            if self.person and self.ui.out.tty:
+            if self.person and self.ui.out.is_terminal:
                 return input(prompt)  # readline knows the prompt's width only if it writes it
             if self.person:
                 self.ui.err.write(prompt)
@@ -122,10 +122,10 @@ class Chat:
             self.show(_path(rest.strip()))
             self.ui.note(f"the next message is about this picture ({self.picture.width} x {self.picture.height})")
         elif name == "/help":
-            self.ui.note(HELP, dim=False)
+            self.ui.note(HELP, style="")
         else:
             hint = "/image PATH" if name == "/image" else "/help shows the commands; a space in front sends it as a message"
-            self.ui.note(f"{name}: {hint}", dim=False)
+            self.ui.note(f"{name}: {hint}", style="")
         return True
 
     def ask(self, message: str) -> None:
@@ -170,10 +170,9 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     changes, answer = options.policy_changes(args), options.answer_options(args)
     if args.image:
         load_image(args.image)  # before the model, which may take a while
-    with options.load_model(args, ui) as model:
-        policy = options.make_policy(args, model, changes)
-        with model.session(n_ctx=args.n_ctx, kv_type=args.kv_type, policy=policy) as session:
-            chat = Chat(args, ui, session, answer)
-            if args.image:
-                chat.show(args.image)
-            return chat.loop()
+    model = options.load_model(args, ui)
+    policy = options.make_policy(args, model, changes)
+    chat = Chat(args, ui, model.session(n_ctx=args.n_ctx, kv_type=args.kv_type, policy=policy), answer)
+    if args.image:
+        chat.show(args.image)
+    return chat.loop()

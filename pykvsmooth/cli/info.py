@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     for name, fact in _facts():
-        ui.out.write(f"{name}: {one_line(fact)}\n")
+        ui.put(f"{name}: {one_line(fact)}\n")
     return 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .terminal import BOLD, DIM, Ui, bytes_text, one_line
+from rich.cells import cell_len, set_cell_size
+
+from .terminal import Ui, bytes_text, one_line
 
 VALUE_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
 FIRST = 4  # elements of an array that are shown
@@ -35,12 +38,21 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         facts = _keys(ui, args.file, file)
         _tensors(ui, file)
     if not args.no_load:
-        ui.out.write(ui.out.paint("loads: ", BOLD) + one_line(_would_load(args, facts)) + "\n")
+        ui.put("loads: ", "bold")
+        ui.put(one_line(_would_load(args, facts)) + "\n")
     return 0
 
 
 def _title(ui: Ui, text: str) -> None:
-    ui.out.write(ui.out.paint(ui.out.safe(text), BOLD) + "\n")
+    ui.put(one_line(text), "bold")
+    ui.put("\n")
+
+
+def _rows(ui: Ui, rows: Sequence[tuple[str, ...]]) -> None:
+    """Aligned. A table of rich would fold or cut long names, and people grep for them."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        ui.put("  " + "  ".join(map(set_cell_size, row, widths)).rstrip() + "\n")
 
 
 # ---- keys ----
@@ -56,11 +68,7 @@ def _keys(ui: Ui, path: str, file: Any) -> dict[str, Any]:
     keys = [ffi.new("kvs_gguf_key *") for _ in range(n)]
     for i, key in enumerate(keys):
         lib.kvs_gguf_key_at(file, i, key)
-    width = max([len(string(key.name)) for key in keys], default=0)
-    for i, key in enumerate(keys):
-        name, value = one_line(string(key.name)), _value_text(file, i, key)
-        line = f"  {name:{width}}  {_type_text(key):10}  {value}"
-        ui.out.write(line.rstrip() + "\n")
+    _rows(ui, [(one_line(string(key.name)), _type_text(key), _value_text(file, i, key)) for i, key in enumerate(keys)])
     return gguf.keys_of(file)
 
 
@@ -119,18 +127,13 @@ def _tensors(ui: Ui, file: Any) -> None:
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # tensors, elements, bytes
     for t in _each_tensor(file):
         shape = list(t.dims)[: t.n_dims]
-        elements = 1
-        for n in shape:
-            elements *= n
+        elements = math.prod(shape)
         kind, size = _type_name(t.type), bytes_text(t.bytes) if t.bytes >= 0 else "unknown"
-        rows.append((one_line(string(t.name)), kind, " x ".join(map(str, shape)), size))
+        rows.append((one_line(string(t.name)), kind, " x ".join(map(str, shape)), f"{size:>10}"))
         for at, amount in enumerate((1, elements, max(t.bytes, 0))):
             totals[kind][at] += amount
     _title(ui, f"{len(rows)} tensors (dims: row length first)")
-    widths = [max([len(row[i]) for row in rows], default=0) for i in range(4)]
-    for name, kind, dims, size in rows:
-        line = f"  {name:{widths[0]}}  {kind:{widths[1]}}  {dims:{widths[2]}}  {size:>{widths[3]}}"
-        ui.out.write(line.rstrip() + "\n")
+    _rows(ui, rows)
     _totals(ui, totals)
 
 
@@ -139,9 +142,11 @@ def _totals(ui: Ui, totals: dict[str, list[int]]) -> None:
     if not elements:
         return
     _title(ui, f"{elements:,} weights in {bytes_text(size)}: {8 * size / elements:.2f} bits per weight")
+    rows = []
     for kind, (n, count, part) in sorted(totals.items(), key=lambda item: -item[1][2]):
         bits = f"{8 * part / count:.2f} bits per weight" if count else ""
-        ui.out.write(f"  {kind:8} {n:5} tensors  {bytes_text(part):>10}  {part / max(size, 1):6.1%}  {ui.out.paint(bits, DIM)}\n")
+        rows.append((kind, f"{n:5} tensors", f"{bytes_text(part):>10}", f"{part / max(size, 1):6.1%}", bits))
+    _rows(ui, rows)
 
 
 # ---- would it load? ----

@@ -151,10 +151,11 @@ def make_policy(args: argparse.Namespace, model: Model, changes: dict[str, Any])
 
 
 def load_model(args: argparse.Namespace, ui: Ui) -> Model:
+    """The commands close neither the model nor its sessions: the process ends with them, and after Ctrl-C at once."""
     from ..model import Model
 
     def progress(fraction: float) -> None:
-        ui.status(f"loading the model: {fraction:.0%}", at_most_every=0.1)
+        ui.status(f"loading the model: {fraction:.0%}")
 
     try:
         model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress)

@@ -1,88 +1,99 @@
-"""What the command line knows about the terminal: colours, width, the status line, and how text is made safe to show."""
+"""What the command line knows about the terminal. Rich does colours, widths and bars; ours is how text is made safe to show."""
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 import unicodedata
 from typing import TextIO
 
-RESET, DIM, BOLD, RED, GREEN = "\x1b[0m", "\x1b[2m", "\x1b[1m", "\x1b[31m", "\x1b[32m"
+from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
 _TURNS_TEXT_AROUND = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidirectional overrides
 
 
-class Screen:
-    """One of the two output streams. Looked at once; a window that changes its size is asked for its width each time."""
+class Screen(Console):
+    """One of the two output streams. Whether it is a terminal is the stream's word alone: FORCE_COLOR puts no codes into a pipe."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115  None when the shell closed it
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self.tty = self.stream.isatty()
-        self.cursor = self.tty and not dumb
-        self.colour = self.cursor and not os.environ.get("NO_COLOR")
-        self.utf8 = (self.stream.encoding or "").lower().replace("-", "") == "utf8"
+        if stream is not None and hasattr(stream, "reconfigure"):  # None when the shell closed it
+            stream.reconfigure(errors="backslashreplace")
+        tty = stream is not None and stream.isatty()
+        super().__init__(file=stream, force_terminal=tty, markup=False, highlight=False, emoji=False)
 
     @property
-    def width(self) -> int:
-        try:
-            columns = os.get_terminal_size(self.stream.fileno()).columns if self.tty else 0
-        except (OSError, ValueError):
-            columns = 0
-        return max(columns, 10) if columns else 80
+    def colour(self) -> bool:
+        return self.color_system is not None and not self.no_color
 
     def write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        """Text as it is. print() would expand tabs and drop control characters, also in a pipe."""
+        self.file.write(text)
+        self.file.flush()
 
     def safe(self, text: str) -> str:
         """On a terminal control characters are shown, not obeyed; a pipe gets what there is."""
-        return escaped(text) if self.tty else text
+        return escaped(text) if self.is_terminal else text
 
-    def paint(self, text: str, *codes: str) -> str:
-        return f"{''.join(codes)}{text}{RESET}" if self.colour and text else text
+    def show_cursor(self, show: bool = True) -> bool:
+        """Rich hides the cursor while a bar is shown. We don't: a process that is killed could not show it again."""
+        return False
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit; main() has the exit code
 
 
 class Ui:
-    """Both streams, the line that shows progress, and messages."""
+    """Both streams, the line that shows what is being waited for, and messages."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.out, self.err = Screen(sys.stdout), Screen(sys.stderr)
         self.quiet = quiet
-        self._shown = False
-        self._last = 0.0
+        self._spinner = self._progress(SpinnerColumn("line"))
+        whole = Column(no_wrap=True)  # so that a narrow terminal gets a shorter bar
+        self._bar = self._progress(BarColumn(12), MofNCompleteColumn("/", whole), TimeRemainingColumn(True, table_column=whole))
 
-    def status(self, text: str, at_most_every: float = 0.0) -> None:
-        """Shows one line that the next output replaces. Nothing on a pipe, nothing with --quiet."""
-        now = time.monotonic()
-        if self.quiet or not self.err.cursor or now - self._last < at_most_every:
-            return
-        self._last, self._shown = now, True
-        self.err.write("\r\x1b[K" + self.err.paint(cut(escaped(text), self.err.width - 1), DIM))
+    def _progress(self, *columns: ProgressColumn) -> Progress:
+        progress = Progress(
+            *columns,
+            TextColumn("{task.description}", style="dim", markup=False),
+            console=self.err,
+            transient=True,
+            refresh_per_second=5,
+            speed_estimate_period=1e9,  # a picture may take minutes
+        )
+        progress.add_task("")
+        return progress
+
+    def status(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Shows one line until clear(), with a bar if a total is given. Nothing on a pipe, nothing with --quiet."""
+        if not self.quiet and self.err.is_interactive:
+            shown = self._spinner if total is None else self._bar
+            shown.update(TaskID(0), description=one_line(text), completed=done, total=total)
+            shown.start()
 
     def clear(self) -> None:
-        if self._shown:
-            self._shown, self._last = False, 0.0
-            self.err.write("\r\x1b[K")
+        for shown in (self._spinner, self._bar):
+            if shown.live.is_started:
+                shown.stop()
 
-    def note(self, text: str, dim: bool = True) -> None:
-        """A line for people, on standard error; not with --quiet."""
-        self.clear()
+    def put(self, text: str, style: str = "") -> None:
+        """To standard output, at once. Lines are broken by the terminal, not here."""
+        self.clear()  # also if this is a pipe: to a cat, perhaps, on the same terminal
+        if style:
+            self.out.out(text, style=style, end="")
+        else:
+            self.out.write(text)
+
+    def note(self, text: str | Text, style: str = "dim") -> None:
+        """A line for people, on standard error, above a bar; not with --quiet."""
         if not self.quiet:
-            self.err.write((self.err.paint(text, DIM) if dim else text) + "\n")
+            self.err.print(escaped(text) if isinstance(text, str) else text, style=style, soft_wrap=not self.err.is_terminal)
 
     def error(self, text: object) -> None:
-        self.clear()
-        self.err.write(self.err.paint("error:", RED) + " " + one_line(str(text)) + "\n")
-
-    def restore(self) -> None:
-        """After an interrupt: no colour and no half line stays behind."""
-        for screen in (self.out, self.err):
-            if screen.colour:
-                screen.write(RESET)
-        self.clear()
+        self.err.print(Text.assemble(("error:", "red"), " ", one_line(str(text))), soft_wrap=True)
 
 
 def escaped(text: str) -> str:
@@ -100,43 +111,6 @@ def one_line(text: str) -> str:
     return escaped(" ".join(text.split("\n")).replace("\t", " "))
 
 
-def cells(text: str) -> int:
-    """Columns that text takes on a terminal."""
-    return sum(map(_char_cells, text)) if not text.isascii() else len(text)
-
-
-def _char_cells(char: str) -> int:
-    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
-
-
-def split_cells(text: str, width: int) -> list[str]:
-    """text in pieces of at most width columns (at least a character each)."""
-    pieces, used = [""], 0
-    for char in text:
-        n = _char_cells(char)
-        if used + n > width and pieces[-1]:
-            pieces.append("")
-            used = 0
-        pieces[-1] += char
-        used += n
-    return pieces
-
-
-def cut(text: str, width: int) -> str:
-    return text if cells(text) <= width else split_cells(text, max(width - 1, 1))[0] + "~"
-
-
 def bytes_text(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
-def time_text(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    unit, suffix = pick_unit_and_suffix(int(n), ["B", "KiB", "MiB", "GiB"], 1024)
+    return f"{n / unit:.{1 if unit > 1 else 0}f} {suffix}"
