@@ -179,9 +179,19 @@ class Generation:
             return self.after_step(pointer, time.perf_counter() - begin)
         except BaseException as error:
             self._end("cancelled")
+            self._settle(pointer)
             if self.was_cancelled(error):
                 return None
             raise
+
+    def _settle(self, pointer: Any) -> None:
+        """A signal's exception may come between the rows and the note of them: the conversation shall go on behind what is there."""
+        chat = self.session._chat
+        n_past = lib.kvs_session_n_past(pointer)
+        if self._message is not None:
+            chat.rows = n_past
+        elif self.started and self.plan is not None and chat.turns and n_past > chat.rows:
+            self._open_turn(pointer, self.plan)  # the question is there, its answer has not begun
 
     def was_cancelled(self, error: BaseException) -> bool:
         """Does error come of the flag, which cancel() sets, or of the close() that set it?"""

@@ -329,3 +329,29 @@ def test_closing_in_a_signal_handler(tiny_pair: Pair, what: str) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+def test_a_conversation_goes_on_after_an_interrupt(model: kvs.Model) -> None:
+    """Wherever the signal strikes: in the rows of a question or of an answer."""
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for k in range(60):
+            with model.session(n_ctx=4000, policy=kvs.KVSmooth(layers=[1, 2]) if k % 2 else None) as session:
+                session.chat("first", max_tokens=3).result()
+                stream = session.chat("a dog " * (300 if k % 3 == 0 else 1), max_tokens=3000)
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0005 * (k % 30))
+                try:
+                    for _ in stream:
+                        pass
+                except KeyboardInterrupt:
+                    pass
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                stream.close()
+                assert session.chat("again", max_tokens=3).result().finish_reason == "length"
+    finally:
+        signal.signal(signal.SIGALRM, before)
