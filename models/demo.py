@@ -18,9 +18,7 @@ def demo() -> int:
     text, mmproj = PAIR / "text.gguf", PAIR / "mmproj.gguf"
     if not (text.exists() and mmproj.exists()):
         write_pair(PAIR)
-    print(
-        f"A random model (weights: {text.parent.name}/): what follows is nonsense by design, only the machinery is real.", file=sys.stderr
-    )
+    print("A random model: its words mean nothing by design, only the machinery is real.", file=sys.stderr)
     model = ["--model", str(text), "--mmproj", str(mmproj), "--max-tokens", "90", "--repetition-penalty", "2"]
     return main(["caption", str(HERE / "demo" / "chelsea.png"), *model, "--heat", "--strengths"])
 

@@ -38,7 +38,7 @@ void kvs_flag_set(int32_t *flag, int32_t value) { __atomic_store_n(flag, value, 
 static int open_device(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
     const char *device = p->device ? p->device : "auto";
     if (!strncmp(device, "cuda", 4))
-        return kvs_fail(err, KVS_E_DEVICE, "device \"%s\" can't be had: this build has no CUDA backend", device);
+        return kvs_fail(err, KVS_E_DEVICE, "device \"%s\" can't be had: this build has no CUDA backend; use \"cpu\" or \"auto\"", device);
     if (strcmp(device, "auto") && strcmp(device, "cpu"))
         return kvs_fail(err, KVS_E_ARGUMENT, "device: \"%s\" is none of auto, cpu, cuda, cuda:N", device);
     if (p->threads < 0 || p->threads > 1024)

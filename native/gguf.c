@@ -379,7 +379,7 @@ static int parse(kvs_gguf *f, kvs_error *err) {
 }
 
 static int fail_os(const char *path, int code, const char *verb, kvs_error *err) {
-    return kvs_fail_file(err, KVS_E_IO, path, "", code, "cannot be %s: %s", verb, strerror(code));
+    return kvs_fail_file(err, KVS_E_IO, path, "", code, "cannot be %s: %s; check the path and its permissions", verb, strerror(code));
 }
 
 static int map_file(kvs_gguf *f, int fd, kvs_error *err) {

@@ -302,7 +302,7 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
 static int load(stream *f, kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
     header h;
     transfer(f, &h, sizeof h);
-    if (f->failed) return file_error(err, f->path, "length", "too short for a saved session");
+    if (f->failed) return file_error(err, f->path, "length", "too short: this is not a saved session");
     int status = check_header(&h, model, f->path, err);
     if (!status && params->smooth) status = kvs_policy_kvsmooth_check(params->smooth, model->text.n_layer, err);
     if (!status) status = check_policy(&h, params->smooth, f->path, err);

@@ -1,6 +1,7 @@
 """Fixtures: random inputs are fresh in each run; KVS_SEED=N repeats the run whose seed a failure printed."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "litt
 SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny
+
+# A shell that starts this in the background leaves SIGINT ignored, and the tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 import pykvsmooth as kvs
+from pykvsmooth._native import library_path
 from pykvsmooth.cli import compare, pictures, records, render, terminal
 from pykvsmooth.cli import main as cli
 
@@ -488,6 +489,20 @@ def test_chat_on_a_pipe(run, image, tiny_pair):
     assert "/nonsense" in got.err and "> " not in got.out + got.err
 
 
+def test_chat_says_at_once_that_a_text_model_sees_nothing(run, tiny_pair, image, monkeypatch, tmp_path):
+    monkeypatch.delenv("PYKVSMOOTH_MMPROJ", raising=False)
+    text = tmp_path / "text.gguf"
+    text.symlink_to(tiny_pair.text)
+    got = run("chat", "--model", text, "--max-tokens", 3, stdin=f"/image {image}\nhello\n".encode())
+    assert got.code == 1 and "no mmproj file" in got.err and got.out.strip()  # and the next message is answered
+
+
+@pytest.mark.parametrize(("option", "value", "why"), [("--n-ctx", 2 << 20, "at most 1048576"), ("--max-tokens", "x", "a whole number")])
+def test_numbers_that_make_no_sense(run, image, option, value, why):
+    got = run("caption", image, option, value)
+    assert got.code == 2 and f"{option}: must be {why}" in got.err
+
+
 def test_chat_goes_on_after_an_error(run, tmp_path):
     got = run("chat", "--max-tokens", 3, stdin=f"/image {tmp_path}/missing.png\nhello\n".encode())
     assert got.code == 1 and "missing.png: no such file" in got.err and got.out.strip()
@@ -509,7 +524,7 @@ def environment(tiny_pair: Pair) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(sys.path),
         "TERM": "xterm",
     }
-    return {**os.environ, **ours, "KVS_LIBRARY": str(kvs._native.library_path)}
+    return {**os.environ, **ours, "KVS_LIBRARY": str(library_path)}
 
 
 def test_help_loads_no_library(command, environment):

@@ -87,7 +87,9 @@ class Job:
 
     @property
     def has_bar(self) -> bool:
-        """Where captions stream to the same terminal, they are the progress."""
+        """Where captions stream to the same terminal, they are the progress; many at once come whole, after minutes perhaps."""
+        if self.args.parallel > 1:
+            return True
         return len(self.names) > 1 and (self.out is not None or not self.ui.out.is_terminal)
 
     def progress(self, name: str) -> None:

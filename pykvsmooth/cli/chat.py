@@ -46,9 +46,10 @@ class Chat:
         self.failed = False
 
     def show(self, path: str) -> None:
-        """Takes a picture. Decoded now, so that a bad one is known before the question."""
+        """Takes a picture. Decoded now, so that a bad one is known before the question, as is a model that sees none."""
         from ..images import load_image
 
+        self.session.model._vision_info()
         self.picture = load_image(os.path.expanduser(path))
         self.pending = True
 

@@ -29,9 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--threads", type=_positive, metavar="N", help="default: the processors that this process may use")
-    group.add_argument(
-        "--n-ctx", type=_positive, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)"
-    )
+    group.add_argument("--n-ctx", type=_rows, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)")
     group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
 
 
@@ -65,9 +63,19 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _rows(text: str) -> int:
+    value, most = _positive(text), 1 << 20  # as Model.session
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {value}")
     return value
 
 

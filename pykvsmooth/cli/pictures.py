@@ -27,7 +27,7 @@ def expand(names: list[str]) -> tuple[list[str], list[str]]:
             found = [os.path.join(name, entry) for entry in os.listdir(name) if os.path.splitext(entry)[1].lower() in SUFFIXES]
             pictures += sorted(filter(os.path.isfile, found), key=natural)
             if not found:
-                wrong.append(f"{name}: a folder without pictures ({', '.join(sorted(SUFFIXES)[:4])} ...)")
+                wrong.append(f"{name}: a folder without pictures (.jpg, .png, .webp ...; folders in it are not searched)")
         elif glob.has_magic(name) and not os.path.exists(name):
             matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)), key=natural)
             pictures += matches
@@ -48,7 +48,8 @@ def source_of(name: str) -> Any:
     if name != STDIN:
         return name
     if sys.stdin is None or sys.stdin.isatty():
-        raise ImageError("-: standard input is a terminal; pipe a picture into it: pykvsmooth caption - < picture.jpg")
+        state = "closed" if sys.stdin is None else "a terminal"
+        raise ImageError(f"-: standard input is {state}; pipe a picture into it: pykvsmooth caption - < picture.jpg")
     return sys.stdin.buffer
 
 

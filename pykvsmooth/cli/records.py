@@ -62,7 +62,12 @@ class CaptionFile:
         self.path = path
         self._done: set[tuple[str, str]] = set()
         self.cut = 0  # bytes of an unfinished line
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        try:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise KVSmoothError(
+                f"{path}: can't be opened for writing: {error.strerror}; check its folder and permissions, or choose another --out"
+            ) from error
         try:
             self._lock()
             self._read()
