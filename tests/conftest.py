@@ -16,6 +16,9 @@ SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "litt
 SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny
+from answers import SMOOTH
+
+import pykvsmooth as kvs
 
 # A shell that starts this in the background leaves SIGINT ignored, and the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,3 +70,15 @@ def isas() -> list[str]:
     from pykvsmooth import _native
 
     return [isa for isa in ("base", "avx2", "avx512") if _native.lib.kvs_test_isa(isa.encode())]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+        model._end_ids = frozenset()  # random weights may choose </s> anywhere
+        yield model
+
+
+@pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
+def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
+    return request.param

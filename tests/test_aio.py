@@ -3,29 +3,15 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Pair
-from test_api import SMOOTH, answer, ids
+from answers import answer, ids
 
 import pykvsmooth as kvs
 
 LONG = "a dog " * 6000
-
-
-@pytest.fixture(scope="module")
-def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        model._end_ids = frozenset()  # random weights may choose </s> anywhere
-        yield model
-
-
-@pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
-def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
-    return request.param
 
 
 def test_agenerate(model: kvs.Model, policy: kvs.KVSmooth | None) -> None:

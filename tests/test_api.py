@@ -8,12 +8,12 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from answers import PROMPT, SMOOTH, answer, ids
 from conftest import Pair
 from PIL import Image
 from twins import picture, timeline
@@ -22,34 +22,10 @@ import pykvsmooth as kvs
 from pykvsmooth.text import AnswerText
 
 WORDS = ["the", "a", "of", "in", "on", "man", "dog", "cat", "red", "blue", "big", "small", "table", "street", "car", "tree"]
-PROMPT = "describe the red car and the small dog"
-SMOOTH = kvs.KVSmooth(layers=[1, 2])
 STATS = {
     *("load_s", "encode_s", "prefill_s", "prefill_tokens", "decode_s", "decode_tokens"),
     *("tokens_per_s", "reused_tokens", "reused_images", "device", "peak_bytes"),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        model._end_ids = frozenset()  # random weights may choose </s> anywhere
-        yield model
-
-
-@pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
-def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
-    return request.param
-
-
-def answer(model: kvs.Model, prompt: str = PROMPT, policy: kvs.KVSmooth | None = None, **options: Any) -> kvs.Result:
-    """An answer of a session that nobody used before."""
-    with model.session(n_ctx=400, policy=policy, seed=1) as session:
-        return session.generate(prompt, **options).result()
-
-
-def ids(result: kvs.Result) -> list[int]:
-    return [token.id for token in result.tokens]
 
 
 # ---- the model ----

@@ -9,23 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from answers import PROMPT, answer, ids
 from conftest import Pair
-from test_api import PROMPT, SMOOTH, answer, ids
 from twins import picture
 
 import pykvsmooth as kvs
-
-
-@pytest.fixture(scope="module")
-def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        model._end_ids = frozenset()  # random weights may choose </s> anywhere
-        yield model
-
-
-@pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
-def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
-    return request.param
 
 
 def requests_for(rng: np.random.Generator) -> list[Any]:

@@ -22,13 +22,6 @@ import pykvsmooth as kvs
 IMAGE = np.full((40, 30, 3), 90, np.uint8)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        model._end_ids = frozenset()  # random weights may choose </s> anywhere
-        yield model
-
-
 @pytest.fixture
 def session(model: kvs.Model) -> Iterator[kvs.Session]:
     with model.session(n_ctx=128) as session:

@@ -1,21 +1,12 @@
 """The policy object: its values, what it refuses, layers as slices and lists."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Pair
 
 import pykvsmooth as kvs
 from pykvsmooth.policy import _CHOICES
-
-
-@pytest.fixture(scope="module")
-def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        model._end_ids = frozenset()  # random weights may choose </s> anywhere
-        yield model
 
 
 def test_policy_values() -> None:
