@@ -190,11 +190,11 @@ static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
     return here && (!logits || kvs_cache_again_from(cache, n_past - 2) >= 0);
 }
 
-/* A float32 store holds what the ring of exact rows held. */
+/* A float32 store holds what the ring of exact rows held. The newest two rows are all that a mix may ask for. */
 static void refill_exact(kvs_cache *cache) {
     kvs_kv *kv = &cache->kv;
     uint64_t bytes = (uint64_t)kv->row_bytes;
-    cache->exact_from = KVS_MAX(cache->n_past - kv->n_exact, 0);
+    cache->exact_from = KVS_MAX(cache->n_past - 2, 0);
     for (int32_t index = cache->exact_from; index < cache->n_past; index++) {
         int64_t row = (int64_t)(cache->n_rows + index - cache->n_past) * kv->row_bytes;
         for (int32_t layer = 0; layer < kv->n_layer; layer++) {
@@ -230,7 +230,7 @@ int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *e
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
     cache->n_past = n_past;
     cache->exact_from = KVS_MIN(exact_from, n_past);
-    if (cache->store_is_exact) refill_exact(cache);
+    if (cache->store_is_exact && !kvs_cache_exact(cache, KVS_MAX(n_past - 2, 0))) refill_exact(cache);
     return KVS_OK;
 }
 

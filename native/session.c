@@ -229,6 +229,7 @@ static int ensure_exact(kvs_session *s, int32_t from, const int32_t *cancel, kvs
             return kvs_fail(err, KVS_E_POLICY,
                             "the exact values of row %d, which the next one would be mixed with, are gone; feed text first", i);
     }
+    if (first < cache->n_past - cache->kv.n_exact) cache->exact_from = cache->n_past; /* they share slots of the ring with newer rows */
     int status = KVS_OK;
     for (int32_t i = first; i < cache->n_past && !status; i++) status = run_again(s, i, false, cancel, err);
     if (!status) cache->exact_from = KVS_MIN(cache->exact_from, first);

@@ -52,6 +52,7 @@ static void remove_waiter(kvs_turns *turns, const kvs_waiter *gone) {
 }
 
 bool kvs_turns_take(kvs_turns *turns, const int32_t *cancel) {
+    if (kvs_cancelled(cancel)) return false;
     kvs_waiter self = {.served = false};
     pthread_mutex_lock(&turns->mutex);
     if (!turns->taken) {

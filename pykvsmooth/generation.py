@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import errors
-from ._native import Flag, check, ffi, lib, new_error
+from ._native import Flag, check, ffi, lib, native_call, new_error
 from .options import Options
 from .prompt import Part, Picture, read_picture
 from .stats import Result, Stats, Token, peak_bytes
@@ -94,7 +94,7 @@ class Generation:
         check(lib.kvs_session_new_turn(pointer, self._err), self._err)
         session._feed(pointer, parts, rows, self.flag)
         session._note_prompt_end(pointer)
-        check(lib.kvs_session_end_prefill(pointer, self.flag.pointer, self._err), self._err)
+        check(native_call(lambda: lib.kvs_session_end_prefill(pointer, self.flag.pointer, self._err), self.flag), self._err)
         if self.options.seed is not None:
             check(lib.kvs_session_reseed(pointer, self.options.seed, self._err), self._err)
 

@@ -357,11 +357,11 @@ class Session:
 
         ValueError before anything was fed; NumericError if they are not finite; BusyError, ClosedError.
         """
-        out = np.empty(self.model.n_vocab, np.float32)
-        with self._handle as pointer:
-            self._end_prefill(pointer)
-            err = new_error()
-            check(lib.kvs_session_logits(pointer, ffi.from_buffer("float[]", out), ffi.NULL, err), err)
+        out, flag, err = np.empty(self.model.n_vocab, np.float32), Flag(), new_error()
+        target = ffi.from_buffer("float[]", out)
+        with self._handle.use(flag) as pointer:
+            self._end_prefill(pointer, flag)
+            check(native_call(lambda: lib.kvs_session_logits(pointer, target, flag.pointer, err), flag), err)
         return out
 
     def kv(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -370,9 +370,9 @@ class Session:
 
         layer: negative as in Python; ValueError where there is none. BusyError, ClosedError.
         """
-        layer = self._layer(layer)
-        with self._handle as pointer:
-            self._end_prefill(pointer)
+        layer, flag = self._layer(layer), Flag()
+        with self._handle.use(flag) as pointer:
+            self._end_prefill(pointer, flag)
             shape = (self.model.n_kv_head, lib.kvs_session_n_rows(pointer, layer), self.model.head_dim)
             k, v, err = np.empty(shape, np.float32), np.empty(shape, np.float32), new_error()
             buffers = ffi.from_buffer("float[]", k), ffi.from_buffer("float[]", v)
@@ -514,11 +514,11 @@ class Session:
         """Rows from here on must not be reused as a prefix where the policy marks the end of a prompt."""
         self._prompt_end = min(self._prompt_end, max(0, lib.kvs_session_n_past(pointer) - 1))
 
-    def _end_prefill(self, pointer: Any) -> None:
+    def _end_prefill(self, pointer: Any, flag: Flag) -> None:
         if self._active_generation() is None:
             self._note_prompt_end(pointer)
         err = new_error()
-        check(lib.kvs_session_end_prefill(pointer, ffi.NULL, err), err)
+        check(native_call(lambda: lib.kvs_session_end_prefill(pointer, flag.pointer, err), flag), err)
 
     def _rewind(self, pointer: Any, n: int) -> None:
         err = new_error()
@@ -541,8 +541,9 @@ class Session:
         return prompt.common(ids, keys, limit)
 
     def _telemetry(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        with self._handle as pointer:
-            self._end_prefill(pointer)
+        flag = Flag()
+        with self._handle.use(flag) as pointer:
+            self._end_prefill(pointer, flag)
             shape = (lib.kvs_session_n_generated(pointer), self.model.n_layer)
             entropies, strengths = np.empty(shape, np.float32), np.empty(shape, np.float32)
             err, out = new_error(), [ffi.from_buffer("float[]", entropies), ffi.from_buffer("float[]", strengths)]
