@@ -141,12 +141,12 @@ void kvs_load_vector(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *n
     free(host);
 }
 
-void kvs_load_refuse_rest(kvs_loader *ld) {
+void kvs_load_refuse_rest(kvs_loader *ld, bool (*changes_nothing)(const kvs_model *model, const char *name)) {
     for (int32_t i = 0; i < ld->n_files && !ld->status; i++)
         for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]) && !ld->status; j++) {
             kvs_gguf_tensor t;
             kvs_gguf_tensor_at(ld->files[i], j, &t);
-            if (kvs_gguf_tensor_used(ld->files[i], j)) continue;
+            if (kvs_gguf_tensor_used(ld->files[i], j) || changes_nothing(ld->model, t.name)) continue;
             ld->status = kvs_fail_file(ld->err, KVS_E_UNSUPPORTED, kvs_gguf_path(ld->files[i]), t.name, t.offset,
                                        "this tensor has no place in the architectures that load; without it the result would be quietly "
                                        "another model's");

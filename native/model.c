@@ -7,7 +7,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30 };
 
@@ -279,13 +278,9 @@ static uint64_t hash_sizes(const kvs_text *t) {
 }
 
 /* Tables of angles that old converters wrote: we have our own. */
-static void pass_over_angles(const kvs_loader *ld) {
-    for (int32_t i = 0; i < ld->n_files; i++)
-        for (int64_t j = 0; j < kvs_gguf_n_tensors(ld->files[i]); j++) {
-            kvs_gguf_tensor t;
-            kvs_gguf_tensor_at(ld->files[i], j, &t);
-            if (strstr(t.name, "attn_rot_embd") || strstr(t.name, "inv_freq")) kvs_gguf_use_tensor(ld->files[i], j);
-        }
+static bool is_angles(const kvs_model *model, const char *name) {
+    (void)model;
+    return strstr(name, "attn_rot_embd") || strstr(name, "inv_freq");
 }
 
 int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err) {
@@ -300,8 +295,7 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     kvs_loader ld = {.model = model, .files = model->parts, .n_files = model->n_parts, .block = "blk", .cancel = cancel, .err = err};
     load_rope(&ld);
     load_weights(&ld);
-    pass_over_angles(&ld);
-    kvs_load_refuse_rest(&ld);
+    kvs_load_refuse_rest(&ld, is_angles);
     if (ld.status) return ld.status;
     for (int32_t i = 0; i < model->n_parts; i++) kvs_gguf_prefetch(model->parts[i]);
     model->identity = kvs_load_identity(&ld, model->identity);

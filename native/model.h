@@ -5,7 +5,6 @@
 #include "backend.h"
 #include "gguf.h"
 #include "tokenizer.h"
-
 #include "turns.h"
 
 enum { KVS_BLOCK_ROWS = 512, KVS_MAX_LAYERS = 1024, KVS_MAX_PARTS = 64, KVS_NAME = 64 };

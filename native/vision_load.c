@@ -263,15 +263,11 @@ static void load_projector(kvs_loader *ld, kvs_vision *v) {
 }
 
 /* Of no use to LLaVA's features: blocks that do not run, the norm behind the last one, CLIP's text half. */
-static void pass_over(const kvs_vision *v, kvs_gguf *file) {
+static bool is_idle(const kvs_model *model, const char *name) {
     static const char *const prefixes[] = {"v.post_ln.", "t.", "text_projection.", "visual_projection.", "logit_scale"};
-    for (int64_t i = 0; i < kvs_gguf_n_tensors(file); i++) {
-        kvs_gguf_tensor t;
-        kvs_gguf_tensor_at(file, i, &t);
-        bool idle = !strncmp(t.name, "v.blk.", 6) && strtol(t.name + 6, NULL, 10) >= v->n_layer;
-        for (size_t k = 0; k < sizeof prefixes / sizeof *prefixes; k++) idle = idle || !strncmp(t.name, prefixes[k], strlen(prefixes[k]));
-        if (idle) kvs_gguf_use_tensor(file, i);
-    }
+    for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++)
+        if (!strncmp(name, prefixes[i], strlen(prefixes[i]))) return true;
+    return !strncmp(name, "v.blk.", 6) && strtol(name + 6, NULL, 10) >= model->vision.n_layer;
 }
 
 static void load_weights(kvs_loader *ld, kvs_vision *v) {
@@ -286,8 +282,7 @@ static void load_weights(kvs_loader *ld, kvs_vision *v) {
     v->layers = kvs_calloc((uint64_t)v->n_layer, sizeof *v->layers);
     if (!v->layers && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)v->n_layer * sizeof *v->layers, "the layers of a tower");
     for (int32_t i = 0; i < v->n_layer && !ld->status; i++) load_layer(ld, v, &v->layers[i], i);
-    pass_over(v, ld->files[0]);
-    kvs_load_refuse_rest(ld);
+    kvs_load_refuse_rest(ld, is_idle);
 }
 
 static uint64_t hash_hyperparameters(const kvs_vision *v) {

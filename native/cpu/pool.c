@@ -147,7 +147,7 @@ static void await_helpers(kvs_pool *pool) {
 
 bool kvs_pool_run(kvs_pool *pool, kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel) {
     if (grain < 1) grain = 1;
-    if (!pool || pool->n_threads == 1 || n <= grain || getpid() != pool->pid) { return run_alone(fn, arg, n, grain, cancel); }
+    if (!pool || pool->n_threads == 1 || n <= grain || getpid() != pool->pid) return run_alone(fn, arg, n, grain, cancel);
     pool->fn = fn;
     pool->arg = arg;
     pool->n = n;
