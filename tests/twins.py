@@ -113,6 +113,8 @@ class Twins:
     def step(self, token: int) -> None:
         """One generated token; strengths must agree before anything is compared that follows from them."""
         row = self.truth.n_past
+        if self.kv_type != "f32":
+            self.take_over_cache()
         self.ours.feed([token], generated=True)
         strengths = self.ours.strengths()[-1]
         if self.policy is not None and self.truth.n_group == 1:
@@ -138,6 +140,13 @@ class Twins:
                 assert int(self.ours.logits().argmax()) == tokens[-1], f"token {len(tokens) - 1}: margin {top[1] - top[0]:.4g}"
             self.step(tokens[-1])
         return tokens
+
+    def take_over_cache(self) -> None:
+        """A value on the edge between two stored numbers falls to either side. That is one level in the cache, checked here;
+        but kept, such levels would drift apart row by row. So the reference goes on from the rows that we stored."""
+        self.check_cache()
+        for layer, truth in enumerate(self.truth.layers):
+            truth.k, truth.v = (rows.astype(np.float64).swapaxes(0, 1) for rows in self.ours.kv(layer))
 
     def check_cache(self) -> None:
         for layer in range(self.weights.text.n_layer):
