@@ -89,6 +89,13 @@ int32_t kvs_cpu_info(char *text, int32_t size);  /* "NAME; features: ...; kernel
 const char *kvs_type_name(int32_t type);         /* "Q4_K"; NULL for a type that does not load */
 int64_t kvs_row_bytes(int32_t type, int64_t n);  /* bytes of n elements, -1 if n does not fit whole blocks */
 
+/* ---- tensor data ---- */
+/* values (rows, cols) to rows of blocks, rows * kvs_row_bytes(type, cols) bytes: all types but IQ4_NL and IQ4_XS. KVS_E_ARGUMENT: cols is
+ * no whole blocks, or a value is not finite or beyond the type's range (err.offset: its index in values; what is before it is written).
+ * The same bits on every machine. Plain calls: split rows over threads as you like. */
+int32_t kvs_encode(int32_t type, const float *values, int64_t rows, int64_t cols, void *out, kvs_error *err);
+int32_t kvs_decode(int32_t type, const void *blocks, int64_t n, float *out); /* n values; all types */
+
 /* ---- GGUF files, for inspection ---- */
 typedef struct kvs_gguf kvs_gguf;
 /* metadata value types, numbered as in the file */
@@ -263,7 +270,6 @@ int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_p
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
-int32_t kvs_test_dequant(int32_t type, const void *rows, int64_t n, float *out);
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
                         int32_t n, const float *bias, float *y);
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,

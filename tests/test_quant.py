@@ -51,7 +51,7 @@ def expected(name: str, rows: np.ndarray) -> np.ndarray:
 
 def decode(name: str, row: np.ndarray, n: int) -> np.ndarray:
     out = np.full(n, np.nan, np.float32)
-    assert lib.kvs_test_dequant(type_id(name), ffi.from_buffer(row), n, ffi.cast("float *", out.ctypes.data)) == 0
+    assert lib.kvs_decode(type_id(name), ffi.from_buffer(row), n, ffi.cast("float *", out.ctypes.data)) == 0
     return out
 
 
@@ -102,4 +102,4 @@ def test_unknown_types() -> None:
     for number in (*(set(range(-2, 64)) - known), 2**31 - 1, -(2**31)):
         assert lib.kvs_type_name(number) == ffi.NULL
         assert lib.kvs_row_bytes(number, 256) == -1
-        assert lib.kvs_test_dequant(number, ffi.NULL, 256, ffi.NULL) == lib.KVS_E_ARGUMENT
+        assert lib.kvs_decode(number, ffi.NULL, 256, ffi.NULL) == lib.KVS_E_ARGUMENT

@@ -1,15 +1,9 @@
-/* selftest.c - single matrix products and decoders for tests, without a model. */
+/* selftest.c - single matrix products for tests, without a model. */
 #include "cpu.h"
 
 int32_t kvs_test_isa(const char *isa) {
     const kvs_isa *chosen;
     return isa && kvs_isa_choose(isa, &chosen, NULL) == KVS_OK;
-}
-
-int32_t kvs_test_dequant(int32_t type, const void *rows, int64_t n, float *out) {
-    if (kvs_row_bytes(type, n) < 0) return KVS_E_ARGUMENT;
-    kvs_type_get(type)->to_f32(rows, out, n);
-    return KVS_OK;
 }
 
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
