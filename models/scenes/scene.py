@@ -61,7 +61,8 @@ def scene(seed: int) -> Scene:
             h, w = alpha.shape
             owner[y : y + h, x : x + w][alpha > 0.5] = len(placed) + 1
             cut = picture[y : y + h, x : x + w]
-            cut += (pixels - cut) * alpha[:, :, None]
+            cut *= 1 - alpha[:, :, None]
+            cut += pixels
             placed.append((kind, (x, y, x + w, y + h), int((alpha > 0.5).sum())))
     return _finished(rng, seed, context, picture, owner, placed)
 
@@ -72,8 +73,11 @@ def _finished(rng: np.random.Generator, seed: int, context: int, picture: Array,
     objects = tuple(Object(placed[i][0], placed[i][1], int(areas[i])) for i in order)
     rank = np.zeros(len(placed) + 1, np.uint8)
     rank[1 + order] = np.arange(1, len(placed) + 1)
-    picture = picture * rng.uniform(0.85, 1.1) + rng.normal(0, rng.uniform(2, 9), picture.shape)
-    return Scene(seed, context, objects, np.clip(np.rint(picture), 0, 255).astype(np.uint8), rank[owner])
+    noise = rng.standard_normal(picture.shape, np.float32)
+    noise *= np.float32(rng.uniform(2, 9))
+    picture *= np.float32(rng.uniform(0.85, 1.1))
+    picture += noise
+    return Scene(seed, context, objects, np.clip(np.rint(picture, out=picture), 0, 255, out=picture).astype(np.uint8), rank[owner])
 
 
 def _choose(rng: np.random.Generator, context: Context) -> list[int]:
@@ -94,14 +98,14 @@ def _choose(rng: np.random.Generator, context: Context) -> list[int]:
 
 
 def _sprite(rng: np.random.Generator, kind: int, size: float) -> tuple[Array, Array]:
-    """float32 colours (h, w, 3) and coverage (h, w) of a pictogram: mirrored or not, turned a little, a little lighter or darker."""
+    """float32 colours (h, w, 3), times coverage, and coverage (h, w) of a pictogram: mirrored or not, turned, lighter or darker."""
     image = sprites()[kind]
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     share = size / max(image.size)
     image = image.resize((max(4, round(image.width * share)), max(4, round(image.height * share))), Image.Resampling.BILINEAR)
     image = image.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR, expand=True)
-    box = image.getchannel("A").getbbox()
+    box = image.getchannel("a").getbbox()
     pixels = np.asarray(image.crop(box), np.float32)
     tint = rng.uniform(0.85, 1.1) * rng.uniform(0.94, 1.06, 3)
     return pixels[:, :, :3] * tint.astype(np.float32), pixels[:, :, 3] / 255
@@ -138,7 +142,7 @@ def _background(rng: np.random.Generator, context: Context) -> Array:
 
 
 def _texture(rng: np.random.Generator, name: str, rows: int) -> Array:
-    y, x = np.mgrid[0:rows, 0:SIZE].astype(np.float32)
+    y, x = np.arange(rows, dtype=np.float32)[:, None], np.arange(SIZE, dtype=np.float32)
     shift = rng.integers(0, 16)
     match name:
         case "tiles":
@@ -146,9 +150,11 @@ def _texture(rng: np.random.Generator, name: str, rows: int) -> Array:
         case "planks":
             return np.where(y % 9 < 1, -20.0, 0.0) + np.where((x + shift + y // 9 * 17) % 40 < 1, -14.0, 0.0)
         case "grass":
-            return rng.normal(0, 11, (rows, SIZE)).astype(np.float32)
+            return 11 * rng.standard_normal((rows, SIZE), np.float32)
         case "waves":
             return 8 * np.sin((y + 2 * np.sin((x + shift) / 7)) / 2.2)
         case "road":
-            return np.where((abs(y - rows / 2) < 1.5) & ((x + shift) % 20 < 11), 70.0, 0.0) + rng.normal(0, 4, (rows, SIZE))
+            return np.where((abs(y - rows / 2) < 1.5) & ((x + shift) % 20 < 11), 70.0, 0.0) + 4 * rng.standard_normal(
+                (rows, SIZE), np.float32
+            )
     return np.zeros((rows, SIZE), np.float32)

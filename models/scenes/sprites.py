@@ -42,7 +42,7 @@ def write_sheet(font_path: str) -> None:
 
 @cache
 def sprites() -> tuple[Image.Image, ...]:
-    """RGBA, cropped, one for each kind."""
+    """One for each kind, cropped, in mode RGBa: colours times coverage, which is what scaling and turning must average."""
     with Image.open(SHEET) as sheet:
         sheet.load()
     cells = []
@@ -50,7 +50,7 @@ def sprites() -> tuple[Image.Image, ...]:
         x, y = i % COLUMNS * CELL, i // COLUMNS * CELL
         cell = sheet.crop((x, y, x + CELL, y + CELL))
         rows, columns = (np.flatnonzero(np.asarray(cell)[:, :, 3].max(axis)) for axis in (1, 0))
-        cells.append(cell.crop((0, 0, int(columns[-1]) + 1, int(rows[-1]) + 1)))
+        cells.append(cell.crop((0, 0, int(columns[-1]) + 1, int(rows[-1]) + 1)).convert("RGBa"))
     return tuple(cells)
 
 
