@@ -154,7 +154,6 @@ def _texture(rng: np.random.Generator, name: str, rows: int) -> Array:
         case "waves":
             return 8 * np.sin((y + 2 * np.sin((x + shift) / 7)) / 2.2)
         case "road":
-            return np.where((abs(y - rows / 2) < 1.5) & ((x + shift) % 20 < 11), 70.0, 0.0) + 4 * rng.standard_normal(
-                (rows, SIZE), np.float32
-            )
+            line = (abs(y - rows / 2) < 1.5) & ((x + shift) % 20 < 11)
+            return np.where(line, 70.0, 0.0) + 4 * rng.standard_normal((rows, SIZE), np.float32)
     return np.zeros((rows, SIZE), np.float32)
