@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import box
 from ._native import check, ffi, lib, new_error, string
 from .checks import c_path
 from .errors import KVSmoothError, ModelFileNotFoundError, ModelMismatchError
+
+_log = logging.getLogger("pykvsmooth")
 
 MAX_ARRAY = 1024  # longer arrays (the vocabulary) are left out of metadata
 
@@ -56,12 +60,16 @@ def read_metadata(path: str) -> dict[str, Any]:
 
 
 def model_path(path: Any) -> str:
+    """The file that is meant. None: the environment variable PYKVSMOOTH_MODEL, else the checkpoint in the box, and a word about it."""
     path = os.environ.get("PYKVSMOOTH_MODEL") or None if path is None else path
     if path is None:
-        raise ModelFileNotFoundError(
-            "no model was named: call Model(path) with a GGUF file, or set the environment variable PYKVSMOOTH_MODEL to one "
-            "(and PYKVSMOOTH_MMPROJ to its mmproj); this version has no checkpoint in the box"
-        )
+        path = box.text_model()
+        if path is None:
+            raise ModelFileNotFoundError(
+                "no model was named: call Model(path) with a GGUF file, or set the environment variable PYKVSMOOTH_MODEL to one "
+                "(and PYKVSMOOTH_MMPROJ to its mmproj); this installation has no checkpoint in the box"
+            )
+        _log.warning("no model was named: this is the small one in the box, which knows scenes of pictograms and nothing else")
     return os.fsdecode(c_path("path", path))
 
 

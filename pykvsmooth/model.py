@@ -75,7 +75,8 @@ class _ImageCache:
 class Model:
     """A text model and, if there is one, the vision tower that belongs to it.
 
-    path: a GGUF file (the first part of a split one); None: the environment variable PYKVSMOOTH_MODEL. mmproj: the tower's file; None:
+    path: a GGUF file (the first part of a split one); None: the environment variable PYKVSMOOTH_MODEL, else
+    the small checkpoint in the box. mmproj: the tower's file; None:
     PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
     "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 import pykvsmooth as kvs
+from pykvsmooth import box
 from pykvsmooth._native import library_path
 from pykvsmooth.cli import compare, pictures, records, render, terminal
 from pykvsmooth.cli import main as cli
@@ -223,6 +224,7 @@ def test_no_model_and_no_tower(run, image, monkeypatch, tiny_pair, tmp_path):
     got = run("caption", image, "--model", alone)
     assert got.code == 1 and "--mmproj" in got.err
     monkeypatch.delenv("PYKVSMOOTH_MODEL")
+    monkeypatch.setattr(box, "FOLDERS", ())
     got = run("caption", image)
     assert got.code == 1 and "--model" in got.err and "PYKVSMOOTH_MODEL" in got.err
 

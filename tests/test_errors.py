@@ -18,6 +18,7 @@ import tiny
 from conftest import Pair
 
 import pykvsmooth as kvs
+from pykvsmooth import box
 
 IMAGE = np.full((40, 30, 3), 90, np.uint8)
 
@@ -43,6 +44,7 @@ def test_the_tree_of_errors() -> None:
 
 def test_no_model_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYKVSMOOTH_MODEL", raising=False)
+    monkeypatch.setattr(box, "FOLDERS", ())
     with pytest.raises(kvs.KVSmoothError, match=r"Model\(path\).*PYKVSMOOTH_MODEL"):
         kvs.Model()
 

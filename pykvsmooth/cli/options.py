@@ -23,7 +23,7 @@ class UsageError(Exception):
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="FILE", help="text model, GGUF (default: the environment variable PYKVSMOOTH_MODEL)")
+    group.add_argument("--model", metavar="FILE", help="text model, GGUF (default: PYKVSMOOTH_MODEL, else the one in the box)")
     group.add_argument(
         "--mmproj", metavar="FILE", help="its vision tower (default: PYKVSMOOTH_MMPROJ, else the one mmproj*.gguf beside the model)"
     )
