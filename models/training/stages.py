@@ -1,0 +1,48 @@
+"""The stages in order. Each looks for its finished file first, so that a run goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from . import tower, vocabulary
+from .pool import Pool
+from .recipe import Recipe, TrainingError
+from .work import Work
+
+
+def device_of(name: str) -> torch.device:
+    """auto: a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def run(folder: Path, shared: Path | None, recipe: Recipe, until: str, threads: int, device_name: str, every: float) -> None:
+    """shared: the work folder that holds scenes, vocabulary, tower and features; folder itself if None."""
+    torch.set_num_threads(threads)
+    device = device_of(device_name)
+    sight = Work(shared or folder)
+    pool = Pool(sight, recipe)
+    if shared is None:
+        see(sight, pool, recipe, until, threads, device, every)
+
+
+def see(work: Work, pool: Pool, recipe: Recipe, until: str, threads: int, device: torch.device, every: float) -> None:
+    """What all seeds of the language model share: scenes, vocabulary, tower, features."""
+    pool.make(threads)
+    if until == "scenes":
+        return
+    if not work.path("tokenizer.model").exists():
+        vocabulary.make(work.path("tokenizer.model"), pool, recipe.sizes.pieces, threads)
+    if until == "vocabulary":
+        return
+    if not work.path("tower.safetensors").exists():
+        tower.make(work, pool, recipe, device, every)
+    if until == "tower":
+        return
+    tower.make_features(work, pool, recipe, device)
