@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .recipe import Recipe, TrainingError
 
-STAGES = ("scenes", "vocabulary", "tower", "features")
+STAGES = ("scenes", "vocabulary", "tower", "features", "language", "export")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,6 +28,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="pictures to render (default: %(default)s)")
     parser.add_argument("--tower-samples", type=int, default=Recipe.tower.samples, help="pictures the tower sees (default: %(default)s)")
     parser.add_argument("--tower-rate", type=float, default=Recipe.tower.rate, help="its learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=Recipe.language.samples, help="captions the language model sees (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=Recipe.language.rate, help="its learning rate (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=Recipe.language.batch, help="captions a step (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="processor threads (default: as many as there are)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--every", type=float, default=180.0, help="seconds between checkpoints (default: %(default)s)")
@@ -35,10 +40,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
-    if given.scenes < 1 or given.tower_samples < 1:
-        raise TrainingError("--scenes and --tower-samples must be at least 1")
+    for name in ("scenes", "tower_samples", "samples", "batch"):
+        if getattr(given, name) < 1:
+            raise TrainingError(f"--{name.replace('_', '-')} must be at least 1")
     tower = replace(Recipe.tower, samples=given.tower_samples, rate=given.tower_rate)
-    return replace(Recipe(), seed=given.seed, scenes=given.scenes, tower=tower)
+    language = replace(Recipe.language, samples=given.samples, rate=given.rate, batch=given.batch)
+    return replace(Recipe(), seed=given.seed, scenes=given.scenes, tower=tower, language=language)
 
 
 def run(given: argparse.Namespace) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from . import tower, vocabulary
+from . import language, tower, vocabulary
 from .pool import Pool
 from .recipe import Recipe, TrainingError
 from .work import Work
+
+SIGHT = ("scenes", "vocabulary", "tower", "features")  # stages that all seeds of the language model share
 
 
 def device_of(name: str) -> torch.device:
@@ -30,6 +32,14 @@ def run(folder: Path, shared: Path | None, recipe: Recipe, until: str, threads: 
     pool = Pool(sight, recipe)
     if shared is None:
         see(sight, pool, recipe, until, threads, device, every)
+    missing = [name for name in ("tokenizer.model", "tower.safetensors", "features-train.npy") if not sight.path(name).exists()]
+    if until in SIGHT:
+        return
+    if missing:
+        raise TrainingError(f"{sight.folder}: has no {missing[0]}: run its stages first")
+    work = Work(folder)
+    if not work.path("language.safetensors").exists():
+        language.make(work, sight, pool, recipe, device, every)
 
 
 def see(work: Work, pool: Pool, recipe: Recipe, until: str, threads: int, device: torch.device, every: float) -> None:
