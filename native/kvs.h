@@ -91,8 +91,9 @@ int64_t kvs_row_bytes(int32_t type, int64_t n);  /* bytes of n elements, -1 if n
 
 /* ---- tensor data ---- */
 /* values (rows, cols) to rows of blocks, rows * kvs_row_bytes(type, cols) bytes: all types but IQ4_NL and IQ4_XS. KVS_E_ARGUMENT: cols is
- * no whole blocks, or a value is not finite or beyond the type's range (err.offset: its index in values; what is before it is written).
- * The same bits on every machine. Plain calls: split rows over threads as you like. */
+ * no whole blocks, or a value is not finite or beyond the type's range (err.offset: its index in values; nothing is written then).
+ * The scales of every block are searched for the least squared error; the same bits on every machine and however rows are split over calls.
+ * One thread's work: split rows over threads as you like. */
 int32_t kvs_encode(int32_t type, const float *values, int64_t rows, int64_t cols, void *out, kvs_error *err);
 int32_t kvs_decode(int32_t type, const void *blocks, int64_t n, float *out); /* n values; all types */
 

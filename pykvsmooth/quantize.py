@@ -60,12 +60,13 @@ def encode(values: NDArray[np.floating[Any]], type: str, threads: int | None = N
     width = lib.kvs_row_bytes(kind, cols)
     if width < 0:
         raise ValueError(f"values: rows of {cols} are not whole blocks of {type}")
-    out = np.empty((rows, width), np.uint8)
-    step = max(1, min(CHUNK // max(cols, 1), -(-rows // _threads(threads))))
-    starts = range(0, rows, step)
-    with ThreadPoolExecutor(_threads(threads)) as pool:
-        for _ in pool.map(lambda i: _encode(array[i : i + step], kind, out[i : i + step], i), starts):
-            pass
+    out, n_threads = np.empty((rows, width), np.uint8), _threads(threads)
+    step = max(1, min(CHUNK // max(cols, 1), -(-rows // n_threads)))
+    if step >= rows:
+        _encode(array, kind, out, 0)
+        return out
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(lambda i: _encode(array[i : i + step], kind, out[i : i + step], i), range(0, rows, step)))
     return out
 
 

@@ -27,6 +27,15 @@ typedef struct kvs_attn_task { /* one KV head, n_q query rows that belong to it,
     float *scratch; /* kvs_attn_scratch(head_dim, n_q) floats, the thread's own */
 } kvs_attn_task;
 
+/* 16 blocks of weights against grids d q + m, q whole and lo <= q <= hi; e: what is left of a value at the nearest q */
+enum { KVS_FIT_BLOCKS = 16 };
+#define KVS_FIT_TINY 1e-12f /* a smaller d gives q = 0 */
+typedef struct kvs_fit {
+    float lo, hi;
+    float d[KVS_FIT_BLOCKS], m[KVS_FIT_BLOCKS];
+    float ee[KVS_FIT_BLOCKS], e[KVS_FIT_BLOCKS], eq[KVS_FIT_BLOCKS], q[KVS_FIT_BLOCKS], qq[KVS_FIT_BLOCKS]; /* sums over a block, results */
+} kvs_fit;
+
 typedef struct kvs_rowops {
     const char *isa;
     void (*rms_norm)(float *y, const float *x, const float *w, float eps, int64_t n);
@@ -38,6 +47,7 @@ typedef struct kvs_rowops {
     void (*attn)(const kvs_attn_task *task);
     void (*store)(int32_t type, void *row, const float *x, int32_t head_dim);         /* one cache row of one head */
     void (*mix)(float *y, const float *x, float weight_y, float weight_x, int64_t n); /* y = weight_y y + weight_x x */
+    void (*fit)(const float *x, int32_t n, kvs_fit *fit);                             /* x (n, KVS_FIT_BLOCKS): n values of each block */
 } kvs_rowops;
 extern const kvs_rowops kvs_rowops_base, kvs_rowops_avx2, kvs_rowops_avx512;
 int64_t kvs_attn_scratch(int32_t head_dim, int32_t n_q); /* floats; rows.c of base defines it, equal for all */

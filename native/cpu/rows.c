@@ -1,6 +1,7 @@
 /* rows.c - every kernel but the matrix products, compiled once per instruction set. Ends that do not fill a vector go
  * through the same vector code in a padded copy, so that a value's bits never depend on where in a row it stands. */
 #include "attn_kernel.h"
+#include "fit_kernel.h"
 
 #if defined(KVS_ISA_AVX512)
 #define ROWOPS   kvs_rowops_avx512
@@ -189,4 +190,5 @@ const kvs_rowops ROWOPS = {
     .attn = attn,
     .store = store,
     .mix = mix,
+    .fit = fit,
 };
