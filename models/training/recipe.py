@@ -57,4 +57,4 @@ class Recipe:
     development: int = 1000
     sizes: Sizes = Sizes()
     tower: Pace = Pace(samples=120_000, batch=128, rate=1e-3, decay=0.05)
-    language: Pace = Pace(samples=120_000, batch=64, rate=1e-3, decay=0.05)
+    language: Pace = Pace(samples=90_000, batch=32, rate=1e-3, decay=0.05)
