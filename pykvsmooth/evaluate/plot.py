@@ -1,0 +1,74 @@
+"""A sweep as a picture: precision against recall, and F1 against CHAIR_S (figures 4 and 5 of arXiv 2602.04268). Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from .errors import EvaluationError
+
+if TYPE_CHECKING:
+    from .score import Report
+    from .sweep import Sweep
+
+FORMATS = (".png", ".pdf", ".svg")
+BLUE, ORANGE = "#1f5fa8", "#d1611f"
+MOST_NAMES = 12  # so many points of a curve carry their names
+
+
+def check(path: str) -> None:
+    """Can it be drawn there? Before hours of captions, not after. Raises EvaluationError, and ImportError without matplotlib."""
+    if os.path.splitext(path)[1].lower() not in FORMATS:
+        raise EvaluationError(f"a plot is {', '.join(FORMATS)}", path)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise EvaluationError("there is no such folder", path)
+    _figure_class()
+
+
+def draw(sweep: Sweep, path: str) -> None:
+    figure = _figure_class()(figsize=(11, 4.6), layout="constrained")
+    trade, chair = figure.subplots(1, 2)
+    cuts = [(f"{n}", report) for n, report in sweep.cuts]
+    values = list(sweep.points[0].values) if sweep.points else []
+    points = [(point.name if len(values) > 1 else str(point.values[values[0]]), point.report) for point in sweep.points]
+    policy = f"KVSmooth, by {', '.join(values)}"
+    for axes, x, y in ((trade, "recall", "precision"), (chair, "chair_s", "f1")):
+        _curve(axes, cuts, x, y, BLUE, "o", "baseline, first n sentences")
+        _curve(axes, points, x, y, ORANGE, "s", policy)
+        at = sweep.baseline.figures()
+        axes.plot(100 * at[x], 100 * at[y], "*", color=BLUE, markersize=15, label="baseline, whole")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, framealpha=0.7)
+    trade.set(xlabel="recall of objects, %", ylabel="precision, %", title="up and right is better")
+    chair.set(xlabel="captions with an invented object (CHAIR$_S$), %", ylabel="F$_1$, %", title="up and left is better")
+    _save(figure, path)
+
+
+def _curve(axes: Any, named: list[tuple[str, Report]], x: str, y: str, colour: str, marker: str, label: str) -> None:
+    at = [(100 * report.figures()[x], 100 * report.figures()[y]) for _, report in named]
+    axes.plot([a for a, _ in at], [b for _, b in at], marker=marker, color=colour, markersize=4, linewidth=1.2, label=label)
+    every = -(-len(named) // MOST_NAMES)
+    for (name, _), place in list(zip(named, at, strict=True))[::every]:
+        axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+
+
+def _save(figure: Any, path: str) -> None:
+    """Whole or not at all."""
+    part = f"{path}.part"
+    try:
+        figure.savefig(part, dpi=150, format=os.path.splitext(path)[1][1:].lower())
+        os.replace(part, path)
+    except OSError as error:
+        raise EvaluationError(f"can't be written: {error.strerror}", path) from error
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def _figure_class() -> Any:
+    """Without pyplot: no display, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("plots need the package matplotlib: pip install 'pykvsmooth[plot]'") from error
+    return Figure
