@@ -243,7 +243,7 @@ def _truth(args: argparse.Namespace, ui: Ui) -> Truth:
 
     if args.truth:
         return evaluate.read_truth(args.truth)
-    truth = evaluate.coco_truth(args.coco, args.parity, lambda name: ui.status(f"reading {name}: a minute, once"))
+    truth = evaluate.coco_truth(args.coco, args.parity, lambda name: ui.status(f"reading {name} (large; only this once)"))
     ui.clear()
     if not has_captions(args.coco):
         ui.note(f"{args.coco}: no captions_*2014.json, so objects that only people's captions name count as invented")

@@ -1,7 +1,7 @@
 """The objects in COCO's pictures, from the user's copy of the annotations of 2014.
 
-As in CHAIR's scorer: the classes of the segmented instances, and the objects that the reference captions name. The first read takes a
-minute and gigabytes of memory (the files are that large); what came of it is kept in the user's cache folder as JSON.
+As in CHAIR's scorer: the classes of the segmented instances, and the objects that the reference captions name. The files are large and
+are read whole, one after the other; what came of them is kept in the user's cache folder as JSON.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 BLUE, ORANGE = "#1f5fa8", "#d1611f"
-MOST_NAMES = 12  # so many points of a curve carry their names
+MOST_NAMES = 6  # so many points of a curve carry their names: more would hide one another
 
 
 def check(path: str) -> None:
@@ -38,6 +38,7 @@ def draw(sweep: Sweep, path: str) -> None:
         at = sweep.baseline.figures()
         axes.plot(100 * at[x], 100 * at[y], "*", color=BLUE, markersize=15, label="baseline, whole")
         axes.grid(alpha=0.3)
+        axes.margins(0.08)
         axes.legend(fontsize=8, framealpha=0.7)
     trade.set(xlabel="recall of objects, %", ylabel="precision, %", title="up and right is better")
     chair.set(xlabel="captions with an invented object (CHAIR$_S$), %", ylabel="F$_1$, %", title="up and left is better")
@@ -47,9 +48,10 @@ def draw(sweep: Sweep, path: str) -> None:
 def _curve(axes: Any, named: list[tuple[str, Report]], x: str, y: str, colour: str, marker: str, label: str) -> None:
     at = [(100 * report.figures()[x], 100 * report.figures()[y]) for _, report in named]
     axes.plot([a for a, _ in at], [b for _, b in at], marker=marker, color=colour, markersize=4, linewidth=1.2, label=label)
+    side = {"xytext": (4, 4), "ha": "left"} if marker == "o" else {"xytext": (-5, -9), "ha": "right"}
     every = -(-len(named) // MOST_NAMES)
-    for (name, _), place in list(zip(named, at, strict=True))[::every]:
-        axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+    for (name, _), place in list(zip(named, at, strict=True))[:: -every or None]:  # the last one in any case
+        axes.annotate(name, place, textcoords="offset points", fontsize=7, color=colour, **side)
 
 
 def _save(figure: Any, path: str) -> None:
