@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TEXT = "scenes-llava-q8_0.gguf"
+TEXT = "scenes-llava-Q8_0.gguf"
 FOLDERS = (Path(__file__).with_name("box"), Path(__file__).parents[1] / "models" / "demo")
 
 

@@ -55,6 +55,7 @@ class Painted(Plain):
         super().__init__(ui)
         self._heat, self._range = heat and ui.out.colour, strengths
         self._word = ""
+        self._begin = self._at = 0  # characters before the word, and so far
         self._entropies: list[float] = []  # of the tokens of the word
         self._strengths: list[float] = []
         self._seen: list[float] = []  # of the words so far: entropies, sorted
@@ -66,7 +67,9 @@ class Painted(Plain):
         for piece in re.findall(r"\n|[ \t]+|[^ \t\n]+", escaped(token.text)) or [""]:
             if piece.isspace() or cell_len(self._word) + cell_len(piece) > LONGEST_WORD:
                 self._flush()
+            self._begin = self._begin if self._word else self._at
             self._word += piece
+            self._at += len(piece)
             if piece == "\n":
                 self._word = ""
                 self._newline()
@@ -98,7 +101,7 @@ class Painted(Plain):
         width = max(self.ui.out.width, 10) - 1
         if self._column and self._column + len(space) + cell_len(word) > width:
             self._newline()
-        style = self._shade(entropy) if word else ""
+        style = self._style(self._begin + len(space), word, entropy) if word else ""
         if word and strength is not None:
             self._all_strengths.append(strength)
         self._put(space if self._column else "", "", strength=None)
@@ -118,6 +121,10 @@ class Painted(Plain):
         if bars and self._range:
             self.ui.put(bars, "cyan")
             self.ui.put("\n")
+
+    def _style(self, begin: int, word: str, entropy: float | None) -> str:
+        """How a word looks that begins at this character of the text."""
+        return self._shade(entropy)
 
     def _shade(self, entropy: float | None) -> str:
         if entropy is None or not self._heat:

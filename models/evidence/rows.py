@@ -1,0 +1,46 @@
+"""Which settings are compared, and on which grid the best one is looked for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pykvsmooth as kvs
+
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+LAYERS = ("1:4", "0:4", "1:8", "3:8", "4:8", "0:8")  # of eight
+OTHERS: tuple[dict[str, Any], ...] = ({"target": "k"}, {"target": "v"}, {"target": "o"}, {"rope_mode": "relative"}, {"mix": "damp"})
+
+
+def grid() -> dict[str, kvs.KVSmooth]:
+    """The settings that are tried on the development split."""
+    return {f"layers {layers}, lambda_ref {ref}": kvs.KVSmooth(lambda_ref=ref, layers=layers) for layers in LAYERS for ref in LAMBDAS}
+
+
+def around(best: kvs.KVSmooth) -> dict[str, kvs.KVSmooth]:
+    """Its neighbours in the other switches, on the development split, too."""
+    return {f"best, {_said(change)}": changed(best, **change) for change in OTHERS}
+
+
+def changed(policy: kvs.KVSmooth, **changes: Any) -> kvs.KVSmooth:
+    return kvs.KVSmooth(**{**{f.name: getattr(policy, f.name) for f in fields(policy)}, **changes})
+
+
+def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kvs.KVSmooth]:
+    """What the page compares with the plain model. mean_strength: of the best setting's run on the same scenes."""
+    return {
+        "KVSmooth, best of the development split": best,
+        "KVSmooth, as published (0.9, 3:-1)": kvs.KVSmooth(),
+        f"fixed strength {mean_strength:.3f}, the best one's mean": changed(best, mode="fixed", lambda_fixed=mean_strength),
+        "damping: no previous row": changed(best, mix="damp"),
+        "keys only": changed(best, target="k"),
+        "values only": changed(best, target="v"),
+        "attention outputs (o_t)": changed(best, target="o"),
+        "first layer in": changed(best, layers=sorted({0, *best.resolve_layers(n_layer)})),
+        "last layer in": changed(best, layers=sorted({*best.resolve_layers(n_layer), n_layer - 1})),
+        "relative rope": changed(best, rope_mode="relative"),
+    }
+
+
+def _said(change: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in change.items())

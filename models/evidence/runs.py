@@ -1,0 +1,112 @@
+"""Captions of a split under one policy, and what is read off them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+
+import pykvsmooth as kvs
+from models.scenes import PROMPT, SIZE, SPLITS, Scene, scene
+from pykvsmooth import evaluate
+from pykvsmooth.evaluate import Caption, Report, Scored
+
+MAX_TOKENS = 256  # nearly twice the longest caption of the training data
+PARALLEL = 16
+LOOP = 3  # times that a sentence comes in a caption that is in a loop
+
+
+@cache
+def scenes(split: str, count: int) -> tuple[Scene, ...]:
+    return tuple(scene(SPLITS[split] + i) for i in range(count))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Captions of the first scenes of a split, in their order; image_id is the number of the scene."""
+
+    split: str
+    captions: tuple[Caption, ...]
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        return scenes(self.split, len(self.captions))
+
+    @cached_property
+    def truth(self) -> dict[str, frozenset[str]]:
+        return {str(i): frozenset(thing.node for thing in s.objects) for i, s in enumerate(self.scenes)}
+
+    @cached_property
+    def report(self) -> Report:
+        return evaluate.score(self.captions, self.truth)
+
+    @property
+    def tokens(self) -> float:
+        """Mean number a caption."""
+        return float(np.mean([len(one.tokens) for one in self.captions]))
+
+    @property
+    def degenerate(self) -> float:
+        """Share of captions without an end, or with a sentence that keeps coming."""
+        return float(np.mean([len(one.tokens) >= MAX_TOKENS or looping(one.text) for one in self.captions]))
+
+    @property
+    def mean_strength(self) -> float:
+        """Over all smoothed tokens; NaN without a policy."""
+        found = [t.strength for one in self.captions for t in one.tokens if t.strength is not None and np.isfinite(t.strength)]
+        return float(np.mean(found)) if found else float("nan")
+
+    @property
+    def sides_right(self) -> float:
+        """Of all that is said to be on the left or on the right, and is in the scene: the share that is on that half."""
+        both = zip(self.captions, self.report.captions, self.scenes, strict=True)
+        told = [right for caption, scored, s in both for right in _sides(caption.text, scored, s)]
+        return float(np.mean(told)) if told else float("nan")
+
+    def cut(self, sentences: int) -> Report:
+        """The same captions after so many sentences."""
+        return evaluate.score(evaluate.truncated(self.captions, sentences), self.truth)
+
+
+def looping(text: str) -> bool:
+    sentences = re.split(r"(?<=\.) ", text)
+    return max(map(sentences.count, sentences)) >= LOOP
+
+
+def _sides(text: str, scored: Scored, s: Scene) -> list[bool]:
+    right = []
+    for mention in scored.mentions:
+        sentence = text[text.rfind(". ", 0, mention.begin) + 1 : mention.begin].lower()
+        said = set(re.findall(r"\b(left|right)\b", sentence))
+        things = [thing for thing in s.objects if thing.node == mention.node]
+        if len(said) == 1 and things:
+            right.append((things[0].centre[0] < SIZE / 2) == (said == {"left"}))
+    return right
+
+
+def caption_scenes(
+    model: kvs.Model, policy: kvs.KVSmooth | None, split: str, count: int, progress: Callable[[int, int], None] | None = None
+) -> Run:
+    """Greedy captions; the runtime's batches give what single captions give, to the bit."""
+    pictures = [(i, view.picture) for i, view in enumerate(scenes(split, count))]
+    found = evaluate.run(
+        model,
+        pictures,
+        policy=policy,
+        prompt=PROMPT,
+        tokens=True,
+        parallel=PARALLEL,
+        n_ctx=512,
+        progress=progress,
+        max_tokens=MAX_TOKENS,
+    )
+    return Run(split, tuple(found))
+
+
+def dropped(plain: Run, recall: float, draws: int = 20) -> dict[str, float]:
+    """The control at this recall: plain captions that blindly lose their last objects. Mean figures of so many draws."""
+    figures = [evaluate.drop_last(plain.report, recall, seed).figures() for seed in range(draws)]
+    return {name: float(np.mean([one[name] for one in figures])) for name in figures[0]}
