@@ -1,0 +1,110 @@
+"""The page of evidence: what is read off captions, and that the tables say what the runs say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import Pair
+
+import pykvsmooth as kvs
+from models.evidence import page, rows, runs
+from models.evidence.__main__ import Bench, search
+from models.scenes import caption, side
+from pykvsmooth.evaluate import Caption, TokenFacts
+
+COUNT = 12
+
+
+def told(text: str, image_id: int, strength: float | None = None) -> Caption:
+    """A caption in tokens of four characters, whose entropies rise."""
+    pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+    return Caption(image_id, text, tuple(TokenFacts(piece, 1 + 0.01 * i, strength) for i, piece in enumerate(pieces)))
+
+
+def right(count: int = COUNT, strength: float | None = None) -> runs.Run:
+    """What a perfect model would say."""
+    return runs.Run("test", tuple(told(caption(s, 1), i, strength) for i, s in enumerate(runs.scenes("test", count))))
+
+
+def test_a_perfect_run() -> None:
+    run = right()
+    figures = run.report.figures()
+    assert figures["chair_s"] == 0 and figures["recall"] == figures["precision"] == 1
+    assert run.sides_right == 1 and run.mean_strength != run.mean_strength and right(strength=0.25).mean_strength == 0.25
+
+
+def test_sides_and_inventions() -> None:
+    """Every left is a right and the other way round; the first object of each caption is a giraffe now."""
+    swapped = []
+    for i, s in enumerate(runs.scenes("test", COUNT)):
+        text = caption(s, 1).replace("left", "\0").replace("right", "left").replace("\0", "right")
+        swapped.append(told(text, i))
+    assert runs.Run("test", tuple(swapped)).sides_right == 0
+    nowhere = [told("On the left there is a giraffe.", i) for i in range(COUNT)]
+    run = runs.Run("test", tuple(nowhere))
+    there = [next((side(t) for t in s.objects if t.node == "giraffe"), None) for s in run.scenes]
+    assert run.report.figures()["chair_s"] == there.count(None) / COUNT
+
+
+def test_degenerate() -> None:
+    loop = "There is a cat. " * 3
+    assert runs.looping(loop) and not runs.looping("There is a cat. There is a dog. There is a cat.")
+    endless = told("word " * 300, 0)
+    assert len(endless.tokens) >= runs.MAX_TOKENS
+    assert runs.Run("test", (endless, told("A cat.", 1), told(loop, 2), told("A dog.", 3))).degenerate == 0.5
+
+
+def test_controls_end_at_the_recall() -> None:
+    run = right()
+    for recall in (0.3, 0.7):
+        control = runs.dropped(run, recall, draws=3)
+        assert recall - 1.5 / COUNT < control["recall"] <= recall and control["precision"] == 1
+    assert run.cut(1).figures()["recall"] == 0 and run.cut(2).figures()["recall"] == COUNT / sum(len(s.objects) for s in run.scenes)
+
+
+def test_rows_differ_from_the_best_in_one_thing() -> None:
+    best = kvs.KVSmooth(lambda_ref=0.2, layers="1:4")
+    table = rows.rows(best, 0.31, 8)
+    assert len({repr(policy) for policy in table.values()}) == len(table) == 10
+    fixed = next(policy for name, policy in table.items() if name.startswith("fixed"))
+    assert (fixed.mode, fixed.lambda_fixed, fixed.layers) == ("fixed", 0.31, "1:4")
+    assert table["last layer in"].resolve_layers(8) == [1, 2, 3, 7] and table["first layer in"].resolve_layers(8) == [0, 1, 2, 3]
+
+
+def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
+    """A run for each row is asked for; the plain one is right, the others name a giraffe more."""
+    asked = []
+
+    def run(name: str, policy: kvs.KVSmooth | None, split: str, count: int) -> runs.Run:
+        asked.append(name)
+        if policy is None:
+            return right(count)
+        return runs.Run("test", tuple(told(one.text + " There is a giraffe.", i, 0.5) for i, one in enumerate(right(count).captions)))
+
+    found = {
+        "plain": (None, right()),
+        **{name: (policy, right()) for name, policy in {**rows.grid(), **rows.around(kvs.KVSmooth())}.items()},
+    }
+    with kvs.Model(tiny_pair.text, device="cpu") as model:
+        page.write(run, model, found, [], COUNT, tmp_path)
+    text = (tmp_path / "evidence.md").read_text()
+    plain = next(line for line in text.splitlines() if line.startswith("| plain |"))
+    assert plain.startswith("| plain | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] |")
+    keys = next(line for line in text.splitlines() if line.startswith("| keys only |"))
+    invented = 100 * sum("giraffe" not in {t.node for t in s.objects} for s in runs.scenes("test", COUNT)) / COUNT
+    assert keys.startswith(f"| keys only | {invented:.1f} [") and f"| +{invented:.1f} [" in keys
+    assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9  # the best one is a row already
+    assert (tmp_path / "along.svg").stat().st_size > 1000 and (tmp_path / "trade.svg").stat().st_size > 1000
+
+
+def test_search_runs_the_grid(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LAMBDAS", (0.1,))
+    monkeypatch.setattr(rows, "LAYERS", ("1:2",))
+    monkeypatch.setattr(runs, "MAX_TOKENS", 6)
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+        found = search(Bench(model), 2)
+    assert list(found)[:2] == ["plain", "layers 1:2, lambda_ref 0.1"] and len(found) == 2 + len(rows.OTHERS)
+    assert all(len(run.captions) == 2 for _, run in found.values())
