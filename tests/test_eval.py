@@ -1,5 +1,6 @@
 """Figures of a corpus against numbers counted by hand and direct computation; files, COCO, runs that go on, sweeps, the command line."""
 
+import argparse
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 
 import pykvsmooth as kvs
 from pykvsmooth import evaluate
+from pykvsmooth.cli import evaluate as command
 from pykvsmooth.cli import main as cli
 from pykvsmooth.evaluate import Caption, EvaluationError, TokenFacts
 from pykvsmooth.evaluate.score import _resampled
@@ -410,6 +412,21 @@ def test_run_equals_caption_then_chair(run, scenes, tmp_path, capsys):
     assert again.out == got.out and "5 of 5 are in" in again.err and out.read_bytes() == before
     assert cli.main(["caption", str(folder), "--out", str(out), "--max-tokens", "8"]) == 0  # the same settings in the same words
     assert "5 of 5 pictures are in" in capsys.readouterr().err and out.read_bytes() == before
+
+
+def test_the_pictures_of_opera(run, coco, tmp_path, monkeypatch):
+    """Without another word they are taken where they are all there, in the list's order; --limit takes the first of them."""
+    ids = evaluate.opera500()
+    assert len(set(ids)) == 500 and all(i.isdigit() and i[0] != "0" for i in ids)
+    Image.new("RGB", (8, 8)).save(tmp_path / f"COCO_val2014_{int(ids[7]):012}.jpg")
+    got = run("run", "--images", tmp_path / "*.jpg", "--coco", coco, "--ids", "opera500", "--max-tokens", 1)
+    assert got.code == 1 and "499 of its ids have no picture in --images" in got.err and "opera500" in got.err
+    names = [f"COCO_val2014_{int(i):012}.jpg" for i in [*reversed(ids), "7"]]
+    monkeypatch.setattr(command, "expand", lambda _: (names, []))
+    args = argparse.Namespace(images=[], coco="c", ids=None, limit=3)
+    assert [str(image_id) for image_id, _ in command._pictures(args)] == ids[:3]
+    names.pop(0)
+    assert [str(image_id) for image_id, _ in command._pictures(args)] != ids[:3]
 
 
 def test_run_goes_on_and_keeps_tokens(run, scenes, tmp_path):

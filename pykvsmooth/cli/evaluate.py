@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..evaluate.captioning import Picture
     from ..evaluate.score import Truth
 
+OPERA500 = "opera500"
 DESCRIPTION = """How much captions invent: CHAIR's figures (arXiv 1809.02156) for pictures whose objects are known."""
 FILES_HELP = """captions: JSON lines {"image_id": 7, "caption": "..."}, or the lines of `pykvsmooth caption --out`, whose image_id is the
 file's name without folder and ending (with --coco: the number at its end). truth: JSON lines {"image_id": 7, "objects": ["dog", "sofa"]};
@@ -26,7 +27,8 @@ captions_{train,val}2014.json; what is found in them is kept in the user's cache
 
 CHAIR_S: captions with an invented object; CHAIR_I: mentions that are invented. Intervals: 95 %, bootstrap over captions."""
 RUN_HELP = """--out F.jsonl keeps the captions, and the same command goes on where it was stopped. --limit N takes the N pictures whose
-SHA-256 of the image_id is smallest (the same on every machine), with --ids the first N of that list.
+SHA-256 of the image_id is smallest (the same on every machine), with --ids the first N of that list. --ids opera500: the 500 pictures
+of OPERA's published captions; so it is with --coco where nothing else is said and --images has all of them.
 
 """
 SWEEP_HELP = """The paper's Table 1 and figure 4 with LLaVA-1.5-7B and COCO (the centre crop and --parity are what its scripts use):
@@ -34,7 +36,8 @@ SWEEP_HELP = """The paper's Table 1 and figure 4 with LLaVA-1.5-7B and COCO (the
   pykvsmooth eval sweep lambda_ref=0.5:0.95:0.05 --model llava-v1.5-7b-f16.gguf --mmproj mmproj-f16.gguf --images val2014 \\
     --coco annotations --limit 500 --image-mode crop --parity --parallel 8 --out table1.jsonl --plot table1.png
 
-Its 500 pictures are unknown; --ids FILE takes a list, or a published file of captions with its image_ids.
+The paper's own 500 pictures are unknown. These are OPERA's, whose protocol it follows; --ids FILE takes another list, or a published
+file of captions with its image_ids.
 
 """
 
@@ -99,7 +102,7 @@ def _add_against(parser: argparse.ArgumentParser) -> None:
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="files, folders, globs")
-    parser.add_argument("--ids", metavar="FILE", help="only the pictures with these image ids, one a line")
+    parser.add_argument("--ids", metavar="FILE", help=f"only these image ids, one a line, or {OPERA500}")
     parser.add_argument("--limit", type=options._positive, metavar="N", help="so many of the pictures")
     parser.add_argument("--prompt", default=options.PROMPT, metavar="TEXT", help=f'default: "{options.PROMPT}"')
 
@@ -215,7 +218,9 @@ def _pictures(args: argparse.Namespace) -> list[Picture]:
     pictures = [(evaluate.coco_id(name) if args.coco else evaluate.stem(name), name) for name in names]
     check_ids(pictures)
     if args.ids:
-        return _listed(args, pictures)
+        return _listed(args, pictures, evaluate.opera500() if args.ids == OPERA500 else evaluate.read_ids(args.ids))
+    if args.coco and set(evaluate.opera500()) <= {str(image_id) for image_id, _ in pictures}:
+        return _listed(args, pictures, evaluate.opera500())
     if args.limit is None or args.limit >= len(pictures):
         return pictures
     chosen = {image_id for image_id, _ in sorted(pictures, key=_draw)[: args.limit]}
@@ -227,11 +232,11 @@ def _draw(picture: Picture) -> bytes:
     return hashlib.sha256(str(picture[0]).encode("utf-8", "surrogateescape")).digest()
 
 
-def _listed(args: argparse.Namespace, pictures: list[Picture]) -> list[Picture]:
+def _listed(args: argparse.Namespace, pictures: list[Picture], wanted: list[str]) -> list[Picture]:
     from .. import evaluate
 
     by_id = {str(image_id): (image_id, name) for image_id, name in pictures}
-    ids = [str(evaluate.coco_id(text)) if args.coco else text for text in evaluate.read_ids(args.ids)][: args.limit]
+    ids = [str(evaluate.coco_id(text)) if args.coco else text for text in wanted][: args.limit]
     if missing := [image_id for image_id in ids if image_id not in by_id]:
         raise evaluate.EvaluationError(f"{len(missing)} of its ids have no picture in --images, the first is {missing[0]}", args.ids)
     return [by_id[image_id] for image_id in ids]

@@ -14,7 +14,7 @@ from .chair import Mention, find, mentions, node_of, node_words
 from .coco import coco_truth
 from .controls import Separation, drop_last, entropy_separation, positions, sentence_ends, truncated
 from .errors import EvaluationError
-from .files import coco_id, read_captions, read_ids, read_truth, stem
+from .files import coco_id, opera500, read_captions, read_ids, read_truth, stem
 from .score import FIGURES, Caption, Comparison, Report, Scored, TokenFacts, auc, compare, mcnemar, score
 from .sweep import Point, Sweep, grid, sweep
 
@@ -43,6 +43,7 @@ __all__ = [
     "mentions",
     "node_of",
     "node_words",
+    "opera500",
     "positions",
     "read_captions",
     "read_ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 import re
@@ -72,6 +73,11 @@ def read_ids(path: str) -> list[str]:
             raise EvaluationError(f"image {text} is in the file already", path, number)
         ids[text] = None
     return list(ids)
+
+
+def opera500() -> list[str]:
+    """The image ids of OPERA's published captions: the pictures on which most later papers' figures can be compared."""
+    return (importlib.resources.files(__package__) / "data" / "opera500.txt").read_text("ascii").split()
 
 
 def stem(name: str) -> str:
