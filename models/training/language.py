@@ -21,7 +21,7 @@ from . import tower
 from .blocks import compute_type, joined, linear, rms_norm, rotations, text_block
 from .loop import Figures, Loop, order
 from .pool import Pool
-from .recipe import Recipe, Sizes
+from .recipe import Recipe, Sizes, TrainingError
 from .vocabulary import Vocabulary
 from .work import Work, finished
 
@@ -95,8 +95,9 @@ class Reading:
 
     @staticmethod
     def of(work: Work, pool: Pool, split: str, words: Vocabulary, n: int) -> Reading:
-        features = np.load(work.path(f"features-{split}.npy"))[:n]
-        texts = pool.captions(split, n)
+        features, texts = np.load(work.path(f"features-{split}.npy"))[:n], pool.captions(split, n)
+        if len(features) != len(texts):
+            raise TrainingError(f"{work.path(f'features-{split}.npy')}: {len(features)} scenes, not {len(texts)}: remove it")
         return Reading(features, [[np.array(ids, np.uint16) for ids in words.answers(variants)] for variants in texts])
 
     def batch(self, which: NDArray[np.int64], epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -128,13 +129,13 @@ class Loop:
             return 0
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if state["identity"] != self.identity:
-                raise TrainingError(f"{self.path}: of a run with other settings: remove it, or give the same ones")
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-            if isinstance(error, TrainingError):
-                raise
-            raise TrainingError(f"{self.path}: not a checkpoint of this stage: {error}") from error
+            same = state["identity"] == self.identity
+            if same:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{self.path}: not a checkpoint of this stage ({type(error).__name__}): remove it") from error
+        if not same:
+            raise TrainingError(f"{self.path}: of a run with other settings: remove it, or give the same ones")
         self.work.console.print(f"{self.stage}: goes on at step {state['step']} of {self.pace.steps}", highlight=False)
         return int(state["step"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,46 +109,41 @@ class Pool:
         elif json.loads(path.read_text(encoding="utf-8")) != made_for:
             raise TrainingError(f"{self.folder}: made from other scenes or for other sizes: remove it, or choose another work folder")
 
-    def _load(self, split: str, name: str, n: int | None) -> list[NDArray]:
-        parts, left = [], self.size(split) if n is None else n
+    def _rows(self, split: str, name: str, n: int | None) -> Iterator[NDArray]:
+        """Of one array, shard by shard, the first n scenes' rows; of all scenes if n is None."""
+        left = self.size(split) if n is None else n
         for path, _, count in self.shards(split):
             if left <= 0:
-                break
-            with np.load(path) as shard:
-                parts.append(shard[name][: min(left, count)])
+                return
+            try:
+                with np.load(path) as shard:
+                    rows = shard[name]
+                    held = len(shard["kinds"])
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise TrainingError(f"{path}: not a shard of scenes: {error}") from error
+            if held != count:
+                raise TrainingError(f"{path}: holds {held} scenes, not {count}: give --scenes as before, or remove it")
+            yield rows if name == "captions" else rows[:left]
             left -= count
-        return parts
-
-    def _array(self, split: str, name: str, n: int | None) -> NDArray:
-        return np.concatenate(self._load(split, name, n))
 
     def pictures(self, split: str, n: int | None = None) -> NDArray[np.uint8]:
         """(n, size, size, 3), filled shard by shard, because the whole is gigabytes."""
         n = self.size(split) if n is None else n
         out = np.empty((n, self.recipe.sizes.image, self.recipe.sizes.image, 3), np.uint8)
-        for i, (path, _, count) in enumerate(self.shards(split)):
-            if i * SHARD >= n:
-                break
-            with np.load(path) as shard:
-                out[i * SHARD : i * SHARD + count] = shard["pictures"][: n - i * SHARD]
+        done = 0
+        for rows in self._rows(split, "pictures", n):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
         return out
 
     def labels(self, split: str, n: int | None = None) -> Labels:
-        return Labels(*(self._array(split, name, n) for name in ("kinds", "shares", "objects")))
+        return Labels(*(np.concatenate(list(self._rows(split, name, n))) for name in ("kinds", "shares", "objects")))
 
-    def captions(self, split: str, n: int | None = None) -> list[Sequence[str]]:
+    def captions(self, split: str, n: int | None = None) -> list[list[str]]:
         """Of each scene its variants."""
-        n, v = self.size(split) if n is None else n, self.recipe.variants
-        shards = [self._text(path, count) for path, _, count in self.shards(split)[: -(-n // SHARD)]]
-        texts = [text for shard in shards for text in shard]
-        return [texts[i * v : (i + 1) * v] for i in range(n)]
-
-    def _text(self, path: Path, count: int) -> list[str]:
-        with np.load(path) as shard:
-            texts = shard["captions"].tobytes().decode().split("\n")
-        if len(texts) != count * self.recipe.variants:
-            raise TrainingError(f"{path}: {len(texts)} captions for {count} scenes: remove it")
-        return texts
+        texts = [text for shard in self._rows(split, "captions", n) for text in shard.tobytes().decode().split("\n")]
+        v = self.recipe.variants
+        return [texts[i : i + v] for i in range(0, len(texts), v)][:n]
 
 
 def processors() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import language, tower, vocabulary
+from . import answers, curves, export, language, tower, vocabulary
 from .pool import Pool
 from .recipe import Recipe, TrainingError
 from .work import Work
@@ -40,6 +40,18 @@ def run(folder: Path, shared: Path | None, recipe: Recipe, until: str, threads: 
     work = Work(folder)
     if not work.path("language.safetensors").exists():
         language.make(work, sight, pool, recipe, device, every)
+    if until == "export":
+        tell(work, sight, recipe, device)
+
+
+def tell(work: Work, sight: Work, recipe: Recipe, device: torch.device) -> None:
+    """The folder, what the model says, and how it came to that."""
+    if not work.path("llava").exists():
+        export.make(work, sight, recipe.sizes)
+    if not work.path("answers.jsonl").exists():
+        answers.make(work, sight, recipe, device)
+    curves.make(work, sight)
+    work.console.print(f"{work.path('llava')} is ready", highlight=False, soft_wrap=True)
 
 
 def see(work: Work, pool: Pool, recipe: Recipe, until: str, threads: int, device: torch.device, every: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,18 @@ def finished(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def finished_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, which must not be there yet."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part.mkdir()
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 class Work:
