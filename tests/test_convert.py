@@ -472,6 +472,19 @@ def test_other_models_by_the_original_names(key: str, value: Any, sound_original
     refused(c, tmp_path / "out", errors.UnsupportedModelError, "config.json", key)
 
 
+def test_what_suits_the_model(sound: hf.Checkpoint, tmp_path: Path) -> None:
+    """A section "kvsmooth" of config.json is what KVSmooth.for_model finds in the file."""
+    wanted = {"lambda_ref": 0.2, "half_width": 0.1, "window": 7, "layers": "1:2"}
+    c = edited(sound, tmp_path / "tuned", "config.json", setter("", "kvsmooth", wanted))
+    with kvs.Model(converted(c, tmp_path / "out")[0], mmproj=False) as model:
+        assert kvs.KVSmooth.for_model(model) == kvs.KVSmooth(**wanted)
+    with kvs.Model(converted(sound, tmp_path / "plain")[0], mmproj=False) as model:
+        assert not [key for key in model.metadata if key.startswith("kvsmooth")]
+    for i, (key, value) in enumerate([("lambda_ref", 2), ("window", 1.5), ("layers", "9:"), ("layers", 3), ("half_width", "wide")]):
+        bad = edited(sound, tmp_path / f"bad{i}", "config.json", setter("", "kvsmooth", {**wanted, key: value}))
+        refused(bad, tmp_path / "none", errors.ModelFormatError, "config.json", "kvsmooth", key)
+
+
 def test_a_tower_that_is_not_there(sound_original: hf.Checkpoint, tmp_path: Path, rng: np.random.Generator) -> None:
     out = tmp_path / "out"
     c = copy_of(sound_original, tmp_path / "a")

@@ -20,7 +20,7 @@ from ..mixes import mix_name, tensor_type
 from ..quantize import encode
 from .config import read_config
 from .folder import Folder, Section, broken
-from .keys import read_general, write_general, write_mmproj_keys, write_text_keys
+from .keys import read_general, write_general, write_mmproj_keys, write_policy_keys, write_text_keys
 from .vocabulary import read_vocabulary
 from .weights import Weight, plan
 
@@ -71,6 +71,7 @@ def convert(
     with _made(target), _both_or_none(paths), gguf_out.create(paths[0], "llama") as first, gguf_out.create(paths[1], "clip") as second:
         write_general(first.keys, general, "model", text, mix)
         write_text_keys(first.keys, config.text, vocabulary, general.template)
+        write_policy_keys(first.keys, config.top, config.text.n_layer)
         write_general(second.keys, general, "mmproj", mmproj, mmproj_mix)
         write_mmproj_keys(second.keys, config.vision, config.pixels)
         copier.copy(text, first, mix, config.text.n_layer)

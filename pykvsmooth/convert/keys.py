@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import KVSmoothError
 from ..mixes import MIXES
+from ..policy import KVSmooth
 from ..quantize import QUANTIZATION_VERSION
 from .config import Config, Pixels, TextConfig, VisionConfig
-from .folder import Folder
+from .folder import Folder, Section
 from .vocabulary import Vocabulary, chat_template
 from .weights import Weight
 
@@ -78,6 +80,23 @@ def write_text_keys(keys: Any, c: TextConfig, vocabulary: Vocabulary, template: 
     _write_vocabulary(keys, vocabulary)
     if template:
         keys.add_chat_template(template)
+
+
+def write_policy_keys(keys: Any, top: Section, n_layer: int) -> None:
+    """What KVSmooth.for_model reads: the section "kvsmooth" of config.json, where the checkpoint's maker knows what suits it."""
+    section = top.section("kvsmooth")
+    if section is None:
+        return
+    known: dict[str, Any] = {key: section.number(key, 0.0, 1.0) for key in ("lambda_ref", "half_width") if key in section}
+    known |= {"window": section.integer("window", 1, 1 << 20)} if "window" in section else {}
+    known |= {"layers": section.text("layers")} if "layers" in section else {}
+    try:
+        KVSmooth(**known).resolve_layers(n_layer)
+    except (ValueError, KVSmoothError) as error:
+        raise top.broken("kvsmooth", str(error)) from error
+    for key, value in known.items():
+        add = {float: keys.add_float64, int: keys.add_uint32, str: keys.add_string}[type(value)]
+        add(f"kvsmooth.{key}", value)
 
 
 def write_mmproj_keys(keys: Any, c: VisionConfig, pixels: Pixels) -> None:
