@@ -53,6 +53,7 @@ static bool is_k(const format *k) { return k->s_hi > 0; }
 
 static void fit_and_keep(encoder *e) {
     unit *u = &e->u;
+    for (int c = 0; c < COLUMNS && !is_k(e->k); c++) u->f.d[c] = half(u->f.d[c]), u->f.m[c] = half(u->f.m[c]); /* as stored */
     e->ops->fit(u->x, e->k->n, &u->f);
     for (int c = 0; c < COLUMNS; c++) {
         if (!(u->f.ee[c] < u->error[c])) continue;
@@ -89,8 +90,8 @@ static void range(const unit *u, const format *k, float *low, float *high) {
     }
 }
 
-/* Grids that put the outermost values on a last step, or up to a tenth beyond it, or less than half a step within. Without m the ends
- * differ by one, and the longer one may point either way. */
+/* From grids on whose last step the outermost values lie, or up to a tenth within, or less than half a step beyond. Without m the two ends
+ * differ by one, and either may be that of the outermost value. */
 static void search(encoder *e) {
     unit *u = &e->u;
     const format *k = e->k;
@@ -100,8 +101,8 @@ static void search(encoder *e) {
     for (int c = 0; c < COLUMNS; c++) u->error[c] = FLT_MAX;
     bool both = !k->has_m && k->lo != -k->hi;
     for (int i = 0; i < (both ? 2 : 1) * STARTS; i++) {
-        float part = (float)(i % STARTS) / (STARTS - 1), end = i < STARTS ? k->hi : k->lo;
-        float steps = end * (0.9f + 0.1f * part) + (end > 0 ? 0.4f : -0.4f) * part;
+        float end = i < STARTS ? k->hi : k->lo, short_of = (float)(i % STARTS) / (STARTS - 2);
+        float steps = i % STARTS < STARTS - 1 ? end * (1.0f - 0.1f * short_of) : end + (end > 0 ? 0.4f : -0.4f);
         for (int c = 0; c < COLUMNS; c++) {
             float top = k->has_m ? high[c] - low[c] : high[c] > -low[c] ? high[c] : low[c];
             u->f.d[c] = top / steps, u->f.m[c] = k->has_m ? low[c] : 0.0f;
@@ -360,10 +361,7 @@ static void encode_blocks(int32_t type, const kvs_rowops *ops, const float *x, i
         for (int c = 0; c < here; c++)
             for (int i = 0; i < width; i++) u->x[i * COLUMNS + c] = x[(at + c) * width + i];
         search(&e);
-        if (is_k(e.k))
-            share(&e);
-        else
-            for (int c = 0; c < COLUMNS; c++) u->d[c] = half(u->d[c]), u->m[c] = half(u->m[c]);
+        if (is_k(e.k)) share(&e);
         quantize(u, e.k);
         for (int c = 0; c < here; c += traits->block / (int)width, out += traits->block_bytes) e.k->pack(u, c, out);
     }

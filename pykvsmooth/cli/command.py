@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import KVSmoothError
-from . import caption, chat, convert, demo, evaluate, info, inspect
+from . import caption, chat, convert, demo, evaluate, info, inspect, quantize
 from .main import INTERRUPTED
 from .options import UsageError, in_options
 from .terminal import Ui, escaped
@@ -50,8 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="pykvsmooth", description="Captions with fewer invented objects, from quantized LLaVA checkpoints, on this machine."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="caption | chat | convert | demo | eval | inspect | info")
-    for module in (caption, chat, convert, demo, evaluate, inspect, info):
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="caption | chat | convert | quantize | demo | eval | inspect | info"
+    )
+    for module in (caption, chat, convert, quantize, demo, evaluate, inspect, info):
         module.add_parser(commands)
     return parser
 
