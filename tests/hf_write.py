@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 from reference import Clip
 from reference.llama import rms_norm, silu, softmax
 from safetensors.numpy import save
 
+from pykvsmooth.convert import convert
+
 TEMPLATE = "{% for m in messages %}{{ m['role'].upper() }}: {{ m['content'] }} {% endfor %}ASSISTANT:"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 NAMINGS = ("hf", "new", "transformers5", "original", "apart")  # apart: original, the tower in a folder of its own
 Arrays = dict[str, np.ndarray]
 
@@ -413,3 +427,45 @@ def tokenizer_json(tokens: list[str], scores: list[float], decoder: dict[str, An
             "merges": [list(pair) for pair in merges],
         },
     }
+
+
+# ---- copies of which something is changed ----
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def copy_of(c: Checkpoint, folder: Path) -> Checkpoint:
+    """Files are linked: whoever changes one replaces it."""
+    shutil.copytree(c.folder, folder, copy_function=os.link)
+    return Checkpoint(folder, c.vision, json.loads((c.folder / "config.json").read_text()), c.arrays)
+
+
+def edited(c: Checkpoint, folder: Path, name: str, edit: Edit) -> Checkpoint:
+    """A copy of which one JSON file is changed."""
+    c = copy_of(c, folder)
+    path = c.folder / name
+    value = json.loads(path.read_text()) if path.exists() else {}
+    edit(value)
+    path.unlink(missing_ok=True)
+    write_json(path, value)
+    return c
+
+
+def setter(section: str, key: str, value: Any) -> Edit:
+    return lambda config: (config[section] if section else config).__setitem__(key, value)
+
+
+def outputs(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir()) if out.exists() else []
+
+
+def refused(c: Checkpoint, out: Path, error: type[Exception], *parts: str, vision: Path | None = None, **options: Any) -> Exception:
+    """convert raises this error with these parts in one printable line, and leaves nothing of its own."""
+    before = outputs(out)
+    with pytest.raises(error) as caught:
+        convert(c.folder, out, "f32", vision=vision or c.vision, **options)
+    text = str(caught.value)
+    assert all(part in text for part in parts), text
+    assert text.isprintable() and len(text) < 2100
+    assert outputs(out) == before and (before or not out.exists())
+    return caught.value

@@ -34,7 +34,8 @@ class General:
 def read_general(folder: Folder, name: str | None, config: Config) -> General:
     data = folder.read("README.md", MAX_README)
     front = re.match(r"---[ \t]*\r?\n(.*?)^---", data.decode("utf-8", "replace"), re.DOTALL | re.MULTILINE) if data else None
-    licence = {key: value.strip() for key, value in _FIELD.findall(front[1])} if front else {}
+    fields = ((key, value.strip()) for key, value in _FIELD.findall(front[1])) if front else ()
+    licence = {key: value for key, value in fields if value.isprintable()}
     own = config.top.get("license")
     if isinstance(own, str) and own.isprintable():
         licence.setdefault("license", own[:200])

@@ -6,6 +6,7 @@ here; what the format demands of it is checked before a byte of a tensor is read
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import struct
@@ -88,15 +89,16 @@ def tensors_of(folder: Folder) -> dict[str, Tensor]:
 
 
 def _no_tensors(folder: Folder) -> Exception:
-    pickles = [*folder.names(".bin"), *folder.names(".pth"), *folder.names(".pt")]
-    if any(name.startswith(("pytorch_model", "consolidated")) for name in pickles):
-        return unsupported(
-            folder.path,
-            next(name for name in pickles if name.startswith(("pytorch_model", "consolidated"))),
-            "the weights are pickles, which may run any program when they are opened and are not opened here; "
-            "get the checkpoint as safetensors, or load and save it once with transformers: save_pretrained(NEW_FOLDER)",
-        )
-    return ModelFileNotFoundError(f"{folder.path}: there is no model.safetensors and no model.safetensors.index.json in it", folder.path)
+    pickles = (name for ending in (".bin", ".pth") for name in folder.names(ending) if name.startswith(("pytorch_model", "consolidated")))
+    pickle = next(pickles, None)
+    if pickle is None:
+        reason = "there is no model.safetensors and no model.safetensors.index.json in it"
+        return ModelFileNotFoundError(f"{folder.path}: {reason}", folder.path, errno.ENOENT)
+    reason = (
+        "the weights are pickles, which may run any program when they are opened and are not opened here; "
+        "get the checkpoint as safetensors, or load and save it once with transformers: save_pretrained(NEW_FOLDER)"
+    )
+    return unsupported(folder.path, pickle, reason)
 
 
 def _read_header(folder: Folder, name: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ later, and with unused ones up to the rows of the embedding."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def read_vocabulary(folder: Folder, n_vocab: int, configs: Sequence[Section]) ->
         vocabulary = Vocabulary(fast_file.pieces_of(fast), dict.fromkeys(SPECIAL))
     else:
         path = folder.path_of("tokenizer.model")
-        raise ModelFileNotFoundError(f"{folder.path}: there is no tokenizer.model and no tokenizer.json in it", path)
+        raise ModelFileNotFoundError(f"{folder.path}: there is no tokenizer.model and no tokenizer.json in it", path, errno.ENOENT)
     known = len(vocabulary.pieces)
     if known > n_vocab:
         raise broken(folder.path, "vocab_size", f"the tokenizer has {known} tokens, the embedding {n_vocab} rows")
