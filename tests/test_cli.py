@@ -24,7 +24,7 @@ from rich.cells import cell_len
 import pykvsmooth as kvs
 from pykvsmooth import box
 from pykvsmooth._native import library_path
-from pykvsmooth.cli import compare, pictures, records, render, terminal
+from pykvsmooth.cli import compare, escape, pictures, records, render, terminal
 from pykvsmooth.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,7 +291,7 @@ def test_compare_on_a_pipe(run, image, answer):
     assert got.code == 0 and ESC not in got.out
     plain, smoothed = re.fullmatch(r"plain:\n(.*)smoothed:\n(.*)", got.out, re.S).groups()
     for marks, shown, smooth in ((r"\[-|-\]", plain, False), (r"\{\+|\+\}", smoothed, True)):
-        text = terminal.escaped(answer(image, smooth=smooth).text)
+        text = escape.escaped(answer(image, smooth=smooth).text)
         assert words_of(re.sub(marks, "", shown)) == words_of(re.sub(marks, "", text))
     both = run("caption", image, "--compare", "--max-tokens", 12, "--json").lines
     assert [line["settings"]["policy"] == "off" for line in both] == [True, False]
@@ -395,7 +395,7 @@ def test_the_model_does_not_drive_the_terminal(screen):
     render.Plain(ui).token(token("a\x1b[2Jb\x07\x9b\u202ec\r\n\td"))
     assert ui.out.file.getvalue() == "a\\x1b[2Jb\\x07\\x9b\\u202ec\\r\n\td"
     assert paint(screen(), [token("\x1b]0;x\x07")]).startswith("\\x1b]0;x\\x07")
-    assert terminal.one_line("a\nb\x1b") == "a b\\x1b"
+    assert escape.one_line("a\nb\x1b") == "a b\\x1b"
 
 
 @pytest.mark.parametrize("total", [None, 7])

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import pykvsmooth as kvs
 from pykvsmooth import box
-from pykvsmooth.cli import command, demo, terminal
+from pykvsmooth.cli import command, demo, demo_plain, judge, main, terminal
 
 SCENES = [
     {"image_id": "test-00001", "objects": ["dog", "hot dog"], "context": "a park", "caption": ""},
@@ -82,14 +83,43 @@ def test_one_scene(packed: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_tally() -> None:
-    tally = demo.Tally()
+    tally = judge.Tally()
     tally.add(SCENES[0], ["dog", "cat", "dog"])
     tally.add(SCENES[1], ["car"])
     assert tally.line(3) == "4 objects named, 1 invented (25%) in 1 of 2 captions; 2 of 3 that are there"
-    assert demo.Tally().line(3).startswith("0 objects named, 0 invented (0%)")
+    assert judge.Tally().line(3).startswith("0 objects named, 0 invented (0%)")
 
 
 def test_no_box(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(box, "FOLDERS", ())
     code, _, err = run(capsys)
     assert code == 1 and "no box" in err
+
+
+def test_without_rich(packed: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same captions and counts, in plain text."""
+    assert main.main(["demo"]) == 0
+    rich = capsys.readouterr().out
+    kept = ("pykvsmooth.cli.main", "pykvsmooth.cli.demo_plain", "pykvsmooth.cli.judge")
+    for name in [name for name in sys.modules if name.startswith(("rich", "pykvsmooth.cli.")) and name not in kept]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoRich(), *sys.meta_path])
+    assert main.main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    bare = str.maketrans("", "", "[] \n")  # with rich the whole word is marked, and long ones break elsewhere
+    assert out.translate(bare) == rich.translate(bare) and "pykvsmooth[cli]" in err
+    assert main.main(["caption", "x.png"]) == 1 and "pykvsmooth[cli]" in capsys.readouterr().err
+    monkeypatch.setattr(box, "FOLDERS", ())
+    assert main.main(["demo"]) == 1 and "no box" in capsys.readouterr().err
+
+
+class NoRich:
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.split(".")[0] == "rich":
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+
+def test_brackets() -> None:
+    text = "A hot dog and a cat."
+    nodes, spans = judge.judge(text, ["cat"])
+    assert nodes == ["hot dog", "cat"] and demo_plain.bracketed(text, spans) == "A [hot dog] and a cat."

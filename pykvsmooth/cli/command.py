@@ -17,9 +17,10 @@ from typing import Any
 
 from ..errors import KVSmoothError
 from . import caption, chat, convert, demo, evaluate, info, inspect, quantize
+from .escape import escaped
 from .main import INTERRUPTED
 from .options import UsageError, in_options
-from .terminal import Ui, escaped
+from .terminal import Ui
 
 PIPE_CLOSED = 141
 

@@ -12,10 +12,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .. import errors
+from .escape import escaped
 from .pictures import source_of
 from .records import caption_record
 from .render import stats_line
-from .terminal import Ui, escaped
+from .terminal import Ui
 
 if TYPE_CHECKING:
     from ..session import Session

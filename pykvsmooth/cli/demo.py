@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -11,8 +10,10 @@ from rich.text import Text
 from .. import box
 from ..errors import ModelFileNotFoundError
 from . import options
+from .escape import escaped
+from .judge import Tally, headline, judge
 from .render import Painted
-from .terminal import Ui, escaped
+from .terminal import Ui
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -36,38 +37,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-@dataclass
-class Tally:
-    """Of one way to caption, over all scenes."""
-
-    named: int = 0
-    invented: int = 0
-    captions: int = 0
-    wrong: int = 0  # captions with an invention
-    found: set[tuple[str, str]] = field(default_factory=set)  # scene, object
-
-    def add(self, scene: dict[str, Any], nodes: list[str]) -> None:
-        missing = [node for node in nodes if node not in scene["objects"]]
-        self.named += len(nodes)
-        self.invented += len(missing)
-        self.captions += 1
-        self.wrong += bool(missing)
-        self.found |= {(scene["image_id"], node) for node in nodes if node in scene["objects"]}
-
-    def line(self, there: int) -> str:
-        share = f"{self.invented / self.named:.0%}" if self.named else "0%"
-        return (
-            f"{self.named} objects named, {self.invented} invented ({share}) in {self.wrong} of {self.captions} captions; "
-            f"{len(self.found)} of {there} that are there"
-        )
-
-
 class Judged(Painted):
     """A caption with its inventions marked. It comes sentence by sentence: "hot dog" is not a dog before both words are there."""
 
     def __init__(self, ui: Ui, objects: list[str]) -> None:
         super().__init__(ui, heat=True, strengths=None)
-        self._objects = set(objects)
+        self._objects = objects
         self._text, self._held = "", list[Any]()
         self._spans: list[tuple[int, int]] = []
         self.nodes: list[str] = []
@@ -83,11 +58,7 @@ class Judged(Painted):
         super().end()
 
     def _release(self) -> None:
-        from ..evaluate.chair import find
-
-        mentions = find(self._text)[0]
-        self.nodes = [mention.node for mention in mentions]
-        self._spans = [(mention.begin, mention.end) for mention in mentions if mention.node not in self._objects]
+        self.nodes, self._spans = judge(self._text, self._objects)
         held, self._held = self._held, []
         for token in held:
             super().token(token)
@@ -125,8 +96,9 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
 
 
 def _caption(ui: Ui, scene: dict[str, Any], sessions: dict[str, Session], tallies: dict[str, Tally], answer: dict[str, Any]) -> None:
-    ui.put(f"{scene['image_id']}", "bold")
-    ui.put(f": {scene['context']}; there are {', '.join(scene['objects'])}\n")
+    name, facts = headline(scene)
+    ui.put(name, "bold")
+    ui.put(f"{facts}\n")
     for way, session in sessions.items():
         ui.put(f"{way}:", "bold")
         ui.put("\n")

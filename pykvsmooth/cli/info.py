@@ -8,7 +8,8 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-from .terminal import Ui, bytes_text, one_line
+from .escape import one_line
+from .terminal import Ui, bytes_text
 
 
 def add_parser(commands: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from .terminal import Ui, bytes_text, one_line
+from .escape import one_line
+from .terminal import Ui, bytes_text
 
 VALUE_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
 FIRST = 4  # elements of an array that are shown

@@ -17,9 +17,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "rich":
             raise
+        if (sys.argv[1:] if argv is None else list(argv)) == ["demo"]:
+            return _demo_plain()
         print("error: the command line needs the package rich: pip install 'pykvsmooth[cli]'", file=sys.stderr)
         return 1
     return run(argv)
+
+
+def _demo_plain() -> int:
+    """What can be shown right after the installation, before anything else is installed."""
+    from . import demo_plain
+
+    try:
+        return demo_plain.run()
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

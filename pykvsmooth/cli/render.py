@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
-from .terminal import Ui, escaped
+from .escape import escaped
+from .terminal import Ui
 
 if TYPE_CHECKING:
     from ..stats import Stats, Token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from typing import TextIO
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-_TURNS_TEXT_AROUND = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidirectional overrides
+from .escape import escaped, one_line
 
 
 class Screen(Console):
@@ -94,21 +93,6 @@ class Ui:
 
     def error(self, text: object) -> None:
         self.err.print(Text.assemble(("error:", "red"), " ", one_line(str(text))), soft_wrap=True)
-
-
-def escaped(text: str) -> str:
-    """Control characters as \\x1b and the like, but for line ends and tabs: a model's words must not drive the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if _harmless(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _harmless(char: str) -> bool:
-    return char in "\n\t" or (unicodedata.category(char) not in ("Cc", "Cs") and char not in _TURNS_TEXT_AROUND)
-
-
-def one_line(text: str) -> str:
-    return escaped(" ".join(text.split("\n")).replace("\t", " "))
 
 
 def bytes_text(n: float) -> str:
