@@ -72,7 +72,7 @@ def test_variants_differ_in_words_only(scenes: list[Scene]) -> None:
 
 
 def test_write(tmp_path: Path) -> None:
-    write("test", 5, 3, tmp_path)
+    write("test", [5, 6, 7], tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text().splitlines()]
     assert [line["image_id"] for line in lines] == ["test-00005", "test-00006", "test-00007"]
     s = scene(SPLITS["test"] + 6)

@@ -6,6 +6,7 @@ largest first), sides (left, middle or right of each), context and a reference c
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -13,10 +14,10 @@ from PIL import Image
 from . import CONTEXTS, SPLITS, caption, scene, side
 
 
-def write(split: str, first: int, count: int, folder: Path) -> None:
+def write(split: str, numbers: Iterable[int], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i in range(first, first + count):
+    for i in numbers:
         s, name = scene(SPLITS[split] + i), f"{split}-{i:05d}"
         Image.fromarray(s.picture).save(folder / f"{name}.png")
         truth = {"image_id": name, "objects": [thing.node for thing in s.objects], "sides": [side(thing) for thing in s.objects]}
@@ -27,8 +28,8 @@ def write(split: str, first: int, count: int, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--first", type=int, default=0, help="number of the first scene (default 0)")
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, default=500, help="the first so many (default 500)")
+    parser.add_argument("--numbers", type=int, nargs="+", metavar="N", help="these instead")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    write(args.split, args.first, args.count, args.out)
+    write(args.split, args.numbers or range(args.count), args.out)
