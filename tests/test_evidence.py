@@ -72,6 +72,7 @@ def test_rows_differ_from_the_best_in_one_thing() -> None:
     fixed = next(policy for name, policy in table.items() if name.startswith("fixed"))
     assert (fixed.mode, fixed.lambda_fixed, fixed.layers) == ("fixed", 0.31, "1:4")
     assert table["last layer in"].resolve_layers(8) == [1, 2, 3, 7] and table["first layer in"].resolve_layers(8) == [0, 1, 2, 3]
+    assert rows.rows(kvs.KVSmooth(layers="0:2"), 0.31, 8)["first layer out"].resolve_layers(8) == [1]
 
 
 def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
@@ -101,10 +102,10 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
 
 
 def test_search_runs_the_grid(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LAMBDAS", (0.1,))
+    monkeypatch.setattr(rows, "WINDOWS", ((0.1, 0.1),))
     monkeypatch.setattr(rows, "LAYERS", ("1:2",))
     monkeypatch.setattr(runs, "MAX_TOKENS", 6)
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
         found = search(Bench(model), 2)
-    assert list(found)[:2] == ["plain", "layers 1:2, lambda_ref 0.1"] and len(found) == 2 + len(rows.OTHERS)
+    assert list(found)[:2] == ["plain", "layers 1:2, 0.1 ± 0.1"] and len(found) == 2 + len(rows.OTHERS)
     assert all(len(run.captions) == 2 for _, run in found.values())

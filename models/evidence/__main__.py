@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--model", metavar="FILE", help="a text model with its mmproj beside it (default: the box)")
     parser.add_argument("--seeds", nargs="*", default=[], metavar="FILE", help="text models of other seeds")
     parser.add_argument("--count", type=int, default=500, help="test scenes (default: 500)")
-    parser.add_argument("--search-count", type=int, default=300, help="development scenes of the search (default: 300)")
+    parser.add_argument("--search-count", type=int, default=100, help="development scenes of the search (default: 100)")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     with kvs.Model(args.model) as model:

@@ -9,7 +9,7 @@ import pykvsmooth as kvs
 from pykvsmooth.evaluate import Comparison, compare, entropy_separation
 
 from . import plots
-from .rows import LAMBDAS, LAYERS, rows
+from .rows import LAYERS, WINDOWS, label, rows
 from .runs import Run, caption_scenes, dropped
 
 Runner = Callable[[str, "kvs.KVSmooth | None", str, int], Run]
@@ -132,13 +132,13 @@ def _signals(plain: Run, smoothed: Run) -> str:
 
 
 def search_table(found: Found) -> str:
-    """CHAIR_S / F1 of every setting, layers by lambda_ref; the other switches below."""
+    """CHAIR_S / F1 of every setting, layers by lambda_ref ± half_width; the other switches below."""
     plain = found["plain"][1].report.figures()
     lines = [f"CHAIR_S / F1, plain: {_percent(plain['chair_s'])} / {_percent(plain['f1'])}\n"]
-    lines += ["| layers | " + " | ".join(map(str, LAMBDAS)) + " |", "|---" * (len(LAMBDAS) + 1) + "|"]
+    lines += ["| layers | " + " | ".join(f"{ref:g} ± {width:g}" for ref, width in WINDOWS) + " |", "|---" * (len(WINDOWS) + 1) + "|"]
     for layers in LAYERS:
-        lines.append(f"| {layers} | " + " | ".join(_short(found[f"layers {layers}, lambda_ref {ref}"][1]) for ref in LAMBDAS) + " |")
-    lines += ["", *(f"- {name}: {_short(run)}" for name, (_, run) in found.items() if name.startswith("best, "))]
+        lines.append(f"| {layers} | " + " | ".join(_short(found[label(layers, *window)][1]) for window in WINDOWS) + " |")
+    lines += ["", *(f"- {key}: {_short(run)}" for key, (_, run) in found.items() if key.startswith("best, "))]
     return "\n".join(lines)
 
 
@@ -148,10 +148,10 @@ def _short(run: Run) -> str:
 
 
 def _lines(found: Found) -> dict[str, list[tuple[float, float]]]:
-    """Recall and precision along lambda_ref, by layers; settings that break the model lie far away and are left out."""
+    """Recall and precision along the windows, by layers; settings that break the model lie far away and are left out."""
     lines: dict[str, list[tuple[float, float]]] = {}
     worst = found["plain"][1].report.figures()["f1"] - 0.15
     for layers in LAYERS:
-        figures = [found[f"layers {layers}, lambda_ref {ref}"][1].report.figures() for ref in LAMBDAS]
+        figures = [found[label(layers, *window)][1].report.figures() for window in WINDOWS]
         lines[f"layers {layers}"] = [(one["recall"], one["precision"]) for one in figures if one["f1"] > worst]
-    return {name: line for name, line in lines.items() if line}
+    return {key: line for key, line in lines.items() if line}

@@ -7,14 +7,20 @@ from typing import Any
 
 import pykvsmooth as kvs
 
-LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-LAYERS = ("1:4", "0:4", "1:8", "3:8", "4:8", "0:8")  # of eight
+# (lambda_ref, half_width): strengths from 0 upwards, then the paper's window of 0.2 to either side
+WINDOWS = ((0.05, 0.05), (0.1, 0.1), (0.15, 0.15), (0.2, 0.2), (0.3, 0.2), (0.5, 0.2), (0.9, 0.2))
+LAYERS = ("0:1", "0:2", "0:4", "0:8", "1:4", "1:8", "3:8")  # of eight
 OTHERS: tuple[dict[str, Any], ...] = ({"target": "k"}, {"target": "v"}, {"target": "o"}, {"rope_mode": "relative"}, {"mix": "damp"})
 
 
 def grid() -> dict[str, kvs.KVSmooth]:
     """The settings that are tried on the development split."""
-    return {f"layers {layers}, lambda_ref {ref}": kvs.KVSmooth(lambda_ref=ref, layers=layers) for layers in LAYERS for ref in LAMBDAS}
+    settings = ((layers, ref, width) for layers in LAYERS for ref, width in WINDOWS)
+    return {label(*one): kvs.KVSmooth(layers=one[0], lambda_ref=one[1], half_width=one[2]) for one in settings}
+
+
+def label(layers: str, ref: float, width: float) -> str:
+    return f"layers {layers}, {ref:g} ± {width:g}"
 
 
 def around(best: kvs.KVSmooth) -> dict[str, kvs.KVSmooth]:
@@ -36,10 +42,16 @@ def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kv
         "keys only": changed(best, target="k"),
         "values only": changed(best, target="v"),
         "attention outputs (o_t)": changed(best, target="o"),
-        "first layer in": changed(best, layers=sorted({0, *best.resolve_layers(n_layer)})),
-        "last layer in": changed(best, layers=sorted({*best.resolve_layers(n_layer), n_layer - 1})),
+        **dict([_toggled(best, "first layer", 0, n_layer), _toggled(best, "last layer", n_layer - 1, n_layer)]),
         "relative rope": changed(best, rope_mode="relative"),
     }
+
+
+def _toggled(best: kvs.KVSmooth, what: str, layer: int, n_layer: int) -> tuple[str, kvs.KVSmooth]:
+    """With this layer where the best setting is without it, and the other way round."""
+    layers = set(best.resolve_layers(n_layer))
+    word = "out" if layer in layers else "in"
+    return f"{what} {word}", changed(best, layers=sorted(layers ^ {layer}))
 
 
 def _said(change: dict[str, Any]) -> str:
