@@ -31,7 +31,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 2 };
+enum { KVS_ABI_VERSION = 3 };
 
 enum kvs_status {
     KVS_OK = 0,
