@@ -9,7 +9,7 @@ import pykvsmooth as kvs
 from pykvsmooth.evaluate import Comparison, compare, entropy_separation
 
 from . import plots
-from .rows import LAYERS, WINDOWS, label, rows
+from .rows import LAYERS, PUBLISHED, WINDOWS, label, rows
 from .runs import Run, caption_scenes, dropped
 
 Runner = Callable[[str, "kvs.KVSmooth | None", str, int], Run]
@@ -39,6 +39,7 @@ def write(run: Runner, model: kvs.Model, found: Found, seeds: Sequence[str], cou
     plots.trade(found["plain"][1], _lines(found), out / "trade.svg")
     parts = [
         INTRO.format(count=count),
+        _verdict({"The best setting of the development split": smoothed, "The published one": runs[PUBLISHED]}, plain),
         "\n".join([HEAD, "|---" * 11 + "|", _row("plain", plain), *(_row(name, one, plain) for name, one in runs.items()), *others]),
         _controls(plain, runs),
         _signals(plain, smoothed),
@@ -50,6 +51,23 @@ def write(run: Runner, model: kvs.Model, found: Found, seeds: Sequence[str], cou
 
 def _rows(model: kvs.Model, best: kvs.KVSmooth, smoothed: Run) -> dict[str, kvs.KVSmooth]:
     return rows(best, round(smoothed.mean_strength, 3), model.n_layer)
+
+
+def _verdict(runs: dict[str, Run], plain: Run) -> str:
+    """The page in two sentences."""
+    lines = []
+    for name, run in runs.items():
+        c = compare(run.report, plain.report)
+        low, high = c.interval["chair_s"]
+        word = (
+            "fewer captions with inventions"
+            if high < 0
+            else "more captions with inventions"
+            if low > 0
+            else "no difference that shows here"
+        )
+        lines.append(f"{name}: {word}; CHAIR_S {_difference(c, 'chair_s')} points, F1 {_difference(c, 'f1')}.")
+    return "**In short.** " + " ".join(lines)
 
 
 def _percent(value: float, places: int = 1) -> str:

@@ -10,6 +10,7 @@ import pykvsmooth as kvs
 # (lambda_ref, half_width): strengths from 0 upwards, then the paper's window of 0.2 to either side
 WINDOWS = ((0.05, 0.05), (0.1, 0.1), (0.15, 0.15), (0.2, 0.2), (0.3, 0.2), (0.5, 0.2), (0.9, 0.2))
 LAYERS = ("0:1", "0:2", "0:4", "0:8", "1:4", "1:8", "3:8")  # of eight
+PUBLISHED = "KVSmooth, as published (0.9, 3:-1)"
 OTHERS: tuple[dict[str, Any], ...] = ({"target": "k"}, {"target": "v"}, {"target": "o"}, {"rope_mode": "relative"}, {"mix": "damp"})
 
 
@@ -36,7 +37,7 @@ def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kv
     """What the page compares with the plain model. mean_strength: of the best setting's run on the same scenes."""
     return {
         "KVSmooth, best of the development split": best,
-        "KVSmooth, as published (0.9, 3:-1)": kvs.KVSmooth(),
+        PUBLISHED: kvs.KVSmooth(),
         f"fixed strength {mean_strength:.3f}, the best one's mean": changed(best, mode="fixed", lambda_fixed=mean_strength),
         "damping: no previous row": changed(best, mix="damp"),
         "keys only": changed(best, target="k"),
