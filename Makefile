@@ -24,13 +24,14 @@ test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
 
 # One sanitizer build and the fast tests over it: make asan | ubsan | tsan
+# libstdc++ beside it, because ASan must find the exceptions of C++ modules (matplotlib's) that are loaded later
 SAN_LIB_asan  = libasan.so
 SAN_LIB_ubsan = libubsan.so
 SAN_LIB_tsan  = libtsan.so
 SAN_SKIP_tsan = --deselect tests/test_errors.py::test_after_a_fork # TSan has no threads in a forked child
 asan ubsan tsan: $(VENV)/installed $(VENV)/tools ## the fast tests under a sanitizer
 	$(BIN)/cmake --preset $@ -G Ninja && $(BIN)/cmake --build --preset $@ -j $(JOBS)
-	LD_PRELOAD=$$($(CC) -print-file-name=$(SAN_LIB_$@)) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	LD_PRELOAD="$$($(CC) -print-file-name=$(SAN_LIB_$@)) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:exitcode=66:ignore_noninstrumented_modules=1 \
 	KVS_LIBRARY=$(CURDIR)/build/$@/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests -m "not slow" -p no:cacheprovider $(SAN_SKIP_$@)
 
