@@ -14,7 +14,7 @@ from PIL import Image
 
 from models.scenes import CLASSES, PROMPT, SPLITS, caption, scene
 from models.training import __main__ as command
-from models.training import answers, blocks, export, language, loop, pool, stages, tower
+from models.training import answers, blocks, curves, export, fused, language, loop, pool, stages, tower
 from models.training.recipe import Pace, Recipe, Sizes, TrainingError
 from models.training.vocabulary import Vocabulary
 from models.training.work import Work
@@ -229,8 +229,13 @@ def test_errors_name_the_file(done, tmp_path):
         run(tmp_path, replace(RECIPE, scenes=30), until="tower")
     with pytest.raises(TrainingError, match="other sizes"):
         run(tmp_path, replace(RECIPE, sizes=replace(SIZES, patch=28)))
-    with pytest.raises(TrainingError, match=r"has no tokenizer\.model"):
+    with pytest.raises(TrainingError, match=r"has no tower\.safetensors"):
         run(tmp_path / "seed", shared=tmp_path)
+    with pytest.raises(TrainingError, match=r"tower\.safetensors: not of a model of these sizes"):
+        tower.load(done / "tower.safetensors", replace(SIZES, tower_width=64))
+    (tmp_path / "log.jsonl").write_text('{"stage": "tower", "step": 1}\n{"sta')
+    with pytest.raises(TrainingError, match=r"log\.jsonl:2: "):
+        curves.make(Work(tmp_path), Work(tmp_path))
 
 
 def test_command_line_errors(tmp_path, capsys):
@@ -240,3 +245,15 @@ def test_command_line_errors(tmp_path, capsys):
     assert command.main([str(tmp_path / "file")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+
+
+def test_the_fused_parts_derivatives():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    check = torch.autograd.gradcheck
+    assert check(lambda x: fused.normed(x, 1e-5, torch.float64), (x,))
+    assert check(fused.gated, (x,))
+    wide = torch.randn(2, 3, 24, dtype=torch.float64, requires_grad=True)
+    turn = blocks.rotations(3, 4, 10000.0, torch.device("cpu"), torch.float64)
+    for angles in (None, turn):
+        assert check(lambda x, angles=angles: fused.heads(x, 2, angles), (wide,))

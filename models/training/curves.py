@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from .recipe import TrainingError
 from .work import Work, finished
 
 # title, log's stage, its figures
@@ -21,9 +22,12 @@ def read(paths: Iterable[Path]) -> dict[str, dict[int, dict[str, float]]]:
     """Stage, step, figures; the last line of a step counts: a run that went on may have written it twice."""
     stages: dict[str, dict[int, dict[str, float]]] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            entry = json.loads(line)
-            stages.setdefault(entry["stage"], {})[entry["step"]] = entry
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+            try:
+                entry = json.loads(line)
+                stages.setdefault(entry["stage"], {})[entry["step"]] = entry
+            except (ValueError, TypeError, KeyError) as error:
+                raise TrainingError(f"{path}:{number}: not a line of the log: remove it") from error
     return stages
 
 

@@ -13,17 +13,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from . import tower
-from .blocks import compute_type, joined, linear, rms_norm, rotations, text_block
-from .loop import Figures, Loop, order
+from .blocks import compute_type, linear, rms_norm, rotations, text_block
+from .loop import Figures, Loop, fill, keep, order
 from .pool import Pool
 from .recipe import Recipe, Sizes, TrainingError
 from .vocabulary import Vocabulary
-from .work import Work, finished
+from .work import Work
 
 BUCKET = 40  # steps whose captions are sorted by length together
 IGNORED = -100
@@ -146,7 +145,7 @@ def loss(speaker: Speaker, features: Tensor, answers: Tensor, targets: Tensor) -
     """Mean over the caption's tokens; rows without a target get no logits."""
     rows = speaker(features, answers)
     wanted = targets != IGNORED
-    return F.cross_entropy(joined(rows[wanted], speaker.output).float(), targets[wanted])
+    return F.cross_entropy(linear(rows[wanted], speaker.output).float(), targets[wanted])
 
 
 def look(speaker: Speaker, reading: Reading, batch: int, device: torch.device) -> Figures:
@@ -173,8 +172,7 @@ def make(work: Work, sight: Work, pool: Pool, recipe: Recipe, device: torch.devi
     identity = {"seed": recipe.seed, "scenes": recipe.scenes}
     loop = Loop(work, "language", speaker, pace, step_loss, lambda: look(speaker, unseen, pace.batch, device), identity, every)
     loop.run()
-    with finished(work.path("language.safetensors")) as part:
-        save_file({name: value.contiguous().cpu() for name, value in speaker.state_dict().items()}, part)
+    keep(speaker, work.path("language.safetensors"))
     loop.forget()
 
 
@@ -182,6 +180,6 @@ def load(work: Work, sight: Work, sizes: Sizes) -> LlavaForConditionalGeneration
     """The whole model, of a finished tower and a finished language stage."""
     words = Vocabulary(sight.path("tokenizer.model"))
     llava = LlavaForConditionalGeneration(config(sizes, words))
-    Speaker(llava, words).load_state_dict(load_file(work.path("language.safetensors")))
-    llava.model.vision_tower.load_state_dict(load_file(sight.path("tower.safetensors")))
+    fill(Speaker(llava, words), work.path("language.safetensors"))
+    fill(llava.model.vision_tower, sight.path("tower.safetensors"))
     return llava.eval()

@@ -13,16 +13,33 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .recipe import Pace, TrainingError
 from .work import Work, finished
 
 Figures = dict[str, float]
+
+
+def keep(model: nn.Module, path: Path) -> None:
+    """A stage's result: the tensors of model as safetensors."""
+    with finished(path) as part:
+        save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, part)
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """The tensors that keep wrote, into a model of the same sizes."""
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"{path}: not of a model of these sizes: {str(error).splitlines()[0]}") from error
 
 
 @lru_cache(maxsize=2)

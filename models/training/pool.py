@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ def _render(job: tuple[Path, int, int], patch: int, variants: int) -> int:
     return job[2]
 
 
+def _quiet() -> None:
+    """Ctrl-C is the parent's: it ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Pool:
     """The scenes of a work folder. split: "train" or "development"."""
 
@@ -93,10 +99,14 @@ class Pool:
         if not jobs:
             return
         task = partial(_render, patch=self.recipe.sizes.patch, variants=self.recipe.variants)
-        with self.work.bar() as bar, multiprocessing.get_context("spawn").Pool(processes) as workers:
-            row = bar.add_task("scenes", total=sum(job[2] for job in jobs), note="")
-            for done in workers.imap_unordered(task, jobs):
-                bar.advance(row, done)
+        try:
+            with self.work.bar() as bar, multiprocessing.get_context("spawn").Pool(processes, _quiet) as workers:
+                row = bar.add_task("scenes", total=sum(job[2] for job in jobs), note="")
+                for done in workers.imap_unordered(task, jobs):
+                    bar.advance(row, done)
+        finally:
+            for part in self.folder.glob("*.part*"):  # of workers that were ended amid a shard
+                part.unlink()
         self.work.log("scenes", sum(job[2] for job in jobs))
 
     def _check(self) -> None:
@@ -106,7 +116,7 @@ class Pool:
         if not path.exists():
             with finished(path) as part:
                 part.write_text(json.dumps(made_for), encoding="utf-8")
-        elif json.loads(path.read_text(encoding="utf-8")) != made_for:
+        elif path.read_text(encoding="utf-8") != json.dumps(made_for):
             raise TrainingError(f"{self.folder}: made from other scenes or for other sizes: remove it, or choose another work folder")
 
     def _rows(self, split: str, name: str, n: int | None) -> Iterator[NDArray]:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from models.scenes import CLASSES
 
 from .blocks import compute_type, layer_norm, linear, tower_block
-from .loop import Figures, Loop, order
+from .loop import Figures, Loop, fill, keep, order
 from .pool import Labels, Pool
 from .recipe import Recipe, Sizes
 from .work import Work, finished
@@ -154,14 +153,13 @@ def make(work: Work, pool: Pool, recipe: Recipe, device: torch.device, every: fl
 
     loop = Loop(work, "tower", teacher, pace, loss, lambda: look(teacher, unseen, pace.batch), {"seed": recipe.seed}, every)
     loop.run()
-    with finished(work.path("tower.safetensors")) as part:
-        save_file({name: value.contiguous().cpu() for name, value in teacher.clip.state_dict().items()}, part)
+    keep(teacher.clip, work.path("tower.safetensors"))
     loop.forget()
 
 
 def load(path: Path, sizes: Sizes) -> CLIPVisionModel:
     clip = CLIPVisionModel(config(sizes))
-    clip.load_state_dict(load_file(path))
+    fill(clip, path)
     return clip.eval()
 
 
