@@ -11,7 +11,7 @@ from .. import box
 from ..errors import ModelFileNotFoundError
 from . import options
 from .escape import escaped
-from .judge import Tally, headline, judge
+from .judge import CAUTION, Tally, headline, judge
 from .render import Painted
 from .terminal import Ui
 
@@ -118,5 +118,5 @@ def _close(ui: Ui, scenes: list[dict[str, Any]], tallies: dict[str, Tally]) -> N
         ui.put(f"{way:9}", "bold")
         ui.put(f"{tally.line(there)}\n")
     mark = Text("invented", INVENTED) if ui.out.colour else Text("[invented]")
-    said = ": not in the scene; shades: row entropy, from low to high. A few scenes prove nothing: docs/evidence.md has 500."
+    said = f": not in the scene; shades: row entropy, from low to high. {CAUTION}"
     ui.note(Text.assemble(mark, said), "")

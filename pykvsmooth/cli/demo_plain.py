@@ -10,7 +10,7 @@ from ..errors import KVSmoothError
 from ..model import Model
 from ..policy import KVSmooth
 from .escape import escaped
-from .judge import Tally, headline, judge
+from .judge import CAUTION, Tally, headline, judge
 
 PROMPT = "Please describe the image in detail."
 
@@ -44,7 +44,7 @@ def _demo(scenes: list[dict]) -> int:  # type: ignore[type-arg]
     there = sum(len(scene["objects"]) for scene in scenes)
     for way, tally in tallies.items():
         print(f"{way:9}{tally.line(there)}")
-    print(f"[in brackets]: not in the scene. smoothed: {policy!r}", file=sys.stderr)
+    print(f"[in brackets]: not in the scene. smoothed: {policy!r}\n{CAUTION}", file=sys.stderr)
     print("For shades of row entropy, and for the other commands: pip install 'pykvsmooth[cli]'", file=sys.stderr)
     return 0
 

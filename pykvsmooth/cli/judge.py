@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+CAUTION = "A few scenes prove nothing; on 500, smoothing does not help this small model (docs/evidence.md in the sources)."
+
+
 @dataclass
 class Tally:
     """Of one way to caption, over all scenes."""
@@ -42,4 +45,5 @@ def judge(text: str, objects: list[str]) -> tuple[list[str], list[tuple[int, int
 
 
 def headline(scene: dict[str, Any]) -> tuple[str, str]:
+    """The name of a scene, and what is known of it."""
     return scene["image_id"], f": {scene['context']}; there are {', '.join(scene['objects'])}"
