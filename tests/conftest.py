@@ -1,9 +1,11 @@
 """Fixtures: random inputs are fresh in each run; KVS_SEED=N repeats the run whose seed a failure printed."""
 
+import io
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import tiny
 from answers import SMOOTH
 
 import pykvsmooth as kvs
+from pykvsmooth.cli.main import main
 
 # A shell that starts this in the background leaves SIGINT ignored, and the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,3 +85,35 @@ def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
 @pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
 def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
     return request.param
+
+
+@dataclass
+class Run:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+    @property
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_pair: Pair) -> Callable[..., Run]:
+    """Runs a command in this process, with the tiny pair as the default model and a pipe on either side."""
+    monkeypatch.setenv("PYKVSMOOTH_MODEL", tiny_pair.text)
+    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", tiny_pair.mmproj)
+
+    def go(*argv: object, stdin: bytes = b"") -> Run:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        code = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return Run(code, out, err)
+
+    return go

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -25,22 +24,10 @@ import pykvsmooth as kvs
 from pykvsmooth import box
 from pykvsmooth._native import library_path
 from pykvsmooth.cli import compare, escape, pictures, records, render, terminal
-from pykvsmooth.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Please describe the image in detail."
 ESC = "\x1b"
-
-
-@dataclass
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.out.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +38,6 @@ def tiny_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}
     tensors["output.weight"].data[2] = 0
     return Pair(str(path), tiny_pair.mmproj, tiny_pair.weights)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_pair: Pair) -> Callable[..., Run]:
-    """Runs a command in this process, with the tiny pair as the default model and a pipe on either side."""
-    monkeypatch.setenv("PYKVSMOOTH_MODEL", tiny_pair.text)
-    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", tiny_pair.mmproj)
-
-    def go(*argv: object, stdin: bytes = b"") -> Run:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return Run(code, out, err)
-
-    return go
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Figures of a corpus against numbers counted by hand and direct computation; files, COCO, runs that go on, sweeps, the command line."""
 
 import argparse
-import io
 import itertools
 import json
 import math
@@ -9,12 +8,12 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Pair
+from conftest import Run
 from PIL import Image
 
 import pykvsmooth as kvs
@@ -163,31 +162,11 @@ def test_positions_along_the_caption():
 # ---- the command line ----
 
 
-@dataclass
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        return json.loads(self.out)
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_pair: Pair, tmp_path: Path) -> Callable[..., Run]:
-    """Runs pykvsmooth eval in this process, with the tiny pair as the default model and a cache folder of its own."""
-    monkeypatch.setenv("PYKVSMOOTH_MODEL", tiny_pair.text)
-    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", tiny_pair.mmproj)
+def run(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Run]:
+    """Runs pykvsmooth eval with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def go(*argv: object) -> Run:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        code = cli.main(["eval", *map(str, argv)])
-        out, err = capsys.readouterr()
-        return Run(code, out, err)
-
-    return go
+    return partial(run, "eval")
 
 
 def write(path: Path, lines: list) -> Path:
