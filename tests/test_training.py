@@ -26,7 +26,7 @@ RECIPE = Recipe(
     development=4,
     sizes=SIZES,
     tower=Pace(samples=24, batch=8, rate=1e-3, decay=0.05),
-    language=Pace(samples=32, batch=4, rate=1e-3, decay=0.05),
+    language=Pace(samples=32, batch=4, rate=1e-3, decay=0.05, muon=True),
 )
 
 
@@ -209,18 +209,29 @@ def test_a_small_model_learns_a_few_captions_by_heart(done):
     reading = language.Reading.of(work, pool.Pool(work, RECIPE), "train", words, 4)
     torch.manual_seed(0)
     speaker = language.Speaker(language.LlavaForConditionalGeneration(language.config(SIZES, words)), words)
-    learn = loop.optimizer(speaker, replace(RECIPE.language, rate=1e-2))
+    learn = loop.optimizers(speaker, replace(RECIPE.language, rate=1e-2))
     batch = reading.batch(np.arange(4), 0, torch.device("cpu"))
     losses = []
     for _ in range(60):
         losses.append(language.loss(speaker, *batch))
-        learn.zero_grad()
+        speaker.zero_grad()
         losses[-1].backward()
-        learn.step()
+        for one in learn:
+            one.step()
     assert losses[0] > 5.5 and losses[-1] < 1.5
 
 
-def test_errors_name_the_file(done, tmp_path):
+def test_muon_has_the_matrices_inside_layers(done):
+    words = Vocabulary(done / "tokenizer.model")
+    speaker = language.Speaker(language.LlavaForConditionalGeneration(language.config(SIZES, words)), words)
+    adam, muon = loop.optimizers(speaker, RECIPE.language)
+    shapes = [[tuple(p.shape) for group in one.param_groups for p in group["params"]] for one in (adam, muon)]
+    assert len(shapes[1]) == 7 * SIZES.layers and (words.rows, SIZES.width) not in shapes[1]
+    assert sum(map(len, shapes)) == len(list(speaker.parameters()))
+    assert len(loop.optimizers(speaker, replace(RECIPE.language, muon=False))) == 1
+
+
+def test_errors_name_the_file(done, tmp_path, monkeypatch):
     (tmp_path / "pool").symlink_to(done / "pool")
     (tmp_path / "tower.checkpoint").write_bytes(b"not a checkpoint")
     with pytest.raises(TrainingError, match=r"tower\.checkpoint: not a checkpoint"):
@@ -229,6 +240,9 @@ def test_errors_name_the_file(done, tmp_path):
         run(tmp_path, replace(RECIPE, scenes=30), until="tower")
     with pytest.raises(TrainingError, match="other sizes"):
         run(tmp_path, replace(RECIPE, sizes=replace(SIZES, patch=28)))
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="made from other scenes"):
+        patch.setattr(pool, "caption", lambda view, variant: "Other words.")
+        run(tmp_path)
     with pytest.raises(TrainingError, match=r"has no tower\.safetensors"):
         run(tmp_path / "seed", shared=tmp_path)
     with pytest.raises(TrainingError, match=r"tower\.safetensors: not of a model of these sizes"):

@@ -79,8 +79,8 @@ def looping(text: str) -> bool:
 def _sides(text: str, scored: Scored, s: Scene) -> list[bool]:
     right = []
     for mention in scored.mentions:
-        sentence = text[text.rfind(". ", 0, mention.begin) + 1 : mention.begin].lower()
-        said = set(re.findall(r"\b(left|right)\b", sentence))
+        sentence = (text[: mention.end].rpartition(". ")[2] + text[mention.end :].partition(".")[0]).lower()
+        said = set(re.findall(r"\b(?:on|to|at) the (left|right)\b", sentence))  # not "has left there"
         things = [thing for thing in s.objects if thing.node == mention.node]
         if len(said) == 1 and things:
             right.append((things[0].centre[0] < SIZE / 2) == (said == {"left"}))

@@ -1,7 +1,8 @@
 """Captions of scenes: an opening for the context, one sentence for each object from the largest to the smallest, one kind of ending.
 
 The plan follows from the scene alone; the words vary. A model that decodes greedily learns such captions well, and loops on
-captions whose plan is free. Each object is named once; its place is left or right where it is clearly there.
+captions whose plan is free. Each object is named once, and its place after its name: a model that has to say "on the left" first
+chooses a side before it has chosen an object. Left and right are said where they are clearly so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PLACES = {
     "right": ("on the right", "to the right", "at the right"),
     "middle": ("in the middle", "in the center", "near the middle"),
 }
-_THERE = ("there is {}", "we see {}", "I can see {}", "I notice {}")
+_THERE = ("There is {}", "We see {}", "I can see {}", "I notice {}")
 _SIZES = {"large": ("large", "big"), "small": ("small", "little"), "": ("",)}
 _MANNERS = {
     "person": ("who is out for a while", "who seems to enjoy the day", "who is looking around"),
@@ -71,8 +72,8 @@ def caption(scene: Scene, variant: int) -> str:
     for thing in scene.objects:
         kind = KINDS[thing.kind]
         named = " ".join(filter(None, (one_of(_SIZES[size(thing)]), one_of(kind.words))))
-        place, there = one_of(_PLACES[side(thing)]), one_of(_THERE).format(_article(named))
-        sentences.append(f"{place[0].upper()}{place[1:]} {there} {one_of(_MANNERS[kind.manner])}.")
+        there, place = one_of(_THERE).format(_article(named)), one_of(_PLACES[side(thing)])
+        sentences.append(f"{there} {place} {one_of(_MANNERS[kind.manner])}.")
     sentences.append(one_of(_ENDINGS[len(scene.objects) >= CROWD]))
     return " ".join(sentences)
 

@@ -57,14 +57,19 @@ def rate(pace: Pace, step: int) -> float:
     return pace.rate * (pace.floor + (1 - pace.floor) * 0.5 * (1 + math.cos(turn)))
 
 
-def optimizer(model: nn.Module, pace: Pace) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
+def optimizers(model: nn.Module, pace: Pace) -> list[torch.optim.Optimizer]:
+    """AdamW, of which only matrices decay; with pace.muon the matrices inside layers are Muon's, with steps of AdamW's size."""
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [p for name, p in learnt.items() if pace.muon and ".layers." in name and p.dim() == 2]
+    outer = [p for p in learnt.values() if not any(p is one for one in inner)]
     groups = [
-        {"params": [p for p in learnt if p.dim() > 1], "weight_decay": pace.decay},
-        {"params": [p for p in learnt if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in outer if p.dim() > 1], "weight_decay": pace.decay},
+        {"params": [p for p in outer if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=pace.rate, betas=(0.9, 0.98), fused=True)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=pace.rate, betas=(0.9, 0.98), fused=True)]
+    if inner:
+        found.append(torch.optim.Muon(inner, lr=pace.rate, weight_decay=pace.decay, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Loop:
     checks: int = 12
 
     def __post_init__(self) -> None:
-        self.optimizer = optimizer(self.model, self.pace)
+        self.optimizers = optimizers(self.model, self.pace)
         self.path = self.work.path(f"{self.stage}.checkpoint")
         self.identity = json.loads(json.dumps({**self.identity, "pace": asdict(self.pace)}))
 
@@ -119,16 +124,17 @@ class Loop:
 
     def _step(self, step: int) -> Figures:
         self.model.train()
-        for group in self.optimizer.param_groups:
+        for group in (group for one in self.optimizers for group in one.param_groups):
             group["lr"] = rate(self.pace, step)
         losses = self.loss(step)
         first = next(iter(losses.values()))
         if not torch.isfinite(first):
             raise TrainingError(f"{self.stage}: the loss is {first.item()} at step {step}: choose a lower rate")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         first.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for one in self.optimizers:
+            one.step()
         return {name: value.item() for name, value in losses.items()}
 
     def _look(self) -> Figures:
@@ -137,7 +143,8 @@ class Loop:
             return self.check()
 
     def _save(self, step: int) -> None:
-        state = {"step": step, "identity": self.identity, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        kept = [one.state_dict() for one in self.optimizers]
+        state = {"step": step, "identity": self.identity, "model": self.model.state_dict(), "optimizers": kept}
         with finished(self.path) as part:
             torch.save(state, part)
 
@@ -149,7 +156,8 @@ class Loop:
             same = state["identity"] == self.identity
             if same:
                 self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
+                for one, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                    one.load_state_dict(kept)
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise TrainingError(f"{self.path}: not a checkpoint of this stage ({type(error).__name__}): remove it") from error
         if not same:

@@ -5,6 +5,7 @@ Shards of a few hundred scenes, each a .npz, are made by several processes; a sh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -66,6 +67,16 @@ def render(path: Path, first: int, count: int, patch: int, variants: int) -> Non
         )
 
 
+def look(variants: int, probes: int = 8) -> str:
+    """A digest of a few pictures and captions as today's code makes them."""
+    seen = hashlib.sha256()
+    for seed in range(probes):
+        view = scene(seed)
+        seen.update(view.picture.tobytes())
+        seen.update("\n".join(caption(view, variant) for variant in range(variants)).encode())
+    return seen.hexdigest()
+
+
 def _render(job: tuple[Path, int, int], patch: int, variants: int) -> int:
     render(*job, patch, variants)
     return job[2]
@@ -110,9 +121,15 @@ class Pool:
         self.work.log("scenes", sum(job[2] for job in jobs))
 
     def _check(self) -> None:
-        """A pool is made for one set of classes, patch size and number of captions."""
+        """A pool is made for one set of classes, patch size and number of captions, by one renderer and grammar."""
         path = self.folder / "pool.json"
-        made_for = {"classes": list(CLASSES), "patch": self.recipe.sizes.patch, "variants": self.recipe.variants, "shard": SHARD}
+        made_for = {
+            "classes": list(CLASSES),
+            "patch": self.recipe.sizes.patch,
+            "variants": self.recipe.variants,
+            "shard": SHARD,
+            "look": look(self.recipe.variants),
+        }
         if not path.exists():
             with finished(path) as part:
                 part.write_text(json.dumps(made_for), encoding="utf-8")

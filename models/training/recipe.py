@@ -33,7 +33,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pace:
-    """One training stage: samples in all, samples a step, the peak of the learning rate (cosine, with warm-up), weight decay."""
+    """One training stage: samples in all, samples a step, the peak of the learning rate (cosine, with warm-up), weight decay.
+
+    muon: the matrices inside layers take Muon's steps instead of AdamW's."""
 
     samples: int
     batch: int
@@ -41,6 +43,7 @@ class Pace:
     decay: float
     warm: float = 0.04
     floor: float = 0.02
+    muon: bool = False
 
     @property
     def steps(self) -> int:
@@ -57,4 +60,4 @@ class Recipe:
     development: int = 1000
     sizes: Sizes = Sizes()
     tower: Pace = Pace(samples=120_000, batch=128, rate=1e-3, decay=0.05)
-    language: Pace = Pace(samples=90_000, batch=32, rate=1e-3, decay=0.05)
+    language: Pace = Pace(samples=48_000, batch=32, rate=2e-3, decay=0.05, muon=True)
