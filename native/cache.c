@@ -71,7 +71,8 @@ void kvs_cache_free(kvs_cache *cache) {
     free(cache->flags);
     free(cache->positions);
     free(cache->turns);
-    if (cache->policy) cache->policy->ops->free(cache->policy);
+    free(cache->pictures);
+    for (int32_t i = 0; i < cache->n_policies; i++) cache->policies[i]->ops->free(cache->policies[i]);
     memset(cache, 0, sizeof *cache);
 }
 
@@ -94,15 +95,42 @@ static void copy_rows(const kvs_cache *from, kvs_cache *to) {
     if (src->exact_o) from->be->ops->copy(from->be, to->kv.exact_o, src->exact_o, ring * (uint64_t)src->n_head);
 }
 
+static bool copy_policies(const kvs_cache *from, kvs_cache *to) {
+    for (int32_t i = 0; i < from->n_policies; i++) {
+        to->policies[i] = from->policies[i]->ops->clone(from->policies[i]);
+        if (!to->policies[i]) return false;
+        to->n_policies++;
+    }
+    return true;
+}
+
+static bool reserve_pictures(kvs_cache *cache, int32_t n) {
+    if (n <= cache->room_pictures) return true;
+    int32_t room = KVS_MAX(n, 2 * cache->room_pictures);
+    kvs_picture *grown = realloc(cache->pictures, (size_t)room * sizeof *grown);
+    if (!grown) return false;
+    cache->pictures = grown;
+    cache->room_pictures = room;
+    return true;
+}
+
+static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
+    if (!from->n_pictures) return true;
+    if (!reserve_pictures(to, from->n_pictures)) return false;
+    memcpy(to->pictures, from->pictures, (size_t)from->n_pictures * sizeof *to->pictures);
+    to->n_pictures = from->n_pictures;
+    return true;
+}
+
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
     const kvs_kv *kv = &from->kv;
     kvs_cache_shape shape = {kv->type,  kv->n_layer, kv->n_head,          kv->n_kv_head, kv->head_dim,
                              kv->n_ctx, kv->n_exact, kv->exact_o != NULL, kv->n_group,   kv->exclude_self};
     int status = kvs_cache_init(to, from->be, &shape, err);
     if (status) return status;
-    if (from->policy && !(to->policy = from->policy->ops->clone(from->policy))) {
+    if (!copy_policies(from, to) || !copy_pictures(from, to)) {
         kvs_cache_free(to);
-        return kvs_fail_memory(err, 0, "a copy of the policy");
+        return kvs_fail_memory(err, 0, "a copy of the policies");
     }
     copy_rows(from, to);
     size_t n = (size_t)from->n_past;
@@ -125,6 +153,19 @@ void kvs_cache_rows(const kvs_span *span, kvs_row *rows) {
         int32_t index = span->index + i;
         rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows + index - cache->n_past};
     }
+}
+
+int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err) {
+    if (!reserve_pictures(cache, cache->n_pictures + 1)) return kvs_fail_memory(err, 0, "a picture's place");
+    cache->pictures[cache->n_pictures++] = (kvs_picture){.first = cache->n_past + at, .n = n};
+    return KVS_OK;
+}
+
+void kvs_cache_forget(kvs_cache *cache) {
+    while (cache->n_pictures > 0 && cache->pictures[cache->n_pictures - 1].first >= cache->n_past) cache->n_pictures--;
+    if (!cache->n_pictures) return;
+    kvs_picture *last = &cache->pictures[cache->n_pictures - 1]; /* a rewind may end inside it */
+    last->n = KVS_MIN(last->n, cache->n_past - last->first);
 }
 
 void kvs_cache_touched(kvs_cache *cache, int32_t n) {
@@ -170,7 +211,13 @@ bool kvs_cache_exact(const kvs_cache *cache, int32_t index) {
     return index >= KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
 }
 
-bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) { return cache->policy && cache->policy->ops->mixes(cache->policy, flags); }
+bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) {
+    for (int32_t i = 0; i < cache->n_policies; i++) {
+        const kvs_policy *policy = cache->policies[i];
+        if (policy->ops->mixes && policy->ops->mixes(policy, flags)) return true;
+    }
+    return false;
+}
 
 /* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. */
 int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) {
@@ -229,6 +276,7 @@ int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *e
     while (cache->n_rows > 0 && cache->positions[cache->n_rows - 1] >= n_past) cache->n_rows--;
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
     cache->n_past = n_past;
+    kvs_cache_forget(cache);
     cache->exact_from = KVS_MIN(exact_from, n_past);
     if (cache->store_is_exact && !kvs_cache_exact(cache, KVS_MAX(n_past - 2, 0))) refill_exact(cache);
     return KVS_OK;

@@ -10,12 +10,19 @@ enum { KVS_ROW_GENERATED = 1, KVS_ROW_ENDED = 2 }; /* ENDED: policies have done 
 
 typedef struct kvs_policy kvs_policy;
 
+enum { KVS_MAX_POLICIES = 3 };
+
+typedef struct kvs_picture { /* rows of the timeline that one picture gave */
+    int32_t first, n;
+} kvs_picture;
+
 typedef struct kvs_cache {
     kvs_backend *be;
     kvs_kv kv;
-    kvs_policy *policy; /* NULL = off */
-    int32_t n_past;     /* committed rows of the timeline */
-    int32_t n_rows;     /* physical rows: fewer than n_past after pruning */
+    kvs_policy *policies[KVS_MAX_POLICIES]; /* in the order in which they act */
+    int32_t n_policies;
+    int32_t n_past; /* committed rows of the timeline */
+    int32_t n_rows; /* physical rows: fewer than n_past after pruning */
     /* by index, (n_ctx) each */
     int32_t *ids;       /* -1 for an image row */
     uint64_t *hashes;   /* picture of an image row, 0 otherwise */
@@ -23,6 +30,8 @@ typedef struct kvs_cache {
     int32_t *positions; /* by physical row */
     int32_t *turns;     /* (n_turns) n_past at the start of each turn but the first, rising */
     int32_t n_turns;
+    kvs_picture *pictures; /* (n_pictures), rising; of a feed under way, too */
+    int32_t n_pictures, room_pictures;
     float *kept;         /* [dev] the newest exact row of each layer while a prompt runs that may fail, or NULL */
     int32_t exact_from;  /* the ring of exact rows holds the indices exact_from..n_past-1 */
     bool store_is_exact; /* a float32 store that is what the next mix wants: rows can go back into the ring */
@@ -46,9 +55,19 @@ typedef struct kvs_span {
     bool generated;         /* then n is 1 */
 } kvs_span;
 
-typedef struct kvs_policy_ops {
+enum { KVS_MAX_FACTS = 32 };
+
+typedef struct kvs_facts { /* parameters of a policy as named numbers: what a saved session is compared by */
+    int32_t n;
+    const char *name[KVS_MAX_FACTS];
+    double value[KVS_MAX_FACTS];
+} kvs_facts;
+
+typedef struct kvs_policy_ops { /* what a policy does not need is NULL; the first four are there */
+    const char *name;
     void (*free)(kvs_policy *policy);
     kvs_policy *(*clone)(const kvs_policy *policy); /* NULL = out of memory */
+    void (*facts)(const kvs_policy *policy, kvs_facts *facts);
     /* A generated row is about to run: host side, before the first layer. */
     void (*before_step)(kvs_policy *policy, const kvs_span *span);
     /* Right after the attention of a layer, generated rows only; out: attention outputs (rows of the step, n_head * head_dim). */
@@ -64,11 +83,14 @@ struct kvs_policy {
 };
 
 int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *shape, kvs_error *err);
-void kvs_cache_free(kvs_cache *cache); /* the policy, too */
+void kvs_cache_free(kvs_cache *cache); /* the policies, too */
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
 
 void kvs_cache_rows(const kvs_span *span, kvs_row *rows); /* rows of a span as the backend wants them: (span->n) */
 void kvs_cache_commit(const kvs_span *span);              /* the span begins where the timeline ends */
+/* Rows n_past + at .. + n are a picture's: before they run. What a feed added and did not commit is forgotten by kvs_cache_forget. */
+int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err);
+void kvs_cache_forget(kvs_cache *cache);
 /* Around a prompt of n rows that may be cancelled: what it writes into the ring of exact rows takes the newest one's place. */
 void kvs_cache_keep_exact(kvs_cache *cache);
 void kvs_cache_restore_exact(kvs_cache *cache);      /* after kvs_cache_touched */
@@ -90,5 +112,11 @@ int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kv
 /* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 int kvs_policy_kvsmooth_check(const kvs_smooth_params *params, int32_t n_layer, kvs_error *err);
-const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy); /* NULL if it is another policy */
+
+static inline void kvs_fact(kvs_facts *facts, const char *name, double value) {
+    if (facts->n < KVS_MAX_FACTS) facts->name[facts->n] = name, facts->value[facts->n++] = value;
+}
+static inline double kvs_fact_of_list(const int32_t *list, int32_t n) { /* a number that a double holds */
+    return (double)(kvs_hash(0, list, (uint64_t)n * sizeof *list) >> 11);
+}
 #endif

@@ -29,6 +29,20 @@ static void input_rows(kvs_model *model, const kvs_pass *pass) {
     }
 }
 
+static void before_step(const kvs_span *span) {
+    for (int32_t i = 0; i < span->cache->n_policies && span->generated; i++) {
+        kvs_policy *policy = span->cache->policies[i];
+        if (policy->ops->before_step) policy->ops->before_step(policy, span);
+    }
+}
+
+static void after_attention(const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out) {
+    for (int32_t i = 0; i < span->cache->n_policies && span->generated; i++) {
+        kvs_policy *policy = span->cache->policies[i];
+        if (policy->ops->after_attn) policy->ops->after_attn(policy, span, layer, rope, out);
+    }
+}
+
 /* x += attention(norm(x)) W_o; the cache gets the new rows, policies see the outputs before W_o. */
 static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t index) {
     const kvs_ops *ops = model->be->ops;
@@ -44,11 +58,7 @@ static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t inde
     ops->attn(model->be, index, w->q, w->attn, w->entropy);
     ops->kv_record(model->be, index, w->entropy);
     ops->kv_put_out(model->be, index, w->attn);
-    for (int32_t s = 0; s < pass->n_spans; s++) {
-        const kvs_span *span = &pass->spans[s];
-        kvs_policy *policy = span->cache->policy;
-        if (policy && span->generated) policy->ops->after_attn(policy, span, index, &t->rope, w->attn);
-    }
+    for (int32_t s = 0; s < pass->n_spans; s++) after_attention(&pass->spans[s], index, &t->rope, w->attn);
     kvs_matmul o = job(w->y, &layer->o, &layer->o_bias);
     ops->matmul(model->be, &o, 1, w->attn, pass->n);
     ops->add(model->be, w->x, w->y, (int64_t)pass->n * t->n_embd);
@@ -87,10 +97,7 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     const kvs_ops *ops = model->be->ops;
     int status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
     if (status) return status;
-    for (int32_t s = 0; s < pass->n_spans; s++) {
-        kvs_policy *policy = pass->spans[s].cache->policy;
-        if (policy && pass->spans[s].generated) policy->ops->before_step(policy, &pass->spans[s]);
-    }
+    for (int32_t s = 0; s < pass->n_spans; s++) before_step(&pass->spans[s]);
     kvs_step step = {.rows = pass->rows, .n = pass->n, .cancel = pass->cancel};
     ops->begin(model->be, &step);
     input_rows(model, pass);

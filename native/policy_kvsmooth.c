@@ -157,9 +157,35 @@ static bool smooth_mixes(const kvs_policy *policy, uint8_t flags) {
     return flags & KVS_ROW_GENERATED || (s->params.smooth_last_prompt && flags & KVS_ROW_ENDED);
 }
 
+static void smooth_facts(const kvs_policy *policy, kvs_facts *facts) {
+    const kvs_smooth_params *p = &((const smooth *)policy)->params;
+    kvs_fact(facts, "lambda_ref", p->lambda_ref);
+    kvs_fact(facts, "half_width", p->half_width);
+    kvs_fact(facts, "lambda_max", p->lambda_max);
+    kvs_fact(facts, "lambda_fixed", p->lambda_fixed);
+    kvs_fact(facts, "window", p->window);
+    kvs_fact(facts, "target", p->target);
+    kvs_fact(facts, "lambda_den", p->den_capacity);
+    kvs_fact(facts, "rope_mode", p->rope_relative);
+    kvs_fact(facts, "first_token", p->skip_first);
+    kvs_fact(facts, "warm_start", p->warm_start);
+    kvs_fact(facts, "smooth_prompt", p->smooth_last_prompt);
+    kvs_fact(facts, "entropy_norm", p->norm_log_len);
+    kvs_fact(facts, "entropy_heads", p->per_kv_head);
+    kvs_fact(facts, "entropy_include_self", p->exclude_self);
+    kvs_fact(facts, "rank_ties", p->midrank);
+    kvs_fact(facts, "queue_scope", p->scope_session);
+    kvs_fact(facts, "ema", p->ema_one_step);
+    kvs_fact(facts, "mix", p->damp);
+    kvs_fact(facts, "layers", kvs_fact_of_list(p->layers, p->n_layers));
+    kvs_fact(facts, "skip_token_ids", kvs_fact_of_list(p->skip_ids, p->n_skip_ids));
+}
+
 static const kvs_policy_ops smooth_ops = {
+    .name = "KVSmooth",
     .free = smooth_free,
     .clone = smooth_clone,
+    .facts = smooth_facts,
     .before_step = smooth_before_step,
     .after_attn = smooth_after_attn,
     .end_prefill = smooth_end_prefill,
@@ -190,8 +216,4 @@ int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_po
     if (status) return status;
     *out = (kvs_policy *)make(params, n_layer);
     return *out ? KVS_OK : kvs_fail_memory(err, 0, "a policy");
-}
-
-const kvs_smooth_params *kvs_policy_kvsmooth_params(const kvs_policy *policy) {
-    return policy && policy->ops == &smooth_ops ? &((const smooth *)policy)->params : NULL;
 }

@@ -47,26 +47,37 @@ static kvs_cache_shape cache_shape(const kvs_model *model, const kvs_session_par
     return shape;
 }
 
+/* In the order in which they act. */
+static int add_policies(kvs_session *s, const kvs_session_params *params, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    int32_t n_layer = s->model->text.n_layer;
+    if (!params->smooth) return KVS_OK;
+    int status = kvs_policy_kvsmooth(params->smooth, n_layer, &cache->policies[cache->n_policies], err);
+    cache->n_policies += !status;
+    return status;
+}
+
 int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
     *out = NULL;
     int status = check_params(model, params, err);
     if (status) return status;
-    kvs_policy *policy = NULL;
-    if (params->smooth && (status = kvs_policy_kvsmooth(params->smooth, model->text.n_layer, &policy, err))) return status;
     kvs_session *s = kvs_calloc(1, sizeof *s);
     float *logits = kvs_calloc((uint64_t)model->text.n_vocab, sizeof *logits);
-    kvs_cache_shape shape = cache_shape(model, params);
-    status = s && logits ? kvs_cache_init(&s->cache, model->be, &shape, err) : kvs_fail_memory(err, 0, "a session");
-    if (status) {
-        if (policy) policy->ops->free(policy);
+    if (!s || !logits) {
         free(logits);
         free(s);
-        return status;
+        return kvs_fail_memory(err, 0, "a session");
     }
     s->model = model;
     s->logits = logits;
-    s->cache.policy = policy;
-    s->cache.store_is_exact = policy && params->kv_type == KVS_TYPE_F32 && !params->smooth->ema_one_step && !shape.exact_o;
+    kvs_cache_shape shape = cache_shape(model, params);
+    status = kvs_cache_init(&s->cache, model->be, &shape, err);
+    if (!status) status = add_policies(s, params, err);
+    if (status) {
+        kvs_session_free(s);
+        return status;
+    }
+    s->cache.store_is_exact = params->smooth && params->kv_type == KVS_TYPE_F32 && !params->smooth->ema_one_step && !shape.exact_o;
     kvs_rng_seed(&s->rng, params->seed);
     *out = s;
     return KVS_OK;
@@ -171,14 +182,23 @@ static int feed_blocks(kvs_session *s, const flat *f, const int32_t *cancel, kvs
     return status;
 }
 
+static int add_pictures(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, kvs_error *err) {
+    int32_t at = 0, status = KVS_OK;
+    for (int32_t c = 0; c < n_chunks && !status; at += chunks[c++].n)
+        if (!chunks[c].ids && chunks[c].n) status = kvs_cache_add_picture(&s->cache, at, chunks[c].n, err);
+    return status;
+}
+
 static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const int32_t *cancel, kvs_error *err) {
     flat f;
     int status = flatten(s, chunks, n_chunks, &f, err);
     if (!status && f.n) {
         bool exact = s->cache.n_past > 0 && kvs_cache_exact(&s->cache, s->cache.n_past - 1);
         if (exact) kvs_cache_keep_exact(&s->cache);
-        status = feed_blocks(s, &f, cancel, err);
+        status = add_pictures(s, chunks, n_chunks, err);
+        if (!status) status = feed_blocks(s, &f, cancel, err);
         kvs_cache_touched(&s->cache, f.n);
+        if (status) kvs_cache_forget(&s->cache);
         if (status && exact) kvs_cache_restore_exact(&s->cache);
         if (!status) {
             kvs_span span = {.cache = &s->cache, .index = s->cache.n_past, .n = f.n, .ids = f.ids, .hashes = f.hashes};
@@ -200,6 +220,16 @@ int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t 
 
 /* ---- rows that run again ---- */
 
+/* The model's lock is held. */
+static int policies_end_prefill(kvs_session *s, int32_t index, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < s->cache.n_policies && !status; i++) {
+        kvs_policy *policy = s->cache.policies[i];
+        if (policy->ops->end_prefill) status = policy->ops->end_prefill(policy, &s->cache, index, &s->model->text.rope, err);
+    }
+    return status;
+}
+
 /* A row of the timeline once more, as what it was; it writes what is there already. Its pass can't be cancelled (only the wait for
  * the model can): half of it would leave unsmoothed values in the cache. */
 static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *cancel, kvs_error *err) {
@@ -212,8 +242,7 @@ static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *
     int status = kvs_model_lock(s->model, cancel, err);
     if (status) return status;
     status = kvs_llama_pass(s->model, &pass, err);
-    if (!status && flags & KVS_ROW_ENDED && cache->policy)
-        status = cache->policy->ops->end_prefill(cache->policy, cache, index, &s->model->text.rope, err);
+    if (!status && flags & KVS_ROW_ENDED) status = policies_end_prefill(s, index, err);
     kvs_model_unlock(s->model);
     return status;
 }
@@ -242,11 +271,11 @@ static int end_prefill(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     if (last < 0 || cache->flags[last] & (KVS_ROW_GENERATED | KVS_ROW_ENDED)) return KVS_OK;
     int status = kvs_cache_mixes(cache, KVS_ROW_ENDED) ? ensure_exact(s, last - 1, cancel, err) : KVS_OK;
     if (status) return status;
-    cache->flags[last] |= KVS_ROW_ENDED; /* before the policy looks: it derives its queue from the flags */
-    if (!cache->policy) return KVS_OK;
+    cache->flags[last] |= KVS_ROW_ENDED; /* before policies look: they derive a queue from the flags */
+    if (!cache->n_policies) return KVS_OK;
     status = kvs_model_lock(s->model, cancel, err);
     if (!status) {
-        status = cache->policy->ops->end_prefill(cache->policy, cache, last, &s->model->text.rope, err);
+        status = policies_end_prefill(s, last, err);
         kvs_model_unlock(s->model);
     }
     if (status) cache->flags[last] &= (uint8_t)~KVS_ROW_ENDED;

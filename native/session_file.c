@@ -14,16 +14,21 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FILE_VERSION = 1, N_FIELDS = 19, MAX_PATH = PATH_MAX };
+enum { FILE_VERSION = 2, MAX_PATH = PATH_MAX };
+
+typedef struct saved_policy {
+    char name[16];
+    int32_t n, zero;
+    double value[KVS_MAX_FACTS]; /* its facts */
+} saved_policy;
 
 typedef struct header {
     char magic[8];
     uint32_t version, header_bytes;
     uint64_t identity, mmproj_identity;
-    int32_t n_ctx, kv_type, n_exact, smoothed;
-    int32_t n_past, n_rows, n_turns, exact_from, has_logits, n_skip_ids;
-    double policy[N_FIELDS]; /* zeros without a policy */
-    uint64_t policy_lists;   /* hash of its layers and skip ids */
+    int32_t n_ctx, kv_type, n_exact, n_policies;
+    int32_t n_past, n_rows, n_turns, n_pictures, exact_from, has_logits;
+    saved_policy policies[KVS_MAX_POLICIES];
     kvs_rng rng;
     uint64_t check; /* hash of all the above: a damaged header must not pass for one of another model or policy */
 } header;
@@ -65,6 +70,7 @@ static void transfer_cache(stream *f, kvs_cache *cache) {
     transfer(f, cache->flags, (uint64_t)cache->n_past * sizeof *cache->flags);
     transfer(f, cache->positions, (uint64_t)cache->n_rows * sizeof *cache->positions);
     transfer(f, cache->turns, (uint64_t)cache->n_turns * sizeof *cache->turns);
+    transfer(f, cache->pictures, (uint64_t)cache->n_pictures * sizeof *cache->pictures);
     for (int32_t layer = 0; layer < kv->n_layer; layer++) {
         for (int32_t head = 0; head < kv->n_kv_head; head++) {
             transfer_device(f, kvs_kv_rows(kv, kv->k, layer, head), rows);
@@ -77,40 +83,6 @@ static void transfer_cache(stream *f, kvs_cache *cache) {
     if (kv->exact_k) transfer_device(f, kv->exact_k, ring * (uint64_t)kv->n_kv_head);
     if (kv->exact_v) transfer_device(f, kv->exact_v, ring * (uint64_t)kv->n_kv_head);
     if (kv->exact_o) transfer_device(f, kv->exact_o, ring * (uint64_t)kv->n_head);
-}
-
-/* The policy as named numbers: what is compared when a file is loaded. */
-static const char *const field_names[N_FIELDS] = {"lambda_ref",    "half_width",   "lambda_max",    "lambda_fixed",         "window",
-                                                  "target",        "lambda_den",   "rope_mode",     "first_token",          "warm_start",
-                                                  "smooth_prompt", "entropy_norm", "entropy_heads", "entropy_include_self", "rank_ties",
-                                                  "queue_scope",   "ema",          "mix",           "number of layers"};
-
-static void policy_fields(const kvs_smooth_params *p, double fields[N_FIELDS]) {
-    const double values[N_FIELDS] = {p->lambda_ref,
-                                     p->half_width,
-                                     p->lambda_max,
-                                     p->lambda_fixed,
-                                     p->window,
-                                     p->target,
-                                     p->den_capacity,
-                                     p->rope_relative,
-                                     p->skip_first,
-                                     p->warm_start,
-                                     p->smooth_last_prompt,
-                                     p->norm_log_len,
-                                     p->per_kv_head,
-                                     p->exclude_self,
-                                     p->midrank,
-                                     p->scope_session,
-                                     p->ema_one_step,
-                                     p->damp,
-                                     p->n_layers};
-    memcpy(fields, values, sizeof values);
-}
-
-static uint64_t policy_lists(const kvs_smooth_params *p) {
-    uint64_t layers = kvs_hash(0, p->layers, (uint64_t)p->n_layers * sizeof *p->layers);
-    return kvs_hash(layers, p->skip_ids, (uint64_t)p->n_skip_ids * sizeof *p->skip_ids);
 }
 
 static uint64_t header_check(const header *h) { return kvs_hash(0, h, offsetof(header, check)); }
@@ -133,7 +105,7 @@ static bool open_buffer(stream *f, const kvs_cache *cache) {
 
 /* ---- save ---- */
 
-static header make_header(const kvs_session *s, const kvs_smooth_params *smooth) {
+static header make_header(const kvs_session *s) {
     const kvs_cache *c = &s->cache;
     header h = {.magic = "KVSSESS", .version = FILE_VERSION, .header_bytes = sizeof h};
     h.identity = s->model->identity;
@@ -141,24 +113,27 @@ static header make_header(const kvs_session *s, const kvs_smooth_params *smooth)
     h.n_ctx = c->kv.n_ctx;
     h.kv_type = c->kv.type;
     h.n_exact = c->kv.n_exact;
-    h.smoothed = smooth != NULL;
+    h.n_policies = c->n_policies;
     h.n_past = c->n_past;
     h.n_rows = c->n_rows;
     h.n_turns = c->n_turns;
+    h.n_pictures = c->n_pictures;
     h.exact_from = c->exact_from;
     h.has_logits = s->has_logits;
     h.rng = s->rng;
-    if (smooth) {
-        h.n_skip_ids = smooth->n_skip_ids;
-        policy_fields(smooth, h.policy);
-        h.policy_lists = policy_lists(smooth);
+    for (int32_t i = 0; i < c->n_policies; i++) {
+        kvs_facts facts = {0};
+        c->policies[i]->ops->facts(c->policies[i], &facts);
+        snprintf(h.policies[i].name, sizeof h.policies[i].name, "%s", c->policies[i]->ops->name);
+        h.policies[i].n = facts.n;
+        memcpy(h.policies[i].value, facts.value, (size_t)facts.n * sizeof *facts.value);
     }
     h.check = header_check(&h);
     return h;
 }
 
 static void write_all(stream *f, kvs_session *s) {
-    header h = make_header(s, kvs_policy_kvsmooth_params(s->cache.policy));
+    header h = make_header(s);
     transfer(f, &h, sizeof h);
     transfer_cache(f, &s->cache);
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
@@ -249,24 +224,59 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
     if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");
     bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows == h->n_past && h->n_turns >= 0 && h->n_turns <= h->n_past &&
+                h->n_pictures >= 0 && h->n_pictures <= h->n_past && h->n_policies >= 0 && h->n_policies <= KVS_MAX_POLICIES &&
                 h->exact_from >= 0 && h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) && h->n_exact >= 0;
     return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
 }
 
-static int check_policy(const header *h, const kvs_smooth_params *smooth, const char *path, kvs_error *err) {
-    if (h->smoothed != (smooth != NULL))
-        return file_error(err, path, "policy",
-                          h->smoothed ? "saved with KVSmooth: load it with the same policy"
-                                      : "saved without a policy: load it without one");
-    if (!smooth) return KVS_OK;
-    double wanted[N_FIELDS];
-    policy_fields(smooth, wanted);
-    for (int i = 0; i < N_FIELDS; i++)
-        if (h->policy[i] != wanted[i] && !(isnan(h->policy[i]) && isnan(wanted[i])))
-            return kvs_fail_file(err, KVS_E_SESSION_FILE, path, field_names[i], -1, "saved with %.9g, the policy given has %.9g",
-                                 h->policy[i], wanted[i]);
-    bool same = h->n_skip_ids == smooth->n_skip_ids && h->policy_lists == policy_lists(smooth);
-    return same ? KVS_OK : file_error(err, path, "layers or skip_token_ids", "saved with other layers or skip_token_ids");
+static int check_facts(const saved_policy *saved, const kvs_policy *given, const char *path, kvs_error *err) {
+    kvs_facts facts = {0};
+    given->ops->facts(given, &facts);
+    for (int32_t i = 0; i < facts.n; i++) {
+        double was = saved->value[i], is = facts.value[i];
+        if (was != is && !(isnan(was) && isnan(is)))
+            return kvs_fail_file(err, KVS_E_SESSION_FILE, path, facts.name[i], -1, "%s: saved with %.9g, the policy given has %.9g",
+                                 given->ops->name, was, is);
+    }
+    return KVS_OK;
+}
+
+static void list_names(const char *names[], int32_t n, char *out, size_t size) {
+    out[0] = 0;
+    for (int32_t i = 0; i < n; i++) {
+        size_t at = strlen(out);
+        snprintf(out + at, size - at, "%s%.15s", i ? ", " : "", names[i]);
+    }
+    if (!n) snprintf(out, size, "no policy");
+}
+
+static int check_policies(const header *h, const kvs_cache *cache, const char *path, kvs_error *err) {
+    const char *saved[KVS_MAX_POLICIES], *given[KVS_MAX_POLICIES];
+    for (int32_t i = 0; i < h->n_policies; i++) saved[i] = h->policies[i].name;
+    for (int32_t i = 0; i < cache->n_policies; i++) given[i] = cache->policies[i]->ops->name;
+    char was[64], is[64];
+    list_names(saved, h->n_policies, was, sizeof was);
+    list_names(given, cache->n_policies, is, sizeof is);
+    if (strcmp(was, is))
+        return kvs_fail_file(err, KVS_E_SESSION_FILE, path, "policy", -1, "saved with %s, to be loaded with %s: load it with the same", was,
+                             is);
+    int status = KVS_OK;
+    for (int32_t i = 0; i < cache->n_policies && !status; i++) status = check_facts(&h->policies[i], cache->policies[i], path, err);
+    return status;
+}
+
+/* Every image row is some picture's, and nothing else is. */
+static bool sane_pictures(const kvs_cache *c) {
+    int32_t at = 0;
+    for (int32_t i = 0; i <= c->n_pictures; i++) {
+        kvs_picture p = i < c->n_pictures ? c->pictures[i] : (kvs_picture){.first = c->n_past};
+        if (p.first < at || p.first > c->n_past || p.n < 0 || p.n > c->n_past - p.first || (!p.n && i < c->n_pictures)) return false;
+        for (; at < p.first; at++)
+            if (c->ids[at] < 0) return false;
+        for (; at < p.first + p.n; at++)
+            if (c->ids[at] >= 0) return false;
+    }
+    return true;
 }
 
 /* What was read must be a timeline before anything derives from it. */
@@ -278,7 +288,7 @@ static bool sane_timeline(const kvs_session *s) {
     }
     for (int32_t i = 0; i < c->n_turns; i++)
         if (c->turns[i] < (i ? c->turns[i - 1] + 1 : 1) || c->turns[i] > c->n_past) return false;
-    return true;
+    return sane_pictures(c);
 }
 
 static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err) {
@@ -290,6 +300,10 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
     s->has_logits = h->has_logits;
     s->rng = h->rng;
     if (!open_buffer(f, c)) return kvs_fail_memory(err, f->buffer_bytes, "loading a session");
+    for (int32_t i = 0; i < h->n_pictures; i++) {
+        int status = kvs_cache_add_picture(c, 0, 0, err); /* room for them */
+        if (status) return status;
+    }
     transfer_cache(f, c);
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
     uint64_t sum = f->hash, saved = 0;
@@ -304,8 +318,6 @@ static int load(stream *f, kvs_model *model, const kvs_session_params *params, k
     transfer(f, &h, sizeof h);
     if (f->failed) return file_error(err, f->path, "length", "too short: this is not a saved session");
     int status = check_header(&h, model, f->path, err);
-    if (!status && params->smooth) status = kvs_policy_kvsmooth_check(params->smooth, model->text.n_layer, err);
-    if (!status) status = check_policy(&h, params->smooth, f->path, err);
     if (status) return status;
     kvs_session_params as_saved = *params;
     as_saved.n_ctx = h.n_ctx;
@@ -314,8 +326,9 @@ static int load(stream *f, kvs_model *model, const kvs_session_params *params, k
     if ((status = kvs_session_create(model, &as_saved, out, err))) {
         return status == KVS_E_ARGUMENT ? file_error(err, f->path, "header", "the file is damaged") : status;
     }
-    status =
-        (*out)->cache.kv.n_exact == h.n_exact ? read_body(f, &h, *out, err) : file_error(err, f->path, "header", "the file is damaged");
+    status = check_policies(&h, &(*out)->cache, f->path, err);
+    if (!status && (*out)->cache.kv.n_exact != h.n_exact) status = file_error(err, f->path, "header", "the file is damaged");
+    if (!status) status = read_body(f, &h, *out, err);
     if (status) {
         kvs_session_free(*out);
         *out = NULL;

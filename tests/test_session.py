@@ -407,7 +407,7 @@ def saved(model: kvs.Model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-HEADER = 256  # bytes, the last eight of them their own check
+HEADER = 936  # bytes, the last eight of them their own check
 PRIME = 0xD6E8FEB86659FD93
 
 
