@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .aio import AsyncStream
     from .batch import Batch
     from .model import Model
-    from .policy import KVSmooth
+    from .policies.kvsmooth import KVSmooth
     from .session import Session
     from .stats import Result, Stats, Token
     from .stream import Stream
@@ -86,7 +86,7 @@ _HOMES = {
     "VICUNA_SYSTEM": "template",
     "AsyncStream": "aio",
     "Batch": "batch",
-    "KVSmooth": "policy",
+    "KVSmooth": "policies.kvsmooth",
     "Model": "model",
     "Result": "stats",
     "Session": "session",

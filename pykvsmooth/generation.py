@@ -145,12 +145,12 @@ class Generation:
         out = ffi.cast("float *", ffi.from_buffer(self._telemetry))
         check(lib.kvs_session_telemetry(pointer, 1, out, out + self._telemetry.shape[1], self._err), self._err)
         entropy, strength = (_mean(row[self.session._layers]) for row in self._telemetry)
-        return self._put(text, entropy, strength if self.session.policy is not None else None)
+        return self._put(text, entropy, strength if self.session._stack.kvsmooth else None)
 
     def flush(self) -> Token | None:
         """At an end that the model or the context made: text that was held back, as a token that was sampled but not fed."""
         text = self._answer.push(b"", True) if self.finish_reason in ("stop", "context") else ""
-        return self._put(text, math.nan, math.nan if self.session.policy is not None else None) if text else None
+        return self._put(text, math.nan, math.nan if self.session._stack.kvsmooth else None) if text else None
 
     def _put(self, text: str, entropy: float, strength: float | None) -> Token:
         sample = self._sample

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .images import ImageLike
     from .options import RequestOptions
-    from .policy import KVSmooth
+    from .policies.stack import Policy
     from .prompt import ImageMode
     from .session import KVType, Session
 
@@ -278,7 +278,7 @@ class Model:
         self,
         n_ctx: int = 2048,
         kv_type: KVType = "f16",
-        policy: KVSmooth | Sequence[KVSmooth] | None = None,
+        policy: Policy | Sequence[Policy] | None = None,
         seed: int | None = None,
         *,
         exact_rows: int = 0,
@@ -299,7 +299,7 @@ class Model:
         requests: Iterable[str | dict[str, Any]],
         n_ctx: int = 2048,
         kv_type: KVType = "f16",
-        policy: KVSmooth | Sequence[KVSmooth] | None = None,
+        policy: Policy | Sequence[Policy] | None = None,
         *,
         parallel: int = 4,
         on_error: Literal["raise", "yield"] = "raise",

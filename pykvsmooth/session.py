@@ -16,7 +16,7 @@ from ._native import Flag, check, ffi, lib, native_call, new_error, string
 from .checks import c_path, choice, float_rows, integer, integers, utf8
 from .handles import SessionHandle, refuse_pickle
 from .options import AnswerOptions, Options, read_options, seed_of
-from .policy import KVSmooth
+from .policies.stack import Policy, Stack
 from .prompt import MODES, Part, Picture, Prompt, build_prompt, digest_of, read_picture
 from .stream import Stream
 from .template import Message, choose
@@ -36,25 +36,12 @@ KV_TYPES: dict[KVType, int] = {"f16": lib.KVS_TYPE_F16, "f32": lib.KVS_TYPE_F32,
 NO_LIMIT = 1 << 30
 
 
-def one_policy(policy: Any) -> KVSmooth | None:
-    """policy= of the public functions: None, one policy, or a list of them."""
-    if policy is None or isinstance(policy, KVSmooth):
-        return policy
-    if isinstance(policy, (list, tuple)) and all(isinstance(p, KVSmooth) for p in policy):
-        if len(policy) > 1:
-            raise errors.PolicyError("policy: two KVSmooth policies in one session exclude each other; give one")
-        return policy[0] if policy else None
-    raise TypeError(f"policy must be None, a KVSmooth or a list of them, not {type(policy).__name__}")
-
-
-def _native_params(model: Model, n_ctx: int, kv_type: KVType, policy: KVSmooth | None, seed: int, exact_rows: int) -> tuple[Any, Any]:
+def _native_params(model: Model, n_ctx: int, kv_type: KVType, stack: Stack, seed: int, exact_rows: int) -> tuple[Any, Any]:
     """(kvs_session_params *, what must be kept alive beside it)"""
     params = ffi.new("kvs_session_params *")
     params.struct_size = ffi.sizeof("kvs_session_params")
     params.n_ctx, params.kv_type, params.seed, params.exact_rows = n_ctx, KV_TYPES[kv_type], seed, exact_rows
-    smooth, keep = policy.to_native(model.n_layer, model.n_vocab) if policy else (ffi.NULL, [])
-    params.smooth = smooth
-    return params, (smooth, keep)
+    return params, stack.to_native(model, params)
 
 
 @dataclass
@@ -99,7 +86,7 @@ class Session:
         model: Model,
         n_ctx: int = 2048,
         kv_type: KVType = "f16",
-        policy: KVSmooth | Sequence[KVSmooth] | None = None,
+        policy: Policy | Sequence[Policy] | None = None,
         seed: int | None = None,
         exact_rows: int = 0,
     ) -> None:
@@ -107,12 +94,12 @@ class Session:
         n_ctx = integer("n_ctx", n_ctx, 1, 1 << 20)
         choice("kv_type", kv_type, list(KV_TYPES))
         exact_rows = integer("exact_rows", exact_rows, 0, 4096)
-        policy = one_policy(policy)
-        params, keep = _native_params(model, n_ctx, kv_type, policy, seed_of(seed), exact_rows)
-        self._adopt(model, policy, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err))
+        stack = Stack(policy)
+        params, keep = _native_params(model, n_ctx, kv_type, stack, seed_of(seed), exact_rows)
+        self._adopt(model, stack, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err))
         del keep
 
-    def _adopt(self, model: Model, policy: KVSmooth | None, make: Callable[[Any, Any, Any], int]) -> None:
+    def _adopt(self, model: Model, stack: Stack, make: Callable[[Any, Any, Any], int]) -> None:
         """Fills this object with the native session that make gives."""
         err, out = new_error(), ffi.new("kvs_session **")
         pointer = model._handle.retain()
@@ -122,15 +109,20 @@ class Session:
             model._handle.release()
             raise
         self.model = model
-        self.policy = policy
+        self._stack = stack
         self._handle = SessionHandle(out[0], model._handle)
         self.n_ctx: int = lib.kvs_session_n_ctx(out[0])
         self.kv_type = next(name for name, number in KV_TYPES.items() if number == lib.kvs_session_kv_type(out[0]))
-        self._layers = policy.resolve_layers(model.n_layer) if policy else list(range(model.n_layer))
+        self._layers = stack.telemetry_layers(model.n_layer)
         self._chat = _Chat()
         self._prompt_end = NO_LIMIT  # rows before the first row at which a prompt ended
         self._active: weakref.ref[Generation] | None = None
         model._sessions.add(self)
+
+    @property
+    def policy(self) -> Policy | tuple[Policy, ...] | None:
+        """None, the one policy, or several in the order in which they act."""
+        return self._stack.as_given
 
     # ---- answers ----
 
@@ -419,7 +411,7 @@ class Session:
         """An independent copy, the sampler's state and the conversation too."""
         with self._handle as pointer:
             twin = object.__new__(Session)
-            twin._adopt(self.model, self.policy, lambda _, out, err: lib.kvs_session_fork(pointer, out, err))
+            twin._adopt(self.model, self._stack, lambda _, out, err: lib.kvs_session_fork(pointer, out, err))
             twin._chat = _Chat(list(self._chat.turns), self._chat.rows)
             twin._prompt_end = self._prompt_end
         return twin
@@ -442,7 +434,7 @@ class Session:
 
     @classmethod
     def load(
-        cls, model: Model, path: str | os.PathLike[str], policy: KVSmooth | Sequence[KVSmooth] | None = None, exact_rows: int = 0
+        cls, model: Model, path: str | os.PathLike[str], policy: Policy | Sequence[Policy] | None = None, exact_rows: int = 0
     ) -> Session:
         """A session that save() wrote, over the same model. policy must be what it was saved with; n_ctx and kv_type come from the file.
         The words of a chat() are not in it.
@@ -451,15 +443,15 @@ class Session:
         OutOfMemoryError, ClosedError, TypeError, ValueError.
         """
         _check_model(model)
-        policy, name, err = one_policy(policy), c_path("path", path), new_error()
-        params, keep = _native_params(model, 1, "f16", policy, 0, integer("exact_rows", exact_rows, 0, 4096))
+        stack, name, err = Stack(policy), c_path("path", path), new_error()
+        params, keep = _native_params(model, 1, "f16", stack, 0, integer("exact_rows", exact_rows, 0, 4096))
 
         def make(pointer: Any, out: Any, _: Any) -> int:
             _check_file(lib.kvs_session_load(pointer, name, params, out, err), err)
             return 0
 
         session = object.__new__(cls)
-        session._adopt(model, policy, make)
+        session._adopt(model, stack, make)
         session._prompt_end = 0
         del keep
         return session
@@ -532,13 +524,9 @@ class Session:
         ids, keys, generated = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty(n, np.int32)
         buffers = [ffi.from_buffer(kind, array) for kind, array in (("int32_t[]", ids), ("uint64_t[]", keys), ("int32_t[]", generated))]
         check(lib.kvs_session_timeline(pointer, n, *buffers, err), err)
-        limit = n
-        if self.policy is not None:
-            changed = np.flatnonzero(generated)
-            limit = int(changed[0]) if len(changed) else n
-            if self.policy.touches_prompt:
-                limit = min(limit, self._prompt_end, prompt.n_rows - self.policy.warm_rows)
-        return prompt.common(ids, keys, limit)
+        changed = np.flatnonzero(generated)
+        first = int(changed[0]) if len(changed) else n
+        return prompt.common(ids, keys, self._stack.reusable(n, first, self._prompt_end, prompt.n_rows))
 
     def _telemetry(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         flag = Flag()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pykvsmooth as kvs
-from pykvsmooth.policy import _CHOICES
+from pykvsmooth.policies.kvsmooth import _CHOICES
 
 
 def test_policy_values() -> None:

@@ -8,7 +8,7 @@ import textwrap
 from .. import box
 from ..errors import KVSmoothError
 from ..model import Model
-from ..policy import KVSmooth
+from ..policies.kvsmooth import KVSmooth
 from .escape import escaped
 from .judge import CAUTION, Tally, headline, judge
 

@@ -188,7 +188,7 @@ def _progress(args: argparse.Namespace, ui: Ui) -> Callable[[str, int, int], Non
 def _settings(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What KVSmooth gets at each point of the grid, --set included."""
     from .. import evaluate
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
 
     if args.policy != ["kvsmooth"]:
         raise options.UsageError("a sweep is of --policy kvsmooth; the baseline is in it anyway")

@@ -106,7 +106,7 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def policy_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What --set asks of the policy, checked as far as it can be without a model."""
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
 
     names = [field.name for field in dataclasses.fields(KVSmooth)]
     changes: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def in_options(error: object) -> str:
 
 
 def make_policy(args: argparse.Namespace, model: Model, changes: dict[str, Any]) -> Any:
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
 
     if "kvsmooth" not in args.policy:
         return None

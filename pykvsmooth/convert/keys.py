@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import KVSmoothError
 from ..mixes import MIXES
-from ..policy import KVSmooth
+from ..policies.kvsmooth import KVSmooth
 from ..quantize import QUANTIZATION_VERSION
 from .config import Config, Pixels, TextConfig, VisionConfig
 from .folder import Folder, Section

@@ -14,7 +14,7 @@ from .score import Caption, ImageId, TokenFacts
 if TYPE_CHECKING:
     from ..batch import Batch
     from ..model import Model
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
     from ..stats import Result
 
 PROMPT = "Please describe the image in detail."

@@ -60,7 +60,7 @@ def sweep(
 
     progress(name of the setting, done, all); options: of run(), where out= lets an interrupted sweep go on.
     """
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
 
     policies = [KVSmooth.for_model(model, **one) for one in settings]  # so that a bad value is known at once
     for policy in policies:
@@ -100,7 +100,7 @@ def grid(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _values(name: str, text: str) -> list[Any]:
-    from ..policy import KVSmooth
+    from ..policies.kvsmooth import KVSmooth
 
     field = {field.name: field for field in dataclasses.fields(KVSmooth)}.get(name)
     if field is None:

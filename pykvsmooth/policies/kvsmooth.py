@@ -15,25 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import numpy as np
 
-from ._native import ffi, lib
-from .checks import choice, integer, integers, real, shown
-from .errors import PolicyError
+from .._native import ffi, lib
+from ..checks import choice, integer, integers, real, shown
+from ..errors import PolicyError
+from . import layers
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 _TARGETS = {"kv": lib.KVS_TARGET_K | lib.KVS_TARGET_V, "k": lib.KVS_TARGET_K, "v": lib.KVS_TARGET_V, "o": lib.KVS_TARGET_O}
 MAX_WINDOW = 1024
-
-
-def _slice(text: str) -> slice:
-    parts = text.split(":")
-    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"\s*(-?[0-9]{1,18})?\s*", part) for part in parts):
-        raise ValueError(f'KVSmooth: layers {shown(text)} is not a Python slice such as "3:-1"; give a slice or a list of layers')
-    numbers = [int(part) if part.strip() else None for part in parts]
-    if len(numbers) == 3 and numbers[2] == 0:
-        raise ValueError(f"KVSmooth: layers {text!r}: the step of a slice can't be 0")
-    return slice(*numbers)
 
 
 def _warm_rows(value: Any) -> int:
@@ -104,10 +95,7 @@ class KVSmooth:
         if isinstance(self.warm_start, list):
             self._set("warm_start", tuple(self.warm_start))
         self._set("skip_token_ids", tuple(integers("KVSmooth: skip_token_ids", self.skip_token_ids)))
-        if isinstance(self.layers, str):
-            _slice(self.layers)
-        else:
-            self._set("layers", tuple(integers("KVSmooth: layers", self.layers)))
+        self._set("layers", layers.check("KVSmooth", self.layers))
         self._check_pairs()
 
     def _set(self, name: str, value: Any) -> None:
@@ -143,26 +131,15 @@ class KVSmooth:
 
     def resolve_layers(self, n_layer: int) -> list[int]:
         """The layers as 0-based numbers for a model of this depth, rising. PolicyError if none is left or one is out of range."""
-        if isinstance(self.layers, str):
-            chosen = sorted(range(n_layer)[_slice(self.layers)])
-        else:
-            for i in self.layers:
-                if not -n_layer <= i < n_layer:
-                    raise PolicyError(f"KVSmooth: layers: {shown(i)} is out of range; the model has {n_layer} layers, 0..{n_layer - 1}")
-            chosen = sorted({i % n_layer for i in self.layers})
-        if not chosen:
-            raise PolicyError(
-                f"KVSmooth: layers {self.layers!r} selects none of the model's {n_layer} layers; give another slice or a list"
-            )
-        return chosen
+        return layers.resolve("KVSmooth", self.layers, n_layer)
 
     def to_native(self, n_layer: int, n_vocab: int) -> tuple[Any, list[Any]]:
         """(kvs_smooth_params *, what must be kept alive beside it). PolicyError for what a model of this size does not have."""
-        layers = self.resolve_layers(n_layer)
+        chosen = self.resolve_layers(n_layer)
         for i in self.skip_token_ids:
             if not 0 <= i < n_vocab:
                 raise PolicyError(f"KVSmooth: skip_token_ids: {shown(i)} is out of range; the model has {n_vocab} tokens, 0..{n_vocab - 1}")
-        layer_list = ffi.new("int32_t[]", layers)
+        layer_list = ffi.new("int32_t[]", chosen)
         skip_list = ffi.new("int32_t[]", list(self.skip_token_ids) or [0])
         params = ffi.new("kvs_smooth_params *")
         params.struct_size = ffi.sizeof("kvs_smooth_params")
@@ -182,7 +159,7 @@ class KVSmooth:
         params.scope_session = self.queue_scope == "session"
         params.ema_one_step = self.ema == "one_step"
         params.damp = self.mix == "damp"
-        params.n_layers, params.layers = len(layers), layer_list
+        params.n_layers, params.layers = len(chosen), layer_list
         params.n_skip_ids, params.skip_ids = len(self.skip_token_ids), skip_list
         return params, [layer_list, skip_list]
 
