@@ -50,8 +50,9 @@ class Stack:
         """Fills kvs_session_params; returns what must be kept alive beside it. PolicyError for what this model does not have."""
         keep: list[Any] = []
         if self.kvsmooth:
-            params.smooth, lists = self.kvsmooth.to_native(model.n_layer, model.n_vocab)
-            keep += [params.smooth, lists]
+            smooth, lists = self.kvsmooth.to_native(model.n_layer, model.n_vocab)
+            params.smooth = smooth
+            keep += [smooth, lists]
         return keep
 
     def telemetry_layers(self, n_layer: int) -> list[int]:
