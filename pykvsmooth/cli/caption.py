@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         raise options.UsageError("- (standard input) can be given once")
     if STDIN in args.images:
         source_of(STDIN)  # says so at once if nothing can come from there
-    if args.compare and "kvsmooth" not in args.policy:
+    if args.compare and not args.policy:
         raise options.UsageError("--compare needs a policy to compare with: --policy kvsmooth")
     for one, others in (
         ("compare", ["out", "json_tokens", "parallel", *shown]),
@@ -218,10 +218,10 @@ def _painter(job: Job) -> Any:
     args, ui = job.args, job.ui
     if args.heat and not ui.out.colour and not job.done:
         ui.note("--heat: no colours here (not a colour terminal, or NO_COLOR is set)")
-    if args.strengths and job.policy is None and not job.done:
-        ui.note("--strengths: the policy is off, so there are none")
+    if args.strengths and "kvsmooth" not in args.policy and not job.done:
+        ui.note("--strengths: KVSmooth is off, so there are none")
     if args.strengths or (args.heat and ui.out.colour):
-        return render.Painted(ui, args.heat, render.strength_range(job.policy) if args.strengths and job.policy else None)
+        return render.Painted(ui, args.heat, render.strength_range(job.policy) if args.strengths and "kvsmooth" in args.policy else None)
     return render.Plain(ui)
 
 

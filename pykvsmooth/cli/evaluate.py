@@ -192,7 +192,7 @@ def _settings(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if args.policy != ["kvsmooth"]:
         raise options.UsageError("a sweep is of --policy kvsmooth; the baseline is in it anyway")
-    changes = options.policy_changes(args)
+    changes = options.policy_changes(args)["kvsmooth"]
     try:
         settings = [{**changes, **values} for values in evaluate.grid(args.grid)]
         for one in settings:

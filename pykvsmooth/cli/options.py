@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from ..model import Model
 
 PROMPT = "Please describe the image in detail."
-POLICIES = ("off", "kvsmooth")
+KINDS = {"kvsmooth": "KVSmooth"}  # names on the command line -> classes of the library
+Changes = dict[str, dict[str, Any]]  # parameters that --set gives, by policy
 
 
 class UsageError(Exception):
@@ -82,8 +84,8 @@ def _rows(text: str) -> int:
 def _policies(text: str) -> list[str]:
     names = [name.strip().lower() for name in text.split(",")]
     for name in names:
-        if name not in POLICIES:
-            raise argparse.ArgumentTypeError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+        if name != "off" and name not in KINDS:
+            raise argparse.ArgumentTypeError(f"there is no policy {name!r}; there are off, {', '.join(KINDS)}")
     if len(set(names)) < len(names) or ("off" in names and len(names) > 1):
         raise argparse.ArgumentTypeError("each policy once, and off alone")
     return [name for name in names if name != "off"]
@@ -104,27 +106,38 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**options, "mode": args.image_mode, "system": system}
 
 
-def policy_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """What --set asks of the policy, checked as far as it can be without a model."""
-    from ..policies.kvsmooth import KVSmooth
-
-    names = [field.name for field in dataclasses.fields(KVSmooth)]
-    changes: dict[str, Any] = {}
+def policy_changes(args: argparse.Namespace) -> Changes:
+    """What --set asks of each policy that is on, checked as far as it can be without a model."""
+    changes: Changes = {name: {} for name in args.policy}
     for item in args.set:
         key, equals, value = item.partition("=")
         policy, dot, name = key.strip().partition(".")
         if not equals or not dot:
             raise UsageError(f"--set {item}: write it as kvsmooth.NAME=VALUE")
-        if policy not in args.policy:
+        if policy not in changes:
             raise UsageError(f"--set {item}: the policy {policy!r} is not on; --policy gives {', '.join(args.policy) or 'off'}")
+        names = [field.name for field in dataclasses.fields(_kind(policy))]
         if name not in names:
-            raise UsageError(f"--set {item}: kvsmooth has no {name!r}; it has {', '.join(names)}")
-        changes[name] = _value(value.strip())
-    try:
-        KVSmooth(**changes)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--set: {error}") from error
+            raise UsageError(f"--set {item}: {policy} has no {name!r}; it has {', '.join(names)}")
+        changes[policy][name] = _value(value.strip())
+    _policies_of(lambda name: _kind(name)(**changes[name]), changes)
     return changes
+
+
+def _kind(policy: str) -> Any:
+    """The class of a policy."""
+    import pykvsmooth
+
+    return getattr(pykvsmooth, KINDS[policy])
+
+
+def _policies_of(make: Callable[[str], Any], changes: Changes) -> list[Any]:
+    try:
+        return [make(name) for name in changes]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, errors.KVSmoothError):
+            raise
+        raise UsageError(f"--set: {error}") from error
 
 
 def _value(text: str) -> Any:
@@ -147,15 +160,10 @@ def in_options(error: object) -> str:
     return text + next((f" (here: {option})" for word, option in _IN_OPTIONS if word in text), "")
 
 
-def make_policy(args: argparse.Namespace, model: Model, changes: dict[str, Any]) -> Any:
-    from ..policies.kvsmooth import KVSmooth
-
-    if "kvsmooth" not in args.policy:
-        return None
-    try:
-        return KVSmooth.for_model(model, **changes)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--set: {error}") from error
+def make_policy(args: argparse.Namespace, model: Model, changes: Changes) -> Any:
+    """None, the one policy, or the list of those that --policy names, as the model asks for them."""
+    made = _policies_of(lambda name: _kind(name).for_model(model, **changes[name]), changes)
+    return made if len(made) > 1 else made[0] if made else None
 
 
 def load_model(args: argparse.Namespace, ui: Ui) -> Model:

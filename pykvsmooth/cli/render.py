@@ -150,6 +150,9 @@ def _mean(values: list[float]) -> float | None:
 
 def strength_range(policy: Any) -> tuple[float, float]:
     """The ends of the scale for bars: the window of strengths that the policy can give."""
+    from ..policies.stack import Stack
+
+    policy = Stack(policy).kvsmooth
     if policy is None or policy.lambda_fixed is not None:
         return 0.0, 1.0
     return max(0.0, policy.lambda_ref - policy.half_width), min(policy.lambda_max, policy.lambda_ref + policy.half_width)
