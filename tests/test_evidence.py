@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,12 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Pair
 
 import pykvsmooth as kvs
-from models.evidence import page, rows, runs
+from models.evidence import page, rows, runs, why
 from models.evidence.__main__ import Bench, search
 from models.scenes import caption, side
-from pykvsmooth.evaluate import Caption, TokenFacts
+from pykvsmooth.evaluate import Caption, Mention, Scored, TokenFacts
 
 COUNT = 12
+MOVED = why.Shifts(true=[[(0.5, False)], [(0.5, False)]], invented=[[(-1.0, False)], [(-3.0, True)]])
 
 
 def told(text: str, image_id: int, strength: float | None = None) -> Caption:
@@ -89,8 +91,9 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
         "plain": (None, right()),
         **{name: (policy, right()) for name, policy in {**rows.grid(), **rows.around(kvs.KVSmooth())}.items()},
     }
+    finals = {name: found[name] for name in runs.finalists(found)}
     with kvs.Model(tiny_pair.text, device="cpu") as model:
-        page.write(run, model, found, [], COUNT, tmp_path)
+        page.write(run, lambda policy, plain: MOVED, model, found, finals, [], COUNT, tmp_path)
     text = (tmp_path / "evidence.md").read_text()
     plain = next(line for line in text.splitlines() if line.startswith("| plain |"))
     assert plain.startswith("| plain | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] |")
@@ -98,6 +101,7 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
     invented = 100 * sum("giraffe" not in {t.node for t in s.objects} for s in runs.scenes("test", COUNT)) / COUNT
     assert keys.startswith(f"| keys only | {invented:.1f} [") and f"| +{invented:.1f} [" in keys
     assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9  # the best one is a row already
+    assert "| best | -2.000 [-3.000, -1.000] | +0.500 [+0.500, +0.500] | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] | 1.000 |" in text
     assert (tmp_path / "along.svg").stat().st_size > 1000 and (tmp_path / "trade.svg").stat().st_size > 1000
 
 
@@ -106,6 +110,28 @@ def test_search_runs_the_grid(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rows, "LAYERS", ("1:2",))
     monkeypatch.setattr(runs, "MAX_TOKENS", 6)
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        found = search(Bench(model), 2)
+        found, finals = search(Bench(model), 2, 3)
+        assert kvs.KVSmooth.for_model(model) in [policy for policy, _ in finals.values()]
     assert list(found)[:2] == ["plain", "layers 1:2, 0.1 ± 0.1"] and len(found) == 2 + len(rows.OTHERS)
-    assert all(len(run.captions) == 2 for _, run in found.values())
+    assert all(len(run.captions) == 2 for _, run in found.values()) and all(len(run.captions) == 3 for _, run in finals.values())
+
+
+def test_finalists_and_winner() -> None:
+    """inventing: one more object; short: the first sentence alone. Few inventions are worth nothing where F1 falls too far."""
+    plain = runs.Run("test", tuple(told(one.text + " There is a giraffe.", i) for i, one in enumerate(right().captions)))
+    short = runs.Run("test", tuple(told(one.text.partition(". ")[0], i) for i, one in enumerate(right().captions)))
+    found: runs.Found = {"plain": (None, plain), "mended": (kvs.KVSmooth(), right()), "short": (kvs.KVSmooth(), short)}
+    assert runs.finalists(found) == ["plain", "mended"] and runs.winner(found) == "mended"
+    assert runs.winner({"plain": (None, right()), "worse": (None, plain), "short": (None, short)}) == "worse"
+
+
+def test_shifts_of_nothing_and_of_something(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a mention begins is made up here; a strength of 0 moves nothing, a strong one does."""
+    monkeypatch.setattr(why, "MAX_TOKENS", 12)
+    scored = [Scored(i, (Mention("dog", 4, 5), Mention("cat", 9, 10)), frozenset(["dog"]), 5) for i in range(2)]
+    plain = SimpleNamespace(scenes=runs.scenes("test", 2), report=SimpleNamespace(captions=scored))
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+        still, moved = (why.shifts(model, kvs.KVSmooth(mode="fixed", lambda_fixed=x, layers=":"), plain, 2) for x in (0.0, 0.9))
+    for group in (still.true, still.invented):
+        assert all(len(one) == 1 and abs(one[0][0]) < 1e-5 and not one[0][1] for one in group)
+    assert all(abs(one[0][0]) > 1e-4 for one in moved.invented)

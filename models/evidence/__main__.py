@@ -1,7 +1,8 @@
 """python -m models.evidence [--out docs] [--count 500] [--model FILE]
 
 Measures the checkpoint in the box (or another) on the test scenes and writes evidence.md and its plots. python -m models.evidence
-search looks for the best setting on the development scenes and prints what it finds; what is best goes into the file's metadata.
+search looks for the best setting on the development scenes, in two rounds, and prints what it finds; what is best goes into the file's
+metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import pykvsmooth as kvs
 
 from . import page
 from .rows import around, grid
-from .runs import Run, caption_scenes
+from .runs import Found, Run, caption_scenes, finalists
+from .why import Shifts, shifts
 
 
 class Bench:
@@ -36,11 +38,20 @@ class Bench:
             self._progress.remove_task(task)
         return found
 
+    def explain(self, policy: kvs.KVSmooth, plain: Run) -> Shifts:
+        return shifts(self.model, policy, plain)
 
-def search(bench: Bench, count: int) -> dict[str, tuple[kvs.KVSmooth | None, Run]]:
-    """All settings of the grid on the development split, the plain model first."""
-    settings: dict[str, kvs.KVSmooth | None] = {"plain": None, **grid(), **around(kvs.KVSmooth.for_model(bench.model))}
-    return {name: (policy, bench.run(name, policy, "development", count)) for name, policy in settings.items()}
+
+def search(bench: Bench, count: int, final_count: int) -> tuple[Found, Found]:
+    """All settings of the grid on count development scenes, the plain model first; then the best of them on final_count."""
+    own = kvs.KVSmooth.for_model(bench.model)
+    settings: dict[str, kvs.KVSmooth | None] = {"plain": None, **grid(), **around(own)}
+    found: Found = {name: (policy, bench.run(name, policy, "development", count)) for name, policy in settings.items()}
+    chosen = {name: found[name][0] for name in finalists(found)}
+    if own not in chosen.values():
+        chosen["the file's own"] = own
+    finals: Found = {name: (policy, bench.run(f"{name} again", policy, "development", final_count)) for name, policy in chosen.items()}
+    return found, finals
 
 
 def main() -> int:
@@ -50,16 +61,17 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="*", default=[], metavar="FILE", help="text models of other seeds")
     parser.add_argument("--count", type=int, default=500, help="test scenes (default: 500)")
     parser.add_argument("--search-count", type=int, default=100, help="development scenes of the search (default: 100)")
+    parser.add_argument("--final-count", type=int, default=500, help="development scenes of its last round (default: 500)")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     with kvs.Model(args.model) as model:
         bench = Bench(model)
-        found = search(bench, args.search_count)
+        found, finals = search(bench, args.search_count, args.final_count)
         if args.what == "search":
-            print(page.search_table(found))
+            print(page.search_tables(found, finals))
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        page.write(bench.run, model, found, args.seeds, args.count, args.out)
+        page.write(bench.run, bench.explain, model, found, finals, args.seeds, args.count, args.out)
     print(f"{args.out / 'evidence.md'} written in {time.monotonic() - bench.begin:.0f} s", file=sys.stderr)
     return 0
 

@@ -71,6 +71,29 @@ class Run:
         return evaluate.score(evaluate.truncated(self.captions, sentences), self.truth)
 
 
+Found = dict[str, "tuple[kvs.KVSmooth | None, Run]"]  # of a search: setting and what it gave, by name
+FINALISTS = 8
+PRICE = 0.01  # of F1 that a setting may cost
+
+
+def finalists(found: Found) -> list[str]:
+    """The plain model, and the settings with the fewest inventions among those that cost no more than twice the price: the first round
+    has few scenes."""
+    floor = found["plain"][1].report.figures()["f1"] - 2 * PRICE
+    able = [name for name, (_, run) in found.items() if name != "plain" and run.report.figures()["f1"] >= floor]
+    return ["plain", *sorted(able, key=lambda name: found[name][1].report.figures()["chair_s"])[:FINALISTS]]
+
+
+def winner(finals: Found) -> str:
+    """The setting with the fewest inventions among those that cost no more than the price; if there is none, the one that costs least."""
+    figures = {name: run.report.figures() for name, (_, run) in finals.items() if name != "plain"}
+    floor = finals["plain"][1].report.figures()["f1"] - PRICE
+    able = [name for name, one in figures.items() if one["f1"] >= floor]
+    if able:
+        return min(able, key=lambda name: figures[name]["chair_s"])
+    return max(figures, key=lambda name: figures[name]["f1"])
+
+
 def looping(text: str) -> bool:
     sentences = re.split(r"(?<=\.) ", text)
     return max(map(sentences.count, sentences)) >= LOOP
