@@ -1,8 +1,8 @@
-"""Captions of scenes: an opening for the context, one sentence for each object from the largest to the smallest, one kind of ending.
+"""Captions of scenes: an opening for the context, one sentence for each object from left to right, one kind of ending.
 
 The plan follows from the scene alone; the words vary. A model that decodes greedily learns such captions well, and loops on
-captions whose plan is free. Each object is named once, and its place after its name: a model that has to say "on the left" first
-chooses a side before it has chosen an object. Left and right are said where they are clearly so.
+captions whose plan is free. From left to right, because a small model that may name objects in any other order learns what is there and
+not where: its lefts and rights stay at chance. Left and right are said where they are clearly so.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def caption(scene: Scene, variant: int) -> str:
         return choices[int(rng.integers(len(choices)))]
 
     sentences = [one_of(_OPENINGS).format(CONTEXTS[scene.context].phrase)]
-    for thing in scene.objects:
+    for thing in sorted(scene.objects, key=lambda thing: thing.centre[0]):
         kind = KINDS[thing.kind]
         named = " ".join(filter(None, (one_of(_SIZES[size(thing)]), one_of(kind.words))))
         there, place = one_of(_THERE).format(_article(named)), one_of(_PLACES[side(thing)])

@@ -60,4 +60,4 @@ class Recipe:
     development: int = 1000
     sizes: Sizes = Sizes()
     tower: Pace = Pace(samples=120_000, batch=128, rate=1e-3, decay=0.05)
-    language: Pace = Pace(samples=48_000, batch=32, rate=2e-3, decay=0.05, muon=True)
+    language: Pace = Pace(samples=36_000, batch=32, rate=2e-3, decay=0.05, muon=True)
