@@ -21,6 +21,8 @@ int32_t kvs_struct_size(const char *name) {
         {"kvs_model_params", sizeof(kvs_model_params)},
         {"kvs_model_info", sizeof(kvs_model_info)},
         {"kvs_smooth_params", sizeof(kvs_smooth_params)},
+        {"kvs_prune_params", sizeof(kvs_prune_params)},
+        {"kvs_pruning", sizeof(kvs_pruning)},
         {"kvs_session_params", sizeof(kvs_session_params)},
         {"kvs_chunk", sizeof(kvs_chunk)},
         {"kvs_sampling", sizeof(kvs_sampling)},
@@ -87,7 +89,7 @@ int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_erro
 
 static void free_work(kvs_model *model) {
     const kvs_work *w = &model->work;
-    float *buffers[] = {w->x, w->y, w->q, w->k, w->v, w->attn, w->gate, w->up, w->entropy, w->logits};
+    float *buffers[] = {w->x, w->y, w->q, w->k, w->v, w->attn, w->gate, w->up, w->taps.entropy, w->taps.mass, w->taps.lse, w->logits};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         if (buffers[i]) model->be->ops->release(model->be, buffers[i]);
 }

@@ -33,8 +33,13 @@ typedef struct kvs_matmul { /* y (n, w->rows) = x (n, w->cols) W^T + bias */
     const float *bias; /* [dev] (w->rows), or NULL */
 } kvs_matmul;
 
+typedef struct kvs_range {
+    int32_t first, n;
+} kvs_range;
+
 /* The cache of one session on its device: rows of K and V, and what policies remember of rows. Owned by cache.c.
- * A row has an index (its place in the timeline), a position (for RoPE) and a physical place; pruning makes them differ. */
+ * A row has an index in the timeline, a position (for RoPE; the same number) and a physical place in each layer, which is less
+ * than the index behind rows that were dropped there. */
 typedef struct kvs_kv {
     int32_t type, n_layer, n_head, n_kv_head, head_dim, n_ctx;
     int64_t row_bytes; /* one row of one head: kvs_kv_row_bytes(type, head_dim) */
@@ -44,6 +49,14 @@ typedef struct kvs_kv {
     float *entropy;       /* [dev] (n_layer, n_ctx, n_group) row entropy in nats of every row */
     float *strength;      /* [dev] (n_layer, n_ctx, n_group) lambda; NaN where a row was not smoothed */
     int32_t exclude_self; /* entropies leave the newest key out */
+    float *mass;          /* [dev] (n_ctx, n_layer) share of attention that goes to rows of pictures, mean over heads */
+    /* Where rows of pictures are and where they are missing; host memory. One list for all layers if dropped is NULL, else n_sets
+     * for each: 1, or n_kv_head where the heads of a layer keep different rows (equally many). */
+    int32_t n_sets, n_spans, room_spans;
+    kvs_range *spans;       /* (lists, room_spans) places, rising; the first n_spans */
+    const int32_t *dropped; /* (n_layer) rows that are gone, all of them before any row that is still to run; NULL = none */
+    /* Only under pruning: of the newest row that ran */
+    float *query, *lse; /* [dev] (n_layer, n_head * head_dim) after RoPE, and (n_layer, n_head) log-sum-exp of its scores; or NULL */
     /* Only under smoothing: exact rows as the next mix wants them, slot = index % n_exact */
     int32_t n_exact;
     float *exact_k, *exact_v; /* [dev] (n_layer, n_exact, n_kv_head * head_dim) or NULL */
@@ -52,8 +65,7 @@ typedef struct kvs_kv {
 
 typedef struct kvs_row { /* one new row of a step */
     kvs_kv *kv;          /* whose cache; rows of one session are neighbours and in order */
-    int32_t index, pos;
-    int32_t phys; /* its physical place; it sees the places 0..phys, itself included */
+    int32_t index, pos;  /* it sees the places up to its own: kvs_kv_place */
 } kvs_row;
 
 typedef struct kvs_step {
@@ -66,12 +78,26 @@ typedef struct kvs_smooth_job {      /* KVSmooth on one generated row of a step,
     const kvs_smooth_params *params; /* host memory */
     kvs_kv *kv;
     int32_t row; /* in the step: where its attention output is */
-    int32_t index, phys;
+    int32_t index;
     int32_t prev;         /* index of the row to mix with; -1 = rank only, mix nothing */
     int32_t pos_delta;    /* position of this row minus position of prev, for rope_relative */
     const int32_t *queue; /* host: (n_queue) indices of the rows in its queue, itself last */
     int32_t n_queue;
+    const int32_t *missing; /* host: (n_queue) rows that layers with dropped rows lacked when those rows ran; NULL = none */
 } kvs_smooth_job;
+
+typedef struct kvs_taps { /* what attention tells of its rows; [dev] (n, n_head) each, or NULL */
+    float *entropy;       /* in nats */
+    float *mass;          /* share of rows of pictures */
+    float *lse;           /* ln sum e^score */
+} kvs_taps;
+
+typedef struct kvs_move { /* rows of one head that leave the store or come back */
+    int32_t layer, head;
+    const int32_t *places; /* host: (n) places that they had before they left, rising */
+    int32_t n, n_rows;     /* n_rows: of the head while they are there */
+    uint8_t *rows;         /* host: (2, n, row_bytes) K, then V; NULL = nobody wants them back */
+} kvs_move;
 
 typedef struct kvs_rope {
     int32_t n_rot;         /* leading dimensions of a head that turn, even */
@@ -102,17 +128,24 @@ struct kvs_ops {
     void (*add)(kvs_backend *be, float *y, const float *x, int64_t n);  /* y += x */
     void (*gate)(kvs_backend *be, float *g, const float *u, int64_t n); /* g = silu(g) u */
     void (*unary)(kvs_backend *be, int32_t kind, float *x, int64_t n);  /* kvs_unary, in place */
-    /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim), entropy (n, n_head) in nats */
-    void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy);
+    /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim) */
+    void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
     void (*attn_full)(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
                       int32_t head_dim); /* every row sees all n */
     /* cache rows of the step; k, v (n, n_kv_head * head_dim) */
     void (*kv_put)(kvs_backend *be, int32_t layer, const float *k, const float *v); /* store, and into exact_k, exact_v */
-    void (*kv_record)(kvs_backend *be, int32_t layer, const float *entropy);        /* group means into kv->entropy; strength = NaN */
+    /* means into kv->entropy and kv->mass; strength = NaN; the newest row's q (n, n_head * head_dim) and lse where kv->query is */
+    void (*kv_record)(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
     /* rank, strength, EMA: from exact rows in float32 to the store and to the exact rows; target O mixes out and exact_o */
     void (*kv_smooth)(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
     /* attention outputs of prompt rows into exact_o, where a cache has one */
     void (*kv_put_out)(kvs_backend *be, int32_t layer, const float *out);
+    /* pruning, between begin and end: attention of the newest row on each row of a picture, span by span, mean (or maximum) over the
+     * query heads of a KV head: scores [dev] (n_kv_head, rows of spans) */
+    void (*kv_score)(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);
+    void (*kv_gather)(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);  /* rows leave, those behind slide down */
+    void (*kv_scatter)(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n); /* rows come back to where they were */
+    void (*kv_trim)(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t n_rows); /* memory behind the rows, back to the system */
 };
 
 static inline int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0: the last block may be part empty */
@@ -122,6 +155,13 @@ static inline int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0
 }
 static inline uint8_t *kvs_kv_rows(const kvs_kv *kv, uint8_t *base, int32_t layer, int32_t head) { /* base: kv->k or kv->v */
     return base + ((int64_t)layer * kv->n_kv_head + head) * kv->n_ctx * kv->row_bytes;
+}
+static inline int32_t kvs_kv_place(const kvs_kv *kv, int32_t layer, int32_t index) { /* of a row behind all dropped ones */
+    return index - (kv->dropped ? kv->dropped[layer] : 0);
+}
+static inline const kvs_range *kvs_kv_spans(const kvs_kv *kv, int32_t layer, int32_t head) { /* (n_spans) of a KV head */
+    int64_t list = kv->dropped ? (int64_t)layer * kv->n_sets + (kv->n_sets > 1 ? head : 0) : 0;
+    return kv->spans + list * kv->room_spans;
 }
 static inline int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
     return ((int64_t)layer * kv->n_ctx + index) * kv->n_group;

@@ -10,17 +10,27 @@ static void *device_buffer(kvs_cache *cache, uint64_t bytes) {
     return block;
 }
 
+static bool alloc_query(kvs_cache *cache) {
+    kvs_kv *kv = &cache->kv;
+    uint64_t heads = (uint64_t)kv->n_layer * (uint64_t)kv->n_head * sizeof(float);
+    kv->query = device_buffer(cache, heads * (uint64_t)kv->head_dim);
+    kv->lse = device_buffer(cache, heads);
+    return kv->query && kv->lse;
+}
+
 /* The sizes can't overflow: n_ctx <= 2^20, n_layer <= 1024, heads and head_dim bounded by the loader. */
 static bool alloc_device(kvs_cache *cache, const kvs_cache_shape *shape) {
     kvs_kv *kv = &cache->kv;
     uint64_t rows = (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx;
-    uint64_t history = (uint64_t)kv->n_layer * (uint64_t)kv->n_ctx * (uint64_t)kv->n_group * sizeof(float);
+    uint64_t numbers = (uint64_t)kv->n_layer * (uint64_t)kv->n_ctx * sizeof(float), history = numbers * (uint64_t)kv->n_group;
     uint64_t ring = (uint64_t)kv->n_layer * (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
     kv->k = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
     kv->v = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
     kv->entropy = device_buffer(cache, history);
     kv->strength = device_buffer(cache, history);
-    if (!kv->k || !kv->v || !kv->entropy || !kv->strength) return false;
+    kv->mass = device_buffer(cache, numbers);
+    if (!kv->k || !kv->v || !kv->entropy || !kv->strength || !kv->mass) return false;
+    if (shape->prune && !alloc_query(cache)) return false;
     if (!kv->n_exact) return true;
     kv->exact_k = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
     kv->exact_v = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
@@ -35,9 +45,8 @@ static bool alloc_timeline(kvs_cache *cache) {
     cache->ids = kvs_calloc(n, sizeof *cache->ids);
     cache->hashes = kvs_calloc(n, sizeof *cache->hashes);
     cache->flags = kvs_calloc(n, sizeof *cache->flags);
-    cache->positions = kvs_calloc(n, sizeof *cache->positions);
     cache->turns = kvs_calloc(n + 1, sizeof *cache->turns);
-    return cache->ids && cache->hashes && cache->flags && cache->positions && cache->turns;
+    return cache->ids && cache->hashes && cache->flags && cache->turns;
 }
 
 int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *shape, kvs_error *err) {
@@ -54,7 +63,10 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
     kv->n_group = shape->n_group;
     kv->exclude_self = shape->exclude_self;
     kv->n_exact = shape->n_exact;
-    if (alloc_device(cache, shape) && alloc_timeline(cache)) return KVS_OK;
+    kv->n_sets = 1;
+    const kvs_prune_params *prune = shape->prune;
+    bool lists = !prune || kvs_pruned_init(cache, prune->layers, prune->n_layers, prune->scope == KVS_SCOPE_KV_HEAD, prune->reversible);
+    if (lists && alloc_device(cache, shape) && alloc_timeline(cache)) return KVS_OK;
     uint64_t needed = 2 * (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
     kvs_cache_free(cache);
     return kvs_fail_memory(err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
@@ -62,24 +74,26 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
 
 void kvs_cache_free(kvs_cache *cache) {
     if (!cache->be) return;
-    void *device[] = {cache->kv.k,       cache->kv.v,       cache->kv.entropy, cache->kv.strength,
-                      cache->kv.exact_k, cache->kv.exact_v, cache->kv.exact_o, cache->kept};
+    void *device[] = {cache->kv.k,       cache->kv.v, cache->kv.entropy, cache->kv.strength, cache->kv.exact_k, cache->kv.exact_v,
+                      cache->kv.exact_o, cache->kept, cache->kv.mass,    cache->kv.query,    cache->kv.lse};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i]) cache->be->ops->release(cache->be, device[i]);
     free(cache->ids);
     free(cache->hashes);
     free(cache->flags);
-    free(cache->positions);
     free(cache->turns);
     free(cache->pictures);
+    free(cache->kv.spans);
+    kvs_pruned_free(&cache->pruned);
     for (int32_t i = 0; i < cache->n_policies; i++) cache->policies[i]->ops->free(cache->policies[i]);
     memset(cache, 0, sizeof *cache);
 }
 
 static void copy_rows(const kvs_cache *from, kvs_cache *to) {
     const kvs_kv *src = &from->kv;
-    uint64_t bytes = (uint64_t)from->n_rows * (uint64_t)src->row_bytes;
+    from->be->ops->copy(from->be, to->kv.mass, src->mass, (uint64_t)from->n_past * (uint64_t)src->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < src->n_layer; layer++) {
+        uint64_t bytes = (uint64_t)kvs_cache_n_rows(from, layer) * (uint64_t)src->row_bytes;
         for (int32_t head = 0; head < src->n_kv_head; head++) {
             from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.k, layer, head), kvs_kv_rows(src, src->k, layer, head), bytes);
             from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.v, layer, head), kvs_kv_rows(src, src->v, layer, head), bytes);
@@ -107,10 +121,18 @@ static bool copy_policies(const kvs_cache *from, kvs_cache *to) {
 static bool reserve_pictures(kvs_cache *cache, int32_t n) {
     if (n <= cache->room_pictures) return true;
     int32_t room = KVS_MAX(n, 2 * cache->room_pictures);
-    kvs_picture *grown = realloc(cache->pictures, (size_t)room * sizeof *grown);
-    if (!grown) return false;
+    uint64_t lists = cache->pruned.on ? (uint64_t)cache->kv.n_layer * (uint64_t)cache->kv.n_sets : 1;
+    kvs_range *spans = kvs_calloc(lists * (uint64_t)room, sizeof *spans);
+    kvs_picture *grown = spans ? realloc(cache->pictures, (size_t)room * sizeof *grown) : NULL;
+    if (!grown) {
+        free(spans);
+        return false;
+    }
     cache->pictures = grown;
-    cache->room_pictures = room;
+    cache->room_pictures = cache->kv.room_spans = room;
+    free(cache->kv.spans);
+    cache->kv.spans = spans;
+    kvs_pruned_refresh(cache);
     return true;
 }
 
@@ -124,23 +146,32 @@ static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
 
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
     const kvs_kv *kv = &from->kv;
-    kvs_cache_shape shape = {kv->type,  kv->n_layer, kv->n_head,          kv->n_kv_head, kv->head_dim,
-                             kv->n_ctx, kv->n_exact, kv->exact_o != NULL, kv->n_group,   kv->exclude_self};
+    kvs_prune_params prune = {.scope = kv->n_sets > 1 ? KVS_SCOPE_KV_HEAD : KVS_SCOPE_LAYER, .reversible = from->pruned.reversible};
+    kvs_cache_shape shape = {.type = kv->type,
+                             .n_layer = kv->n_layer,
+                             .n_head = kv->n_head,
+                             .n_kv_head = kv->n_kv_head,
+                             .head_dim = kv->head_dim,
+                             .n_ctx = kv->n_ctx,
+                             .n_exact = kv->n_exact,
+                             .exact_o = kv->exact_o != NULL,
+                             .n_group = kv->n_group,
+                             .exclude_self = kv->exclude_self,
+                             .prune = from->pruned.on ? &prune : NULL};
     int status = kvs_cache_init(to, from->be, &shape, err);
     if (status) return status;
-    if (!copy_policies(from, to) || !copy_pictures(from, to)) {
+    if (!copy_policies(from, to) || !copy_pictures(from, to) || !kvs_pruned_clone(from, to)) {
         kvs_cache_free(to);
-        return kvs_fail_memory(err, 0, "a copy of the policies");
+        return kvs_fail_memory(err, 0, "a copy of the policies and of what they keep");
     }
+    kvs_pruned_refresh(to);
     copy_rows(from, to);
     size_t n = (size_t)from->n_past;
     memcpy(to->ids, from->ids, n * sizeof *to->ids);
     memcpy(to->hashes, from->hashes, n * sizeof *to->hashes);
     memcpy(to->flags, from->flags, n * sizeof *to->flags);
-    memcpy(to->positions, from->positions, (size_t)from->n_rows * sizeof *to->positions);
     memcpy(to->turns, from->turns, (size_t)from->n_turns * sizeof *to->turns);
     to->n_past = from->n_past;
-    to->n_rows = from->n_rows;
     to->n_turns = from->n_turns;
     to->exact_from = from->exact_from;
     to->store_is_exact = from->store_is_exact;
@@ -151,21 +182,24 @@ void kvs_cache_rows(const kvs_span *span, kvs_row *rows) {
     kvs_cache *cache = span->cache;
     for (int32_t i = 0; i < span->n; i++) {
         int32_t index = span->index + i;
-        rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index, .phys = cache->n_rows + index - cache->n_past};
+        rows[i] = (kvs_row){.kv = &cache->kv, .index = index, .pos = index};
     }
 }
 
 int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err) {
     if (!reserve_pictures(cache, cache->n_pictures + 1)) return kvs_fail_memory(err, 0, "a picture's place");
     cache->pictures[cache->n_pictures++] = (kvs_picture){.first = cache->n_past + at, .n = n};
+    kvs_pruned_refresh(cache);
     return KVS_OK;
 }
 
 void kvs_cache_forget(kvs_cache *cache) {
     while (cache->n_pictures > 0 && cache->pictures[cache->n_pictures - 1].first >= cache->n_past) cache->n_pictures--;
-    if (!cache->n_pictures) return;
-    kvs_picture *last = &cache->pictures[cache->n_pictures - 1]; /* a rewind may end inside it */
-    last->n = KVS_MIN(last->n, cache->n_past - last->first);
+    if (cache->n_pictures) {
+        kvs_picture *last = &cache->pictures[cache->n_pictures - 1]; /* a rewind may end inside it */
+        last->n = KVS_MIN(last->n, cache->n_past - last->first);
+    }
+    kvs_pruned_refresh(cache);
 }
 
 void kvs_cache_touched(kvs_cache *cache, int32_t n) {
@@ -201,10 +235,8 @@ void kvs_cache_commit(const kvs_span *span) {
         cache->ids[index] = span->ids[i];
         cache->hashes[index] = span->hashes ? span->hashes[i] : 0;
         cache->flags[index] = span->generated ? KVS_ROW_GENERATED : 0;
-        cache->positions[cache->n_rows + i] = index;
     }
     cache->n_past += span->n;
-    cache->n_rows += span->n;
 }
 
 bool kvs_cache_exact(const kvs_cache *cache, int32_t index) {
@@ -219,22 +251,35 @@ bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) {
     return false;
 }
 
-/* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. */
-int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) {
+/* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. Rows up to
+ * pruned saw rows that are gone. */
+static int32_t again_from(const kvs_cache *cache, int32_t index, int32_t pruned) {
     for (; index >= 0 && !kvs_cache_exact(cache, index); index--) {
-        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0) return -1;
+        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0 || index <= pruned) return -1;
         if (!kvs_cache_mixes(cache, cache->flags[index])) return index;
     }
     return index + 1;
 }
 
+static int32_t last_pruned(const kvs_cache *cache, int32_t before) { /* the newest row before that one behind which rows were dropped */
+    const kvs_pruned *p = &cache->pruned;
+    int32_t n = p->n_applied;
+    while (n > 0 && (p->events[n - 1].index >= before || !p->events[n - 1].n_dropped)) n--;
+    return n > 0 ? p->events[n - 1].index : -1;
+}
+
+int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) { return again_from(cache, index, last_pruned(cache, INT32_MAX)); }
+
 /* May the timeline end here? Its logits (if wanted) need the last row run once more, and that may need the row before it. */
 static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
-    if (n_past == 0 || n_past == cache->n_past || cache->store_is_exact) return true;
+    if (n_past == 0 || n_past == cache->n_past) return true;
+    if (!kvs_pruned_can_end(cache, n_past, logits)) return false;
+    if (cache->store_is_exact) return true;
     uint8_t flags = cache->flags[n_past - 1];
-    if (!kvs_cache_mixes(cache, flags)) return true; /* text can follow a picture */
-    bool here = flags & KVS_ROW_GENERATED ? kvs_cache_exact(cache, n_past - 1) : kvs_cache_again_from(cache, n_past - 1) >= 0;
-    return here && (!logits || kvs_cache_again_from(cache, n_past - 2) >= 0);
+    if (!kvs_cache_mixes(cache, flags)) return true;                   /* text can follow a picture */
+    int32_t pruned = last_pruned(cache, logits ? n_past - 1 : n_past); /* a row behind which rows went runs again with them */
+    bool here = flags & KVS_ROW_GENERATED ? kvs_cache_exact(cache, n_past - 1) : again_from(cache, n_past - 1, pruned) >= 0;
+    return here && (!logits || again_from(cache, n_past - 2, pruned) >= 0);
 }
 
 /* A float32 store holds what the ring of exact rows held. The newest two rows are all that a mix may ask for. */
@@ -243,8 +288,8 @@ static void refill_exact(kvs_cache *cache) {
     uint64_t bytes = (uint64_t)kv->row_bytes;
     cache->exact_from = KVS_MAX(cache->n_past - 2, 0);
     for (int32_t index = cache->exact_from; index < cache->n_past; index++) {
-        int64_t row = (int64_t)(cache->n_rows + index - cache->n_past) * kv->row_bytes;
         for (int32_t layer = 0; layer < kv->n_layer; layer++) {
+            int64_t row = kvs_kv_place(kv, layer, index) * kv->row_bytes;
             int64_t slot = kvs_kv_exact(kv, layer, index, kv->n_kv_head);
             for (int32_t head = 0; head < kv->n_kv_head; head++, slot += kv->head_dim) {
                 cache->be->ops->copy(cache->be, kv->exact_k + slot, kvs_kv_rows(kv, kv->k, layer, head) + row, bytes);
@@ -260,7 +305,21 @@ int32_t kvs_cache_rewindable(const kvs_cache *cache) {
     return cache->n_past - n;
 }
 
+static int refuse_pruned(const kvs_cache *cache, int32_t n_past, kvs_error *err) {
+    kvs_fail(
+        err, KVS_E_POLICY,
+        "rewind by %d rows: PruneHal has dropped rows of pictures since, and they are not kept; rewind less, to row %d or before it, or "
+        "make the session with PruneHal(reversible=True)",
+        cache->n_past - n_past, kvs_pruned_whole(cache));
+    if (err) {
+        err->needed = (uint64_t)(cache->n_past - n_past);
+        err->available = (uint64_t)kvs_cache_rewindable(cache);
+    }
+    return KVS_E_POLICY;
+}
+
 int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
+    if (n_past < cache->n_past && !kvs_pruned_can_end(cache, n_past, logits)) return refuse_pruned(cache, n_past, err);
     if (!can_end_at(cache, n_past, logits)) {
         kvs_fail(err, KVS_E_POLICY,
                  "rewind by %d rows: the row that the next smoothing would mix with is kept exactly for the newest %d rows only; "
@@ -273,7 +332,8 @@ int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *e
         return KVS_E_POLICY;
     }
     int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
-    while (cache->n_rows > 0 && cache->positions[cache->n_rows - 1] >= n_past) cache->n_rows--;
+    kvs_pruned_undo(cache, n_past);
+    cache->pruned.quiet = KVS_MIN(cache->pruned.quiet, n_past);
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
     cache->n_past = n_past;
     kvs_cache_forget(cache);
@@ -288,18 +348,28 @@ int32_t kvs_cache_turn_start(const kvs_cache *cache, int32_t index) {
     return n > 0 ? cache->turns[n - 1] : 0;
 }
 
+void kvs_cache_positions(const kvs_cache *cache, int32_t layer, int32_t *positions) {
+    const kvs_kv *kv = &cache->kv;
+    int32_t n = 0;
+    for (int32_t set = 0; set < kv->n_sets; set++) {
+        const uint16_t *gone = cache->pruned.on ? kvs_pruned_list(&cache->pruned, kv, layer, set) : NULL;
+        for (int32_t i = 0; i < cache->n_past; i++)
+            if (!gone || !gone[i]) positions[n++] = i;
+    }
+}
+
 int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err) {
     const kvs_kv *kv = &cache->kv;
-    uint64_t bytes = (uint64_t)cache->n_rows * (uint64_t)kv->row_bytes;
+    int32_t n_rows = kvs_cache_n_rows(cache, layer);
+    uint64_t bytes = (uint64_t)n_rows * (uint64_t)kv->row_bytes;
     uint8_t *raw = kvs_calloc(1, bytes);
     if (!raw) return kvs_fail_memory(err, bytes, "a copy of cache rows");
     for (int32_t side = 0; side < 2; side++) {
         float *out = side ? v : k;
         for (int32_t head = 0; head < kv->n_kv_head; head++) {
             cache->be->ops->download(cache->be, raw, kvs_kv_rows(kv, side ? kv->v : kv->k, layer, head), bytes);
-            for (int32_t i = 0; i < cache->n_rows; i++)
-                kvs_kv_row_to_f32(kv->type, raw + i * kv->row_bytes, out + ((int64_t)head * cache->n_rows + i) * kv->head_dim,
-                                  kv->head_dim);
+            for (int32_t i = 0; i < n_rows; i++)
+                kvs_kv_row_to_f32(kv->type, raw + i * kv->row_bytes, out + ((int64_t)head * n_rows + i) * kv->head_dim, kv->head_dim);
         }
     }
     free(raw);

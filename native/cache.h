@@ -4,7 +4,7 @@
  * A policy is one file (policy_*.c) behind kvs_policy_ops; whatever can be derived from the timeline is derived, not kept. */
 #ifndef KVS_CACHE_H
 #define KVS_CACHE_H
-#include "backend.h"
+#include "pruned.h"
 
 enum { KVS_ROW_GENERATED = 1, KVS_ROW_ENDED = 2 }; /* ENDED: policies have done their after-prefill work behind this row */
 
@@ -12,26 +12,21 @@ typedef struct kvs_policy kvs_policy;
 
 enum { KVS_MAX_POLICIES = 3 };
 
-typedef struct kvs_picture { /* rows of the timeline that one picture gave */
-    int32_t first, n;
-} kvs_picture;
-
 typedef struct kvs_cache {
     kvs_backend *be;
     kvs_kv kv;
     kvs_policy *policies[KVS_MAX_POLICIES]; /* in the order in which they act */
     int32_t n_policies;
     int32_t n_past; /* committed rows of the timeline */
-    int32_t n_rows; /* physical rows: fewer than n_past after pruning */
     /* by index, (n_ctx) each */
-    int32_t *ids;       /* -1 for an image row */
-    uint64_t *hashes;   /* picture of an image row, 0 otherwise */
-    uint8_t *flags;     /* KVS_ROW_* */
-    int32_t *positions; /* by physical row */
-    int32_t *turns;     /* (n_turns) n_past at the start of each turn but the first, rising */
+    int32_t *ids;     /* -1 for an image row */
+    uint64_t *hashes; /* picture of an image row, 0 otherwise */
+    uint8_t *flags;   /* KVS_ROW_* */
+    int32_t *turns;   /* (n_turns) n_past at the start of each turn but the first, rising */
     int32_t n_turns;
     kvs_picture *pictures; /* (n_pictures), rising; of a feed under way, too */
     int32_t n_pictures, room_pictures;
+    kvs_pruned pruned;
     float *kept;         /* [dev] the newest exact row of each layer while a prompt runs that may fail, or NULL */
     int32_t exact_from;  /* the ring of exact rows holds the indices exact_from..n_past-1 */
     bool store_is_exact; /* a float32 store that is what the next mix wants: rows can go back into the ring */
@@ -43,6 +38,7 @@ typedef struct kvs_cache_shape {
     int32_t n_exact; /* 0 without smoothing */
     bool exact_o;
     int32_t n_group, exclude_self;
+    const kvs_prune_params *prune; /* NULL = no row ever leaves */
 } kvs_cache_shape;
 
 /* Rows of one session in a pass over the model: first..first+n of the step. */
@@ -74,6 +70,10 @@ typedef struct kvs_policy_ops { /* what a policy does not need is NULL; the firs
     void (*after_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out);
     /* Once behind the last row of a prompt, the row index; inside its own begin/end. */
     int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err);
+    /* A generated row has run in all layers and is about to be committed. after_step does all that can fail, and may be the last that is
+     * heard of it; committed does the rest. The model's lock is held, no step is open. */
+    int (*after_step)(kvs_policy *policy, const kvs_span *span, kvs_error *err);
+    void (*committed)(kvs_policy *policy, kvs_cache *cache);
     /* Is a row with these flags mixed with the exact row before it? Then rewind and step take care that it is there. */
     bool (*mixes)(const kvs_policy *policy, uint8_t flags);
 } kvs_policy_ops;
@@ -106,12 +106,19 @@ bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
 int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index);
 int32_t kvs_cache_turn_start(const kvs_cache *cache, int32_t index); /* of the turn that the row index is in */
 
+static inline int32_t kvs_cache_n_rows(const kvs_cache *cache, int32_t layer) { return kvs_kv_place(&cache->kv, layer, cache->n_past); }
+/* Indices of the rows that are there: (n_sets, n_rows). They are the rotary positions, too. */
+void kvs_cache_positions(const kvs_cache *cache, int32_t layer, int32_t *positions);
 /* float32 copies: k, v (n_kv_head, n_rows, head_dim) */
 int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kvs_error *err);
 
 /* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 int kvs_policy_kvsmooth_check(const kvs_smooth_params *params, int32_t n_layer, kvs_error *err);
+
+/* policy_prunehal.c */
+int kvs_policy_prunehal(const kvs_prune_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
+int kvs_policy_prunehal_check(const kvs_prune_params *params, int32_t n_layer, kvs_error *err);
 
 static inline void kvs_fact(kvs_facts *facts, const char *name, double value) {
     if (facts->n < KVS_MAX_FACTS) facts->name[facts->n] = name, facts->value[facts->n++] = value;

@@ -31,7 +31,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 3 };
+enum { KVS_ABI_VERSION = 4 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -205,6 +205,27 @@ typedef struct kvs_smooth_params {
     const int32_t *skip_ids; /* tokens that are never smoothed (their entropies do enter the queue) */
 } kvs_smooth_params;
 
+/* ---- policy: PruneHal, methods.md B.2 and B.5 (arXiv 2510.19183) ---- */
+enum { KVS_REFERENCE_RUNNING_MEAN_RESET = 0, KVS_REFERENCE_RUNNING_MEAN, KVS_REFERENCE_LAST_PRUNE, KVS_REFERENCE_FIRST };
+enum { KVS_SCOPE_LAYER = 0, KVS_SCOPE_GLOBAL, KVS_SCOPE_KV_HEAD };
+typedef struct kvs_prune_params {
+    uint32_t struct_size;
+    int32_t times;           /* prunings of an answer at most */
+    double keep;             /* share of the live rows of pictures that stays; unused with top_k */
+    double vote_fraction;    /* of the layers below */
+    int32_t vote_at_least;   /* 0: more of them than that must vote; 1: so many are enough */
+    int32_t force_step;      /* m of the step that prunes without a vote; 0 = none. m = 1 is the last prompt row */
+    int32_t reference;       /* KVS_REFERENCE_*: what a layer's attention is held against */
+    int32_t scope;           /* KVS_SCOPE_*: heads and layers that keep the same rows */
+    int32_t reduction_max;   /* scores of single keys over query heads: 0 mean, 1 maximum */
+    int32_t per_image_quota; /* 0: pictures compete, one row of each stays; 1: each keeps its own share */
+    int32_t reversible;      /* dropped rows are kept in host memory and can come back */
+    int32_t n_top_k;         /* of the list below; 0 = keep shares */
+    const int32_t *top_k;    /* rows that stay after the first, second, ... pruning: there are no more than entries */
+    int32_t n_layers;
+    const int32_t *layers; /* 0-based, each once: those that vote and lose rows */
+} kvs_prune_params;
+
 /* ---- session ---- */
 typedef struct kvs_session kvs_session;
 typedef struct kvs_session_params {
@@ -214,7 +235,13 @@ typedef struct kvs_session_params {
     int32_t exact_rows; /* rows of float32 history kept for rewind under smoothing; 0 = 32 */
     uint64_t seed;
     const kvs_smooth_params *smooth; /* NULL = off; copied */
+    const kvs_prune_params *prune;   /* NULL = off; copied */
 } kvs_session_params;
+typedef struct kvs_pruning {         /* one that has happened */
+    int32_t row;                     /* index of the generated row behind which it happened */
+    int32_t forced;                  /* 1: force_step, 0: votes */
+    int32_t rows_before, rows_after; /* of pictures, in a pruned layer */
+} kvs_pruning;
 typedef struct kvs_chunk { /* a run of rows: either ids or embeddings */
     const int32_t *ids;    /* (n) */
     const float *embd;     /* (n, n_embd), when ids is NULL */
@@ -238,7 +265,7 @@ typedef struct kvs_sample {
 } kvs_sample;
 int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err);
 void kvs_session_free(kvs_session *session);
-uint64_t kvs_session_bytes(const kvs_session *session);
+uint64_t kvs_session_bytes(const kvs_session *session); /* of the cache; room of dropped rows is not counted, kept ones are */
 /* Prompt rows: all chunks in one pass, blocks of up to 512 rows. All or nothing: on failure no row has been added. */
 int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err);
 /* One generated token for each of n different sessions of one model, in one pass over the weights; policies act. */
@@ -256,17 +283,25 @@ int32_t kvs_session_n_generated(const kvs_session *session);
 int32_t kvs_session_n_exact(const kvs_session *session); /* rows that rewind can drop exactly, now */
 /* The timeline, n = n_past entries: ids (an image row: -1), for image rows the hash of the picture (0 otherwise), 1 where generated. */
 int32_t kvs_session_timeline(kvs_session *session, int32_t n, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err);
-/* n must be n_rows: positions (n), k and v (n_kv_head, n, head_dim) */
+/* n must be n_rows: positions (n_sets, n), k and v (n_kv_head, n, head_dim). n_sets: 1, or n_kv_head where heads keep different rows */
+int32_t kvs_session_n_sets(const kvs_session *session);
 int32_t kvs_session_positions(kvs_session *session, int32_t layer, int32_t n, int32_t *positions, kvs_error *err);
 int32_t kvs_session_kv(kvs_session *session, int32_t layer, int32_t n, float *k, float *v, kvs_error *err);
-/* Row entropies (nats, mean over heads) and strengths (NaN where not smoothed) of the newest n generated rows, oldest first: (n, n_layer). */
-int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, kvs_error *err);
+/* Of the newest n generated rows, oldest first, (n, n_layer) each: row entropies (nats, mean over heads), strengths (NaN where not
+ * smoothed), masses (share of attention on rows of pictures, mean over heads). */
+int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err);
+int32_t kvs_session_n_pictures(const kvs_session *session);
+int32_t kvs_session_n_prunings(const kvs_session *session);
+int32_t kvs_session_prunings(kvs_session *session, int32_t n, kvs_pruning *prunings, kvs_error *err); /* the first n, oldest first */
+int32_t kvs_session_n_whole(const kvs_session *session); /* rows before the first that is gone for good; n_past without */
+/* Brings all dropped rows back; the answer under way is not pruned any more. KVS_E_POLICY where they were not kept. */
+int32_t kvs_session_restore(kvs_session *session, kvs_error *err);
 int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err); /* policies with queue scope "turn" start afresh */
 int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err);
 /* Drops the newest n rows. KVS_E_POLICY where exact rows are gone (err.needed, err.available): nothing has changed then. */
 int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err);
 int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err); /* temporary name, flush, rename */
-/* The file decides n_ctx and kv_type; params->smooth must equal what the file was saved with (KVS_E_SESSION_FILE names the difference). */
+/* The file decides n_ctx and kv_type; the policies must equal those it was saved with (KVS_E_SESSION_FILE names the difference). */
 int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err);
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
@@ -282,6 +317,18 @@ int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y
 /* q (n_q, n_head, head_dim) at positions n_kv - n_q + i against k, v (n_kv, n_head_kv, head_dim) stored as kv_type; causal */
 int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
                       int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, float *out, float *entropy);
+/* The same with rows of pictures in spans (n_spans, 2: first, n); mass, lse (n_q, n_head). */
+int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
+                      int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, const int32_t *spans,
+                      int32_t n_spans, float *out, float *entropy, float *mass, float *lse);
+/* scores of the keys in spans against one query q (n_head, head_dim), which sees all: (n_head_kv, rows of spans) */
+int32_t kvs_test_score(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, int32_t n_kv, int32_t n_head,
+                       int32_t n_head_kv, int32_t head_dim, const int32_t *spans, int32_t n_spans, int32_t maximum, float *scores);
+/* rows at places (n_head_kv, n) leave a cache of n_kv rows (n_kv, n_head_kv, head_dim), which is trimmed; k_left, v_left (n_head_kv,
+ * n_kv - n, head_dim); then, in k_back, v_back (n_head_kv, n_kv, head_dim), they have come back */
+int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const float *k, const float *v, int32_t n_kv, int32_t n_head_kv,
+                        int32_t head_dim, int32_t n_ctx, const int32_t *places, int32_t n, float *k_left, float *v_left, float *k_back,
+                        float *v_back);
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
                            int32_t head_dim, float *out); /* not causal */
 

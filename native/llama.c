@@ -55,8 +55,8 @@ static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t inde
     ops->rope(model->be, w->q, &t->rope, pass->n, t->n_head, t->head_dim);
     ops->rope(model->be, w->k, &t->rope, pass->n, t->n_head_kv, t->head_dim);
     ops->kv_put(model->be, index, w->k, w->v);
-    ops->attn(model->be, index, w->q, w->attn, w->entropy);
-    ops->kv_record(model->be, index, w->entropy);
+    ops->attn(model->be, index, w->q, w->attn, &w->taps);
+    ops->kv_record(model->be, index, w->q, &w->taps);
     ops->kv_put_out(model->be, index, w->attn);
     for (int32_t s = 0; s < pass->n_spans; s++) after_attention(&pass->spans[s], index, &t->rope, w->attn);
     kvs_matmul o = job(w->y, &layer->o, &layer->o_bias);

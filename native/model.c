@@ -325,7 +325,7 @@ typedef struct buffer {
     uint64_t columns;
 } buffer;
 
-enum { MAX_BUFFERS = 10 };
+enum { MAX_BUFFERS = 12 };
 
 /* All or nothing: new blocks first, then the old ones go. */
 static int grow(kvs_backend *be, const buffer *buffers, int n, int32_t rows, kvs_error *err) {
@@ -351,8 +351,10 @@ int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_err
     kvs_work *w = &model->work;
     uint64_t E = (uint64_t)t->n_embd, F = (uint64_t)t->n_ff, H = (uint64_t)t->n_head;
     uint64_t Q = H * (uint64_t)t->head_dim, G = (uint64_t)t->n_head_kv * (uint64_t)t->head_dim;
-    const buffer of_rows[] = {{&w->x, E},    {&w->y, E},    {&w->q, Q},  {&w->k, G},       {&w->v, G},
-                              {&w->attn, Q}, {&w->gate, F}, {&w->up, F}, {&w->entropy, H}, {&t->rope.table, (uint64_t)t->rope.n_rot}};
+    const buffer of_rows[] = {{&w->x, E},         {&w->y, E},        {&w->q, Q},
+                              {&w->k, G},         {&w->v, G},        {&w->attn, Q},
+                              {&w->gate, F},      {&w->up, F},       {&w->taps.entropy, H},
+                              {&w->taps.mass, H}, {&w->taps.lse, H}, {&t->rope.table, (uint64_t)t->rope.n_rot}};
     const buffer of_logits = {&w->logits, (uint64_t)t->n_vocab};
     int status = KVS_OK;
     if (rows > w->max_rows) {

@@ -57,7 +57,7 @@ typedef struct kvs_work { /* activation buffers of a pass, [dev], sized for max_
     float *q, *k, *v; /* (rows, H D), (rows, G D), (rows, G D) */
     float *attn;      /* (rows, H D) */
     float *gate, *up; /* (rows, F) */
-    float *entropy;   /* (rows, H) */
+    kvs_taps taps;    /* (rows, H) each */
     float *logits;    /* (max_logit_rows, V) */
     int32_t max_logit_rows;
 } kvs_work;

@@ -10,8 +10,9 @@ typedef struct smooth {
     kvs_policy base;
     kvs_smooth_params params; /* its lists are our own copies */
     int32_t n_layer;
-    bool *on;       /* (n_layer) */
-    int32_t *queue; /* (window) of the row at hand, itself last */
+    bool *on;         /* (n_layer) */
+    int32_t *queue;   /* (window) of the row at hand, itself last */
+    int32_t *missing; /* (window) rows that pruned layers lacked when those ran */
     kvs_smooth_job job;
 } smooth;
 
@@ -62,6 +63,7 @@ static void smooth_free(kvs_policy *policy) {
     free((void *)s->params.skip_ids);
     free(s->on);
     free(s->queue);
+    free(s->missing);
     free(s);
 }
 
@@ -111,15 +113,17 @@ static int32_t fill_queue(const smooth *s, const kvs_cache *cache, int32_t index
 }
 
 static void set_job(smooth *s, kvs_cache *cache, int32_t row, int32_t index, bool mix) {
+    int32_t n_queue = fill_queue(s, cache, index);
+    for (int32_t i = 0; i < n_queue; i++) s->missing[i] = kvs_pruned_missing(&cache->pruned, s->queue[i]);
     s->job = (kvs_smooth_job){.params = &s->params,
                               .kv = &cache->kv,
                               .row = row,
                               .index = index,
-                              .phys = cache->n_rows + index - cache->n_past,
                               .prev = mix ? index - 1 : -1,
                               .pos_delta = 1,
                               .queue = s->queue,
-                              .n_queue = fill_queue(s, cache, index)};
+                              .n_queue = n_queue,
+                              .missing = s->missing};
 }
 
 static void smooth_before_step(kvs_policy *policy, const kvs_span *span) {
@@ -202,7 +206,8 @@ static smooth *make(const kvs_smooth_params *params, int32_t n_layer) {
     s->params.skip_ids = copy_list(params->skip_ids, params->n_skip_ids);
     s->on = kvs_calloc((uint64_t)n_layer, sizeof *s->on);
     s->queue = kvs_calloc((uint64_t)params->window, sizeof *s->queue);
-    if (!s->params.layers || !s->params.skip_ids || !s->on || !s->queue) {
+    s->missing = kvs_calloc((uint64_t)params->window, sizeof *s->missing);
+    if (!s->params.layers || !s->params.skip_ids || !s->on || !s->queue || !s->missing) {
         smooth_free(&s->base);
         return NULL;
     }

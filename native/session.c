@@ -38,7 +38,7 @@ static int check_params(const kvs_model *model, const kvs_session_params *p, kvs
 
 static kvs_cache_shape cache_shape(const kvs_model *model, const kvs_session_params *p) {
     const kvs_text *t = &model->text;
-    kvs_cache_shape shape = {p->kv_type, t->n_layer, t->n_head, t->n_head_kv, t->head_dim, p->n_ctx, 0, false, 1, 0};
+    kvs_cache_shape shape = {p->kv_type, t->n_layer, t->n_head, t->n_head_kv, t->head_dim, p->n_ctx, 0, false, 1, 0, p->prune};
     if (!p->smooth) return shape;
     shape.n_exact = p->exact_rows ? KVS_MAX(p->exact_rows, 2) : DEFAULT_EXACT_ROWS;
     shape.exact_o = p->smooth->target & KVS_TARGET_O;
@@ -51,15 +51,22 @@ static kvs_cache_shape cache_shape(const kvs_model *model, const kvs_session_par
 static int add_policies(kvs_session *s, const kvs_session_params *params, kvs_error *err) {
     kvs_cache *cache = &s->cache;
     int32_t n_layer = s->model->text.n_layer;
-    if (!params->smooth) return KVS_OK;
-    int status = kvs_policy_kvsmooth(params->smooth, n_layer, &cache->policies[cache->n_policies], err);
-    cache->n_policies += !status;
+    int status = KVS_OK;
+    if (params->smooth) {
+        status = kvs_policy_kvsmooth(params->smooth, n_layer, &cache->policies[cache->n_policies], err);
+        cache->n_policies += !status;
+    }
+    if (params->prune && !status) {
+        status = kvs_policy_prunehal(params->prune, n_layer, &cache->policies[cache->n_policies], err);
+        cache->n_policies += !status;
+    }
     return status;
 }
 
 int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
     *out = NULL;
     int status = check_params(model, params, err);
+    if (!status && params->prune) status = kvs_policy_prunehal_check(params->prune, model->text.n_layer, err);
     if (status) return status;
     kvs_session *s = kvs_calloc(1, sizeof *s);
     float *logits = kvs_calloc((uint64_t)model->text.n_vocab, sizeof *logits);
@@ -94,7 +101,9 @@ void kvs_session_free(kvs_session *session) {
     free(session);
 }
 
-uint64_t kvs_session_bytes(const kvs_session *session) { return session->cache.bytes; }
+uint64_t kvs_session_bytes(const kvs_session *session) {
+    return (uint64_t)((int64_t)session->cache.bytes + kvs_pruned_bytes(&session->cache));
+}
 
 /* ---- prompt rows ---- */
 
@@ -300,6 +309,23 @@ static int prepare_step(kvs_session *s, int32_t id, const int32_t *cancel, kvs_e
     return status ? status : end_prefill(s, cancel, err);
 }
 
+/* What policies do behind a step: all that can fail for all sessions, before any of them has the row. The model's lock is held. */
+static int after_step(const kvs_span *span, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < span->cache->n_policies && !status; i++) {
+        kvs_policy *policy = span->cache->policies[i];
+        if (policy->ops->after_step) status = policy->ops->after_step(policy, span, err);
+    }
+    return status;
+}
+
+static void commit_step(const kvs_span *span) {
+    kvs_cache *cache = span->cache;
+    kvs_cache_commit(span);
+    for (int32_t i = 0; i < cache->n_policies; i++)
+        if (cache->policies[i]->ops->committed) cache->policies[i]->ops->committed(cache->policies[i], cache);
+}
+
 static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, const int32_t *cancel, kvs_error *err) {
     kvs_span spans[MAX_BATCH];
     kvs_row rows[MAX_BATCH];
@@ -317,13 +343,14 @@ static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, con
     int status = kvs_model_lock(model, cancel, err);
     if (status) return status;
     status = kvs_llama_pass(model, &pass, err);
-    kvs_model_unlock(model);
+    for (int32_t i = 0; i < n && !status; i++) status = after_step(&spans[i], err);
     for (int32_t i = 0; i < n; i++) {
         kvs_cache_touched(&sessions[i]->cache, 1);
         if (status) continue;
-        kvs_cache_commit(&spans[i]);
+        commit_step(&spans[i]);
         sessions[i]->has_logits = true;
     }
+    kvs_model_unlock(model);
     return status;
 }
 
@@ -344,6 +371,25 @@ int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int3
 
 /* ---- reading ---- */
 
+static int run_last_again(kvs_session *s, const int32_t *cancel, kvs_error *err) {
+    int32_t last = s->cache.n_past - 1;
+    int status = last > 0 && kvs_cache_mixes(&s->cache, s->cache.flags[last]) ? ensure_exact(s, last - 1, cancel, err) : KVS_OK;
+    return status ? status : run_again(s, last, true, cancel, err);
+}
+
+/* Rows that left right behind the last row were still there when it ran. */
+static int run_last_unpruned(kvs_session *s, const int32_t *cancel, kvs_error *err) {
+    int status = kvs_model_lock(s->model, cancel, err);
+    if (status) return status;
+    kvs_pruned_lift(&s->cache);
+    kvs_model_unlock(s->model);
+    status = run_last_again(s, cancel, err);
+    kvs_model_lock(s->model, NULL, NULL); /* without a flag it can't fail */
+    kvs_pruned_lower(&s->cache);
+    kvs_model_unlock(s->model);
+    return status;
+}
+
 /* After a rewind the last row has no logits: it runs again. */
 static int ensure_logits(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
@@ -351,8 +397,8 @@ static int ensure_logits(kvs_session *s, const int32_t *cancel, kvs_error *err) 
     int32_t last = cache->n_past - 1;
     if (last < 0) return bad_argument(err, "logits", "nothing has been fed yet");
     if (cache->ids[last] < 0) return bad_argument(err, "logits", "rewind left an image row as the last; feed text first");
-    int status = last > 0 && kvs_cache_mixes(cache, cache->flags[last]) ? ensure_exact(s, last - 1, cancel, err) : KVS_OK;
-    if (!status) status = run_again(s, last, true, cancel, err);
+    bool pruned = cache->pruned.n_events && cache->pruned.events[cache->pruned.n_events - 1].index == last;
+    int status = pruned ? run_last_unpruned(s, cancel, err) : run_last_again(s, cancel, err);
     s->has_logits = !status;
     return status;
 }
@@ -397,8 +443,12 @@ int32_t kvs_session_kv_type(const kvs_session *session) { return session->cache.
 int32_t kvs_session_n_past(const kvs_session *session) { return session->cache.n_past; }
 
 int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer) {
-    return layer < 0 || layer >= session->cache.kv.n_layer ? -1 : session->cache.n_rows;
+    return layer < 0 || layer >= session->cache.kv.n_layer ? -1 : kvs_cache_n_rows(&session->cache, layer);
 }
+
+int32_t kvs_session_n_sets(const kvs_session *session) { return session->cache.kv.n_sets; }
+
+int32_t kvs_session_n_pictures(const kvs_session *session) { return session->cache.n_pictures; }
 
 int32_t kvs_session_n_generated(const kvs_session *session) {
     int32_t n = 0;
@@ -439,8 +489,8 @@ int32_t kvs_session_positions(kvs_session *session, int32_t layer, int32_t n, in
     int status = kvs_session_enter(session, err);
     if (status) return status;
     status = check_layer(session, layer, err);
-    if (!status) status = check_rows(n, session->cache.n_rows, err);
-    if (!status) memcpy(positions, session->cache.positions, (size_t)n * sizeof *positions);
+    if (!status) status = check_rows(n, kvs_cache_n_rows(&session->cache, layer), err);
+    if (!status) kvs_cache_positions(&session->cache, layer, positions);
     kvs_session_leave(session);
     return status;
 }
@@ -449,7 +499,7 @@ int32_t kvs_session_kv(kvs_session *session, int32_t layer, int32_t n, float *k,
     int status = kvs_session_enter(session, err);
     if (status) return status;
     status = check_layer(session, layer, err);
-    if (!status) status = check_rows(n, session->cache.n_rows, err);
+    if (!status) status = check_rows(n, kvs_cache_n_rows(&session->cache, layer), err);
     if (!status) status = kvs_cache_read(&session->cache, layer, k, v, err);
     kvs_session_leave(session);
     return status;
@@ -463,7 +513,7 @@ static float group_mean(const kvs_cache *cache, const float *history, int32_t la
     return (float)(sum / n);
 }
 
-static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float *strengths, kvs_error *err) {
+static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {
     float *groups = kvs_calloc((uint64_t)cache->kv.n_group, sizeof *groups);
     if (!groups) return kvs_fail_memory(err, 0, "telemetry");
     int32_t n_layer = cache->kv.n_layer, row = n - 1;
@@ -473,16 +523,18 @@ static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float 
             entropies[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.entropy, layer, i, groups);
             strengths[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.strength, layer, i, groups);
         }
+        uint64_t bytes = (uint64_t)n_layer * sizeof *masses;
+        cache->be->ops->download(cache->be, masses + (int64_t)row * n_layer, cache->kv.mass + (int64_t)i * n_layer, bytes);
         row--;
     }
     free(groups);
     return row < 0 ? KVS_OK : bad_argument(err, "n", "more rows than were generated");
 }
 
-int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, kvs_error *err) {
+int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = telemetry(&session->cache, n, entropies, strengths, err);
+    status = telemetry(&session->cache, n, entropies, strengths, masses, err);
     kvs_session_leave(session);
     return status;
 }
@@ -525,6 +577,15 @@ int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err
     return status;
 }
 
+/* Rows that come back do so through ops. */
+static int rewind_session(kvs_session *s, int32_t n_past, kvs_error *err) {
+    bool locked = s->cache.pruned.n_events > 0;
+    if (locked) kvs_model_lock(s->model, NULL, NULL);
+    int status = kvs_cache_rewind(&s->cache, n_past, true, err);
+    if (locked) kvs_model_unlock(s->model);
+    return status;
+}
+
 int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
@@ -532,8 +593,43 @@ int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err) {
         kvs_fail(err, KVS_E_ARGUMENT, "n: can't drop %d of %d rows", n, session->cache.n_past);
         status = KVS_E_ARGUMENT;
     } else if (n > 0) {
-        status = kvs_cache_rewind(&session->cache, session->cache.n_past - n, true, err);
+        status = rewind_session(session, session->cache.n_past - n, err);
         if (!status) session->has_logits = false;
+    }
+    kvs_session_leave(session);
+    return status;
+}
+
+/* ---- rows that pruning took ---- */
+
+int32_t kvs_session_n_prunings(const kvs_session *session) { return session->cache.pruned.n_events; }
+
+int32_t kvs_session_prunings(kvs_session *session, int32_t n, kvs_pruning *prunings, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    const kvs_pruned *p = &session->cache.pruned;
+    if (n < 0 || n > p->n_events) status = bad_argument(err, "n", "more prunings than there were");
+    for (int32_t i = 0; i < n && !status; i++) {
+        const kvs_event *e = &p->events[i];
+        prunings[i] = (kvs_pruning){e->index, e->forced, e->n_before, e->n_before - e->n_dropped};
+    }
+    kvs_session_leave(session);
+    return status;
+}
+
+int32_t kvs_session_n_whole(const kvs_session *session) { return kvs_pruned_whole(&session->cache); }
+
+int32_t kvs_session_restore(kvs_session *session, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    kvs_cache *cache = &session->cache;
+    if (cache->pruned.on && !cache->pruned.reversible)
+        status = kvs_fail(err, KVS_E_POLICY, "restore: dropped rows were not kept; make the session with PruneHal(reversible=True)");
+    else if (cache->pruned.n_events) {
+        kvs_model_lock(session->model, NULL, NULL);
+        kvs_pruned_undo(cache, 0);
+        kvs_model_unlock(session->model);
+        cache->pruned.quiet = cache->n_past;
     }
     kvs_session_leave(session);
     return status;

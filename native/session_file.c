@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FILE_VERSION = 2, MAX_PATH = PATH_MAX };
+enum { FILE_VERSION = 3, MAX_PATH = PATH_MAX };
 
 typedef struct saved_policy {
     char name[16];
@@ -27,11 +27,15 @@ typedef struct header {
     uint32_t version, header_bytes;
     uint64_t identity, mmproj_identity;
     int32_t n_ctx, kv_type, n_exact, n_policies;
-    int32_t n_past, n_rows, n_turns, n_pictures, exact_from, has_logits;
+    int32_t n_past, n_turns, n_pictures, n_events, quiet, exact_from, has_logits, zero;
     saved_policy policies[KVS_MAX_POLICIES];
     kvs_rng rng;
     uint64_t check; /* hash of all the above: a damaged header must not pass for one of another model or policy */
 } header;
+
+typedef struct saved_event {
+    int32_t index, forced, n_dropped, first;
+} saved_event;
 
 typedef struct stream {
     FILE *file;
@@ -61,17 +65,31 @@ static void transfer_device(stream *f, void *device, uint64_t bytes) {
     }
 }
 
+/* Events, which rows they took, and those rows where they are kept. The numbers come first: a reader must trust them before the rest. */
+static void transfer_events(stream *f, kvs_cache *cache) {
+    kvs_pruned *p = &cache->pruned;
+    const kvs_kv *kv = &cache->kv;
+    for (int32_t layer = 0; layer < kv->n_layer && p->n_events; layer++)
+        for (int32_t set = 0; set < kv->n_sets; set++)
+            transfer(f, kvs_pruned_list(p, kv, layer, set), (uint64_t)cache->n_past * sizeof *p->gone);
+    for (int32_t i = 0; i < p->n_events; i++) {
+        const kvs_event *e = &p->events[i];
+        if (e->rows) transfer(f, e->rows, 2 * (uint64_t)e->n_moves * (uint64_t)e->n_dropped * (uint64_t)kv->row_bytes);
+    }
+}
+
 static void transfer_cache(stream *f, kvs_cache *cache) {
     kvs_kv *kv = &cache->kv;
-    uint64_t rows = (uint64_t)cache->n_rows * (uint64_t)kv->row_bytes;
     uint64_t history = (uint64_t)cache->n_past * (uint64_t)kv->n_group * sizeof(float);
     transfer(f, cache->ids, (uint64_t)cache->n_past * sizeof *cache->ids);
     transfer(f, cache->hashes, (uint64_t)cache->n_past * sizeof *cache->hashes);
     transfer(f, cache->flags, (uint64_t)cache->n_past * sizeof *cache->flags);
-    transfer(f, cache->positions, (uint64_t)cache->n_rows * sizeof *cache->positions);
     transfer(f, cache->turns, (uint64_t)cache->n_turns * sizeof *cache->turns);
     transfer(f, cache->pictures, (uint64_t)cache->n_pictures * sizeof *cache->pictures);
+    transfer_events(f, cache);
+    transfer_device(f, kv->mass, (uint64_t)cache->n_past * (uint64_t)kv->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < kv->n_layer; layer++) {
+        uint64_t rows = (uint64_t)kvs_cache_n_rows(cache, layer) * (uint64_t)kv->row_bytes;
         for (int32_t head = 0; head < kv->n_kv_head; head++) {
             transfer_device(f, kvs_kv_rows(kv, kv->k, layer, head), rows);
             transfer_device(f, kvs_kv_rows(kv, kv->v, layer, head), rows);
@@ -115,9 +133,10 @@ static header make_header(const kvs_session *s) {
     h.n_exact = c->kv.n_exact;
     h.n_policies = c->n_policies;
     h.n_past = c->n_past;
-    h.n_rows = c->n_rows;
     h.n_turns = c->n_turns;
     h.n_pictures = c->n_pictures;
+    h.n_events = c->pruned.n_events;
+    h.quiet = c->pruned.quiet;
     h.exact_from = c->exact_from;
     h.has_logits = s->has_logits;
     h.rng = s->rng;
@@ -135,6 +154,11 @@ static header make_header(const kvs_session *s) {
 static void write_all(stream *f, kvs_session *s) {
     header h = make_header(s);
     transfer(f, &h, sizeof h);
+    for (int32_t i = 0; i < h.n_events; i++) {
+        const kvs_event *e = &s->cache.pruned.events[i];
+        saved_event saved = {e->index, e->forced, e->n_dropped, e->first};
+        transfer(f, &saved, sizeof saved);
+    }
     transfer_cache(f, &s->cache);
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
     uint64_t sum = f->hash;
@@ -223,9 +247,10 @@ static int check_header(const header *h, const kvs_model *model, const char *pat
     if (h->check != header_check(h)) return file_error(err, path, "header", "the file is damaged");
     if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
     if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");
-    bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_rows == h->n_past && h->n_turns >= 0 && h->n_turns <= h->n_past &&
-                h->n_pictures >= 0 && h->n_pictures <= h->n_past && h->n_policies >= 0 && h->n_policies <= KVS_MAX_POLICIES &&
-                h->exact_from >= 0 && h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) && h->n_exact >= 0;
+    bool sane = h->n_past >= 0 && h->n_past <= h->n_ctx && h->n_turns >= 0 && h->n_turns <= h->n_past && h->n_pictures >= 0 &&
+                h->n_pictures <= h->n_past && h->n_events >= 0 && h->n_events <= KVS_MIN(h->n_past, KVS_MAX_EVENTS) && h->quiet >= 0 &&
+                h->quiet <= h->n_past && h->n_policies >= 0 && h->n_policies <= KVS_MAX_POLICIES && h->exact_from >= 0 &&
+                h->exact_from <= h->n_past && (h->has_logits == 0 || h->has_logits == 1) && h->n_exact >= 0;
     return sane ? KVS_OK : file_error(err, path, "header", "the file is damaged");
 }
 
@@ -279,22 +304,96 @@ static bool sane_pictures(const kvs_cache *c) {
     return true;
 }
 
+static int32_t pictures_before(const kvs_cache *c, int32_t index) { /* rows of pictures before that row */
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n_pictures; i++) n += KVS_MAX(0, KVS_MIN(c->pictures[i].n, index - c->pictures[i].first));
+    return n;
+}
+
+/* Marks of one list: rows of pictures before the event's own row, as many as it says, one of each picture left. */
+static bool sane_marks(const kvs_cache *c, int32_t layer, const uint16_t *gone) {
+    const kvs_pruned *p = &c->pruned;
+    int32_t marked = 0;
+    for (int32_t j = 0; j < c->n_past; j++) {
+        if (!gone[j]) continue;
+        if (gone[j] > p->n_events || c->ids[j] >= 0 || j < p->events[gone[j] - 1].first || j >= p->events[gone[j] - 1].index) return false;
+        marked++;
+    }
+    if (marked != (p->on[layer] ? kvs_pruned_missing(p, INT32_MAX) : 0)) return false;
+    for (int32_t i = 0; i < p->n_events && marked; i++) {
+        int32_t n = 0;
+        for (int32_t j = p->events[i].first; j < p->events[i].index; j++) n += gone[j] == i + 1;
+        if (n != p->events[i].n_dropped) return false;
+    }
+    for (int32_t i = 0; i < c->n_pictures; i++) {
+        int32_t n = 0;
+        for (int32_t j = c->pictures[i].first; j < c->pictures[i].first + c->pictures[i].n; j++) n += !gone[j];
+        if (!n) return false;
+    }
+    return true;
+}
+
+static bool sane_events(const kvs_cache *c) {
+    const kvs_pruned *p = &c->pruned;
+    for (int32_t i = 0; i < p->n_events; i++) {
+        const kvs_event *e = &p->events[i];
+        bool nothing = !e->n_dropped && e->first == INT32_MAX;
+        if (!(c->flags[e->index] & KVS_ROW_GENERATED) || !(nothing || (e->n_dropped && e->first >= 0 && e->first < e->index))) return false;
+    }
+    for (int32_t layer = 0; layer < c->kv.n_layer && p->n_events; layer++)
+        for (int32_t set = 0; set < c->kv.n_sets; set++)
+            if (!sane_marks(c, layer, kvs_pruned_list(p, &c->kv, layer, set))) return false;
+    return true;
+}
+
 /* What was read must be a timeline before anything derives from it. */
 static bool sane_timeline(const kvs_session *s) {
     const kvs_cache *c = &s->cache;
     for (int32_t i = 0; i < c->n_past; i++) {
         if (c->ids[i] < -1 || c->ids[i] >= s->model->text.n_vocab || (c->flags[i] & KVS_ROW_GENERATED && c->ids[i] < 0)) return false;
-        if (c->flags[i] & ~(KVS_ROW_GENERATED | KVS_ROW_ENDED) || c->positions[i] != i) return false; /* nothing prunes rows yet */
+        if (c->flags[i] & ~(KVS_ROW_GENERATED | KVS_ROW_ENDED)) return false;
     }
     for (int32_t i = 0; i < c->n_turns; i++)
         if (c->turns[i] < (i ? c->turns[i - 1] + 1 : 1) || c->turns[i] > c->n_past) return false;
-    return sane_pictures(c);
+    return sane_pictures(c) && sane_events(c);
+}
+
+/* Room for the events, whose numbers must be possible before anything is read by them. */
+static int read_events(stream *f, const header *h, kvs_cache *c, kvs_error *err) {
+    kvs_pruned *p = &c->pruned;
+    int32_t dropped = 0, index = 0;
+    for (int32_t i = 0; i < h->n_events; i++) {
+        saved_event e = {0};
+        kvs_event event;
+        transfer(f, &e, sizeof e);
+        bool sane = !f->failed && p->on && e.index > index && e.index < h->n_past && e.n_dropped >= 0 && e.n_dropped <= e.index - dropped &&
+                    (e.forced == 0 || e.forced == 1);
+        if (!sane) return file_error(err, f->path, "prunings", "the file is damaged");
+        if (!kvs_event_make(c, e.index, 0, e.n_dropped, &event)) return kvs_fail_memory(err, 0, "dropped rows of a saved session");
+        event.forced = e.forced;
+        event.first = e.first;
+        p->events[p->n_events++] = event;
+        p->n_applied++;
+        index = e.index;
+        dropped += e.n_dropped;
+    }
+    return KVS_OK;
+}
+
+/* What derives from events and marks that are known to be sound. */
+static void finish_events(kvs_cache *c) {
+    kvs_pruned *p = &c->pruned;
+    for (int32_t i = 0; i < p->n_events; i++) {
+        p->events[i].n_before = pictures_before(c, p->events[i].index) - kvs_pruned_missing(p, p->events[i].index);
+        kvs_event_locate(c, i + 1);
+        if (!p->reversible) kvs_event_free(&p->events[i]);
+    }
 }
 
 static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err) {
     kvs_cache *c = &s->cache;
     c->n_past = h->n_past;
-    c->n_rows = h->n_rows;
+    c->pruned.quiet = h->quiet;
     c->n_turns = h->n_turns;
     c->exact_from = h->exact_from;
     s->has_logits = h->has_logits;
@@ -304,12 +403,18 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
         int status = kvs_cache_add_picture(c, 0, 0, err); /* room for them */
         if (status) return status;
     }
+    int status = read_events(f, h, c, err);
+    if (status) return status;
+    for (int32_t layer = 0; layer < c->kv.n_layer && c->pruned.on; layer++)
+        c->pruned.dropped[layer] = c->pruned.on[layer] ? kvs_pruned_missing(&c->pruned, INT32_MAX) : 0;
     transfer_cache(f, c);
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
     uint64_t sum = f->hash, saved = 0;
     transfer(f, &saved, sizeof saved);
     if (f->failed || fgetc(f->file) != EOF) return file_error(err, f->path, "length", "the file is cut off or has grown");
     if (saved != sum || !sane_timeline(s)) return file_error(err, f->path, "checksum", "the file is damaged");
+    finish_events(c);
+    kvs_pruned_refresh(c);
     return KVS_OK;
 }
 

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .model import Model
     from .policies.kvsmooth import KVSmooth
+    from .policies.prunehal import PruneHal
     from .session import Session
-    from .stats import Result, Stats, Token
+    from .stats import Pruning, Result, Stats, Token
     from .stream import Stream
     from .template import VICUNA_SYSTEM, TemplateError
 
@@ -69,6 +70,8 @@ __all__ = [
     "NumericError",
     "OutOfMemoryError",
     "PolicyError",
+    "PruneHal",
+    "Pruning",
     "Result",
     "Session",
     "SessionFileError",
@@ -88,6 +91,8 @@ _HOMES = {
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
     "Model": "model",
+    "PruneHal": "policies.prunehal",
+    "Pruning": "stats",
     "Result": "stats",
     "Session": "session",
     "Stats": "stats",

@@ -3,6 +3,7 @@ drive one of these, batches several at once."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from .text import AnswerText
 
 if TYPE_CHECKING:
     from .session import Plan, Request, Session
+
+
+logger = logging.getLogger("pykvsmooth")
 
 
 class Generation:
@@ -40,7 +44,8 @@ class Generation:
         self._stats = Stats(load_s=model.load_s, device=model.device)
         self._sampling = options.to_native()
         self._sample = ffi.new("kvs_sample *")
-        self._telemetry = np.empty((2, model.n_layer), np.float32)
+        self._telemetry = np.empty((3, model.n_layer), np.float32)
+        self._answer_row = 0  # of the timeline
         self._err = new_error()
         self._message: dict[str, str] | None = None  # the answer as the conversation keeps it
 
@@ -73,7 +78,10 @@ class Generation:
             self._stats.prefill_s = time.perf_counter() - time_0
         self._stats.prefill_tokens = plan.prompt.n_rows - begin
         self._stats.reused_tokens = begin
+        self._answer_row = lib.kvs_session_n_past(pointer)
         self._open_turn(pointer, plan)
+        if self.session._stack.prunehal and not lib.kvs_session_n_pictures(pointer):
+            logger.info("PruneHal: no picture in the timeline, so nothing will be pruned")
 
     def _encode(self, picture: Picture) -> Any:
         """The picture's embeddings."""
@@ -143,19 +151,23 @@ class Generation:
             self.session._chat.rows = lib.kvs_session_n_past(pointer)
         text = self._answer.push(self.session.model.token_bytes(self._sample.id), self._has_all_tokens())
         out = ffi.cast("float *", ffi.from_buffer(self._telemetry))
-        check(lib.kvs_session_telemetry(pointer, 1, out, out + self._telemetry.shape[1], self._err), self._err)
-        entropy, strength = (_mean(row[self.session._layers]) for row in self._telemetry)
-        return self._put(text, entropy, strength if self.session._stack.kvsmooth else None)
+        width = self._telemetry.shape[1]
+        check(lib.kvs_session_telemetry(pointer, 1, out, out + width, out + 2 * width, self._err), self._err)
+        entropy, strength = (_mean(row[self.session._layers]) for row in self._telemetry[:2])
+        mass = float(self._telemetry[2].mean()) if lib.kvs_session_n_pictures(pointer) else None
+        if self.session._stack.prunehal:
+            stats.pruned = self.session._prunings(pointer, self._answer_row)
+        return self._put(text, entropy, strength if self.session._stack.kvsmooth else None, mass)
 
     def flush(self) -> Token | None:
         """At an end that the model or the context made: text that was held back, as a token that was sampled but not fed."""
         text = self._answer.push(b"", True) if self.finish_reason in ("stop", "context") else ""
         return self._put(text, math.nan, math.nan if self.session._stack.kvsmooth else None) if text else None
 
-    def _put(self, text: str, entropy: float, strength: float | None) -> Token:
+    def _put(self, text: str, entropy: float, strength: float | None, mass: float | None = None) -> Token:
         sample = self._sample
         top = tuple((sample.top_ids[i], sample.top_logprobs[i]) for i in range(sample.n_top)) if self.options.logprobs else ()
-        token = Token(text, sample.id, sample.logprob, entropy, strength, top)
+        token = Token(text, sample.id, sample.logprob, entropy, strength, top, mass)
         self.tokens.append(token)
         if self._message is not None:
             self._message["content"] += text
@@ -204,6 +216,7 @@ class Generation:
             figures["tokens_per_s"] = figures["decode_tokens"] / figures["decode_s"]
         figures["peak_bytes"] = peak_bytes()
         figures["finish_reason"] = self.finish_reason
+        figures["pruned"] = list(figures["pruned"])
         return Stats(**figures)
 
     def result(self) -> Result:

@@ -18,6 +18,7 @@ from .handles import SessionHandle, refuse_pickle
 from .options import AnswerOptions, Options, read_options, seed_of
 from .policies.stack import Policy, Stack
 from .prompt import MODES, Part, Picture, Prompt, build_prompt, digest_of, read_picture
+from .stats import Pruning
 from .stream import Stream
 from .template import Message, choose
 
@@ -114,6 +115,7 @@ class Session:
         self.n_ctx: int = lib.kvs_session_n_ctx(out[0])
         self.kv_type = next(name for name, number in KV_TYPES.items() if number == lib.kvs_session_kv_type(out[0]))
         self._layers = stack.telemetry_layers(model.n_layer)
+        self._per_head = stack.prunehal is not None and stack.prunehal.index_scope == "kv_head"
         self._chat = _Chat()
         self._prompt_end = NO_LIMIT  # rows before the first row at which a prompt ended
         self._active: weakref.ref[Generation] | None = None
@@ -372,12 +374,14 @@ class Session:
         return k, v
 
     def positions(self, layer: int) -> NDArray[np.int32]:
-        """(n_rows,) int32: the rotary position of each physical row of a layer. Errors as of kv()."""
+        """(n_rows,) int32: the rotary position of each physical row of a layer, which is its index in the timeline; (n_kv_head, n_rows)
+        with PruneHal(index_scope="kv_head"), where heads keep different rows. Errors as of kv()."""
         layer = self._layer(layer)
         with self._handle as pointer:
-            out, err = np.empty(lib.kvs_session_n_rows(pointer, layer), np.int32), new_error()
-            check(lib.kvs_session_positions(pointer, layer, len(out), ffi.from_buffer("int32_t[]", out), err), err)
-        return out
+            sets, n, err = lib.kvs_session_n_sets(pointer), lib.kvs_session_n_rows(pointer, layer), new_error()
+            out = np.empty((sets, n), np.int32)
+            check(lib.kvs_session_positions(pointer, layer, n, ffi.from_buffer("int32_t[]", out), err), err)
+        return out if self._per_head else out[0]
 
     def entropies(self) -> NDArray[np.float32]:
         """(n_generated, n_layer) float32: row entropies in nats, mean over heads (arXiv 2602.04268 eq. 5), also without a policy.
@@ -388,6 +392,25 @@ class Session:
         """(n_generated, n_layer) float32: strengths (eq. 14); NaN where a layer was not smoothed. Ends the prefill, as logits() does.
         BusyError, ClosedError."""
         return self._telemetry()[1]
+
+    def visual_masses(self) -> NDArray[np.float32]:
+        """(n_generated, n_layer) float32: share of attention on rows of pictures, mean over heads (methods.md B.2), 0 without pictures.
+        Ends the prefill, as logits() does. BusyError, ClosedError."""
+        return self._telemetry()[2]
+
+    @property
+    def prunings(self) -> list[Pruning]:
+        """What PruneHal has dropped and nobody has brought back, oldest first; steps count the generated rows of the session."""
+        with self._handle as pointer:
+            return self._prunings(pointer, None)
+
+    def restore(self) -> None:
+        """Brings all rows back that PruneHal has dropped. Rows that were generated meanwhile stay as they are, and the answer under way
+        is not pruned any more; an answer to a prompt with a new picture is. PolicyError without reversible=True; BusyError, ClosedError."""
+        err = new_error()
+        with self._handle as pointer:
+            self._refuse_active()
+            check(lib.kvs_session_restore(pointer, err), err)
 
     @property
     def n_past(self) -> int:
@@ -403,7 +426,7 @@ class Session:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cache, in bytes."""
+        """Memory of the cache, in bytes: room for n_ctx rows, less the rows that PruneHal dropped for good."""
         with self._handle as pointer:
             return int(lib.kvs_session_bytes(pointer))
 
@@ -417,8 +440,9 @@ class Session:
         return twin
 
     def rewind(self, n_tokens: int) -> None:
-        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone (then nothing has changed);
-        ValueError for more rows than there are; BusyError, ClosedError."""
+        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone, or where PruneHal has dropped rows
+        of a picture since that were not kept (then nothing has changed); ValueError for more rows than there are; BusyError, ClosedError.
+        """
         with self._handle as pointer:
             self._refuse_active()
             self._rewind(pointer, integer("n_tokens", n_tokens, 0, lib.kvs_session_n_past(pointer)))
@@ -518,25 +542,50 @@ class Session:
         if lib.kvs_session_n_past(pointer) <= self._prompt_end:
             self._prompt_end = NO_LIMIT
 
-    def _reusable(self, pointer: Any, prompt: Prompt) -> int:
-        """How many rows of the timeline a new one that begins with prompt may keep."""
+    def _timeline(self, pointer: Any) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.int32]]:
+        """Of each row: id (-1 for a picture's), key of the picture, 1 where it was generated."""
         n, err = lib.kvs_session_n_past(pointer), new_error()
         ids, keys, generated = np.empty(n, np.int32), np.empty(n, np.uint64), np.empty(n, np.int32)
         buffers = [ffi.from_buffer(kind, array) for kind, array in (("int32_t[]", ids), ("uint64_t[]", keys), ("int32_t[]", generated))]
         check(lib.kvs_session_timeline(pointer, n, *buffers, err), err)
+        return ids, keys, generated
+
+    def _reusable(self, pointer: Any, prompt: Prompt) -> int:
+        """How many rows of the timeline a new one that begins with prompt may keep."""
+        ids, keys, generated = self._timeline(pointer)
+        n = len(ids)
         changed = np.flatnonzero(generated)
         first = int(changed[0]) if len(changed) else n
-        return prompt.common(ids, keys, self._stack.reusable(n, first, self._prompt_end, prompt.n_rows))
+        return prompt.common(ids, keys, self._stack.reusable(n, first, self._prompt_end, prompt.n_rows, lib.kvs_session_n_whole(pointer)))
 
-    def _telemetry(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _prunings(self, pointer: Any, since: int | None) -> list[Pruning]:
+        """Those behind row since and later ones, their steps counted from that row; None: all, counted over all generated rows."""
+        n, err = lib.kvs_session_n_prunings(pointer), new_error()
+        if not n:
+            return []
+        events = ffi.new("kvs_pruning[]", n)
+        check(lib.kvs_session_prunings(pointer, n, events, err), err)
+        steps = self._timeline(pointer)[2].cumsum() if since is None else None
+        return [
+            Pruning(
+                int(steps[e.row]) if steps is not None else e.row - since + 1,
+                "forced" if e.forced else "vote",
+                e.rows_before,
+                e.rows_after,
+            )
+            for e in events
+            if since is None or e.row >= since
+        ]
+
+    def _telemetry(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         flag = Flag()
         with self._handle.use(flag) as pointer:
             self._end_prefill(pointer, flag)
             shape = (lib.kvs_session_n_generated(pointer), self.model.n_layer)
-            entropies, strengths = np.empty(shape, np.float32), np.empty(shape, np.float32)
-            err, out = new_error(), [ffi.from_buffer("float[]", entropies), ffi.from_buffer("float[]", strengths)]
+            entropies, strengths, masses = (np.empty(shape, np.float32) for _ in range(3))
+            err, out = new_error(), [ffi.from_buffer("float[]", array) for array in (entropies, strengths, masses)]
             check(lib.kvs_session_telemetry(pointer, shape[0], *out, err), err)
-        return entropies, strengths
+        return entropies, strengths, masses
 
     def _layer(self, layer: int) -> int:
         n = self.model.n_layer

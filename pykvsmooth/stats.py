@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -17,6 +17,17 @@ def peak_bytes() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """Rows of pictures that PruneHal took out of the cache. step: number of the generated token behind which it happened, from 1 on.
+    reason: "forced" (force_step) or "vote". rows_before, rows_after: rows of pictures in each layer that is pruned."""
+
+    step: int
+    reason: Literal["forced", "vote"]
+    rows_before: int
+    rows_after: int
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One token of an answer.
 
@@ -24,7 +35,8 @@ class Token:
     text of tokens before. logprob: natural log of the raw probability, before temperature and cuts. entropy: row entropy in nats, mean
     over heads and over the smoothed layers (all layers without a policy; arXiv 2602.04268 eq. 5). strength: mean over the smoothed
     layers (eq. 14), NaN where the token was not smoothed, None without a policy. top_logprobs: (id, logprob) pairs, best first, as many
-    as logprobs= asked for. visual_mass: None until a policy measures it.
+    as logprobs= asked for. visual_mass: share of this token's attention on rows of pictures, mean over heads and all layers; None in a
+    session without pictures.
     """
 
     text: str
@@ -42,7 +54,7 @@ class Stats:
 
     Times in seconds. prefill_tokens: rows computed for the prompt, reused_tokens: rows that were in the cache already,
     reused_images: pictures that were not encoded again. tokens_per_s: decode_tokens / decode_s. peak_bytes: largest resident memory
-    of the process so far.
+    of the process so far. pruned: what PruneHal dropped during this answer, steps counted from its first token.
     """
 
     load_s: float = 0.0
@@ -57,6 +69,7 @@ class Stats:
     device: str = ""
     peak_bytes: int = 0
     finish_reason: str | None = None
+    pruned: list[Pruning] = field(default_factory=list)
 
     def keys(self) -> list[str]:
         return [field.name for field in fields(self)]

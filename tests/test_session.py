@@ -407,7 +407,7 @@ def saved(model: kvs.Model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-HEADER = 936  # bytes, the last eight of them their own check
+HEADER = 944  # bytes, the last eight of them their own check
 PRIME = 0xD6E8FEB86659FD93
 
 
@@ -459,9 +459,9 @@ def test_newer_version_and_foreign_files(model: kvs.Model, saved: bytes, tmp_pat
 def test_wild_headers(model: kvs.Model, saved: bytes, tmp_path: Path) -> None:
     """Sizes that no file holds: refused, whatever they are, without a crash or an allocation of terabytes."""
     assert sealed(saved) == saved
-    few_rows = struct.pack("<i", 0)  # physical rows: fewer than the timeline has
-    refuse(model, tmp_path / "s", sealed(saved[:52] + few_rows + saved[56:]), "damaged")
-    for at in range(16, 72, 4):
+    one_pruning = struct.pack("<i", 1)  # in a session that can't have any
+    refuse(model, tmp_path / "s", sealed(saved[:60] + one_pruning + saved[64:]), "damaged")
+    for at in range(16, 76, 4):
         for value in (-1, 0x7FFFFFFF, -0x80000000, 1 << 20):
             refuse(model, tmp_path / "s", sealed(saved[:at] + struct.pack("<i", value) + saved[at + 4 :]))
 

@@ -9,7 +9,8 @@ enum { MAX_QUERIES = 32, PIECES_PER_THREAD = 4 };
 typedef struct attn_job {
     kvs_cpu *cpu;
     const float *q;
-    float *out, *entropy;
+    float *out;
+    kvs_taps taps;
     int32_t n_rows, n_head, n_kv_head, head_dim;
     int32_t block_rows;             /* rows of a piece */
     int32_t group, chunk, n_chunks; /* query heads of a KV head; of a piece; pieces of a group */
@@ -22,7 +23,7 @@ typedef struct attn_job {
 
 typedef struct queries { /* of one task */
     const float *q[MAX_QUERIES];
-    float *out[MAX_QUERIES], *entropy[MAX_QUERIES];
+    float *out[MAX_QUERIES], *entropy[MAX_QUERIES], *mass[MAX_QUERIES], *lse[MAX_QUERIES];
     int32_t n_visible[MAX_QUERIES];
     int32_t n;
 } queries;
@@ -72,7 +73,9 @@ static void add_query(const attn_job *job, queries *qs, int64_t row, int32_t hea
     int64_t place = row * job->n_head + head;
     qs->q[qs->n] = job->q + place * job->head_dim;
     qs->out[qs->n] = job->out + place * job->head_dim;
-    qs->entropy[qs->n] = job->entropy ? job->entropy + place : NULL;
+    qs->entropy[qs->n] = job->taps.entropy ? job->taps.entropy + place : NULL;
+    qs->mass[qs->n] = job->taps.mass ? job->taps.mass + place : NULL;
+    qs->lse[qs->n] = job->taps.lse ? job->taps.lse + place : NULL;
     qs->n_visible[qs->n++] = n_visible;
 }
 
@@ -81,7 +84,9 @@ static void attend(const attn_job *job, kvs_attn_task *task, const queries *qs, 
     task->n_q = qs->n;
     task->q = qs->q;
     task->out = qs->out;
-    task->entropy = job->entropy ? qs->entropy : NULL;
+    task->entropy = job->taps.entropy ? qs->entropy : NULL;
+    task->mass = job->taps.mass ? qs->mass : NULL;
+    task->lse = job->taps.lse ? qs->lse : NULL;
     task->n_visible = qs->n_visible;
     task->scale = 1.0f / sqrtf((float)job->head_dim);
     task->scratch = job->cpu->thread_scratch + thread * job->scratch;
@@ -94,11 +99,13 @@ static void causal_piece(const attn_job *job, piece p, int32_t thread) {
         const kvs_kv *kv = rows[i].kv;
         queries qs = {.n = 0};
         for (; i < p.first + p.n && rows[i].kv == kv; i++)
-            for (int32_t h = 0; h < p.n_head; h++) add_query(job, &qs, i, p.head + h, rows[i].phys);
+            for (int32_t h = 0; h < p.n_head; h++) add_query(job, &qs, i, p.head + h, kvs_kv_place(kv, job->layer, rows[i].index));
         kvs_attn_task task = {.kv_type = kv->type,
                               .row_bytes = kv->row_bytes,
                               .k = kvs_kv_rows(kv, kv->k, job->layer, p.kv_head),
                               .v = kvs_kv_rows(kv, kv->v, job->layer, p.kv_head),
+                              .spans = kvs_kv_spans(kv, job->layer, p.kv_head),
+                              .n_spans = kv->n_spans,
                               .exclude_self = kv->exclude_self};
         attend(job, &task, &qs, thread);
     }
@@ -128,14 +135,14 @@ static void run(attn_job *job, kvs_task task) {
     kvs_cpu_loop(job->cpu, task, job, (int64_t)job->n_blocks * job->n_kv_head * job->n_chunks, 1);
 }
 
-void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy) {
+void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps) {
     kvs_cpu *cpu = (kvs_cpu *)be;
     if (!cpu->step->n) return;
     const kvs_kv *kv = cpu->step->rows[0].kv; /* all sessions of a step are of one model */
     attn_job job = {.cpu = cpu,
                     .q = q,
                     .out = out,
-                    .entropy = entropy,
+                    .taps = *taps,
                     .n_rows = cpu->step->n,
                     .n_head = kv->n_head,
                     .n_kv_head = kv->n_kv_head,

@@ -14,7 +14,8 @@ enum { TILE = 64, GROUP = 8, AHEAD = 8192, MAX_LANES = 16 };
 
 typedef struct attn_row { /* state of one query */
     float m, l, u;
-    float c; /* what its outputs of earlier tiles are to be multiplied by */
+    float c;   /* what its outputs of earlier tiles are to be multiplied by */
+    float vis; /* the part of l that belongs to spans */
 } attn_row;
 
 typedef struct attn_work { /* a task and its scratch, heads padded with zeros to whole vectors */
@@ -235,6 +236,25 @@ static inline float row_entropy(const attn_row *row) {
     return h < 0.0f ? 0.0f : h;
 }
 
+/* The sum of s[begin..end), whole vectors at once. */
+static inline float sum_range(const float *s, int32_t begin, int32_t end) {
+    float ends = 0.0f;
+    vf middle = v_zero();
+    for (; begin < end && begin % VW; begin++) ends += s[begin];
+    for (; begin + VW <= end; begin += VW) middle = v_add(middle, v_load(s + begin));
+    for (; begin < end; begin++) ends += s[begin];
+    return v_sum(middle) + ends;
+}
+
+/* s: e^(s-m) of the seen keys first.. of a tile; row->c is what the sums of before are to be multiplied by. */
+static inline void absorb_spans(const kvs_attn_task *t, attn_row *row, const float *s, int32_t first, int32_t seen) {
+    row->vis *= row->c;
+    for (int32_t i = 0; i < t->n_spans; i++) {
+        int32_t begin = KVS_MAX(t->spans[i].first - first, 0), end = KVS_MIN(t->spans[i].first + t->spans[i].n - first, seen);
+        if (begin < end) row->vis += sum_range(s, begin, end);
+    }
+}
+
 /* The statistics end before the newest key, the output does not. */
 static inline void absorb_last_apart(attn_row *row, float *s, int32_t n, float *entropy) {
     float last[MAX_LANES] = {s[n - 1]}; /* absorb() pads behind what it takes */
@@ -263,6 +283,7 @@ static inline void soften_tile(const attn_work *w, int32_t first, int32_t n) {
         else
             absorb(row, s, seen);
         if (newest && !t->exclude_self && entropy) *entropy = row_entropy(row);
+        if (t->mass) absorb_spans(t, row, s, first, seen);
         vf c = v_set(row->c);
         if (row->c != 1.0f)
             for (int32_t d = 0; d < w->width; d += VW) v_store(o + d, v_mul(c, v_load(o + d)));
@@ -364,6 +385,8 @@ static void end_task(const attn_work *w) {
         vf l = v_set(w->state[i].l);
         for (int32_t d = 0; d < w->width; d += VW) v_store(o + d, v_div(v_load(o + d), l));
         memcpy(t->out[i], o, (size_t)t->head_dim * sizeof(float));
+        if (t->mass) *t->mass[i] = w->state[i].vis / w->state[i].l;
+        if (t->lse) *t->lse[i] = w->state[i].m + logf(w->state[i].l);
     }
 }
 
@@ -377,5 +400,23 @@ static void attn(const kvs_attn_task *task) {
         value_tile(&w, first, n);
     }
     end_task(&w);
+}
+
+/* ---- single keys ---- */
+
+static void weigh(const kvs_weigh_task *t, const uint8_t *row, float *weights) {
+    float key[KVS_MAX_HEAD_DIM];
+    attn_work w = {.task = &(kvs_attn_task){.kv_type = t->kv_type, .head_dim = t->head_dim}, .width = t->head_dim};
+    if (t->kv_type == KVS_TYPE_Q8_0) w.width = (t->head_dim + 31) / 32 * 32;
+    widen(&w, row, key);
+    for (int32_t i = 0; i < t->n_q; i++) {
+        const float *q = t->q + (int64_t)i * t->head_dim;
+        vf sum = v_zero();
+        int32_t d = 0;
+        for (; d + VW <= t->head_dim; d += VW) sum = v_fma(v_load(q + d), v_load(key + d), sum);
+        float score = v_sum(sum);
+        for (; d < t->head_dim; d++) score += q[d] * key[d];
+        weights[i] = expf(score * t->scale - t->lse[i]);
+    }
 }
 #endif

@@ -182,6 +182,10 @@ static const kvs_ops cpu_ops = {
     .kv_record = kvs_cpu_kv_record,
     .kv_smooth = kvs_cpu_kv_smooth,
     .kv_put_out = kvs_cpu_kv_put_out,
+    .kv_score = kvs_cpu_kv_score,
+    .kv_gather = kvs_cpu_kv_gather,
+    .kv_scatter = kvs_cpu_kv_scatter,
+    .kv_trim = kvs_cpu_kv_trim,
 };
 
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {

@@ -18,14 +18,23 @@ typedef struct kvs_attn_task { /* one KV head, n_q query rows that belong to it,
     int64_t row_bytes;
     const uint8_t *k, *v; /* (n_kv) rows of row_bytes */
     int32_t n_q;
-    const float *const *q;    /* (n_q) pointers to head_dim values */
-    float *const *out;        /* (n_q) */
-    float *const *entropy;    /* (n_q), or NULL when nobody asks */
-    const int32_t *n_visible; /* (n_q) keys that query i sees: 0..n_visible[i], its own the last */
+    const float *const *q;                            /* (n_q) pointers to head_dim values */
+    float *const *out;                                /* (n_q) */
+    float *const *entropy, *const *mass, *const *lse; /* (n_q) each, or NULL when nobody asks */
+    const int32_t *n_visible;                         /* (n_q) keys that query i sees: 0..n_visible[i], its own the last */
+    const kvs_range *spans;                           /* (n_spans) whose share mass is */
+    int32_t n_spans;
     int32_t exclude_self;
     float scale;
     float *scratch; /* kvs_attn_scratch(head_dim, n_q) floats, the thread's own */
 } kvs_attn_task;
+
+typedef struct kvs_weigh_task { /* the query heads of one KV head, to be held against single keys */
+    int32_t kv_type, head_dim, n_q;
+    const float *q;   /* (n_q, head_dim) */
+    const float *lse; /* (n_q) of all their scores */
+    float scale;
+} kvs_weigh_task;
 
 /* 16 blocks of weights against grids d q + m, q whole and lo <= q <= hi; e: what is left of a value at the nearest q */
 enum { KVS_FIT_BLOCKS = 16 };
@@ -45,7 +54,9 @@ typedef struct kvs_rowops {
     void (*gate)(float *g, const float *u, int64_t n);
     void (*unary)(int32_t kind, float *x, int64_t n);
     void (*attn)(const kvs_attn_task *task);
-    void (*store)(int32_t type, void *row, const float *x, int32_t head_dim);         /* one cache row of one head */
+    void (*store)(int32_t type, void *row, const float *x, int32_t head_dim); /* one cache row of one head */
+    /* e^(scale q.k - lse) of each query against the key in one cache row: weights (n_q) */
+    void (*weigh)(const kvs_weigh_task *task, const uint8_t *row, float *weights);
     void (*mix)(float *y, const float *x, float weight_y, float weight_x, int64_t n); /* y = weight_y y + weight_x x */
     void (*fit)(const float *x, int32_t n, kvs_fit *fit);                             /* x (n, KVS_FIT_BLOCKS): n values of each block */
 } kvs_rowops;
@@ -89,13 +100,18 @@ static inline void kvs_cpu_loop(kvs_cpu *cpu, kvs_task fn, void *arg, int64_t n,
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
 void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
 /* attention.c */
-void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, float *entropy);
+void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
 void kvs_cpu_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
                        int32_t head_dim);
 /* kv.c */
 void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
-void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *entropy);
+void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cpu_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
 void kvs_cpu_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
+/* prune.c */
+void kvs_cpu_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);
+void kvs_cpu_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
+void kvs_cpu_kv_scatter(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
+void kvs_cpu_kv_trim(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t n_rows);
 /* cpu.c: dense ops that only loop over rows.c, memory, step, open, close */
 #endif

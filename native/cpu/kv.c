@@ -23,10 +23,10 @@ static bool newest_of_slot(const kvs_step *step, int32_t i) {
 static void put_row(const put_job *job, int32_t i, const float *x, uint8_t *base, float *exact) {
     const kvs_row *row = &job->cpu->step->rows[i];
     const kvs_kv *kv = row->kv;
-    int64_t width = (int64_t)kv->n_kv_head * kv->head_dim;
+    int64_t width = (int64_t)kv->n_kv_head * kv->head_dim, place = kvs_kv_place(kv, job->layer, row->index);
     x += i * width;
     for (int32_t h = 0; h < kv->n_kv_head; h++)
-        job->cpu->isa->rows->store(kv->type, kvs_kv_rows(kv, base, job->layer, h) + row->phys * kv->row_bytes, x + h * kv->head_dim,
+        job->cpu->isa->rows->store(kv->type, kvs_kv_rows(kv, base, job->layer, h) + place * kv->row_bytes, x + h * kv->head_dim,
                                    kv->head_dim);
     if (exact && newest_of_slot(job->cpu->step, i))
         memcpy(exact + kvs_kv_exact(kv, job->layer, row->index, kv->n_kv_head), x, (size_t)width * sizeof *x);
@@ -69,7 +69,13 @@ static float mean(const float *x, int32_t n) {
     return (float)(sum / n);
 }
 
-void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *entropy) {
+static void keep_query(const kvs_kv *kv, int32_t layer, const float *q, const float *lse) {
+    int64_t width = (int64_t)kv->n_head * kv->head_dim;
+    memcpy(kv->query + layer * width, q, (size_t)width * sizeof *q);
+    memcpy(kv->lse + (int64_t)layer * kv->n_head, lse, (size_t)kv->n_head * sizeof *lse);
+}
+
+void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps) {
     kvs_cpu *cpu = (kvs_cpu *)be;
     if (kvs_cpu_stopped(cpu)) return;
     for (int32_t i = 0; i < cpu->step->n; i++) {
@@ -78,9 +84,12 @@ void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *entropy) {
         int64_t place = kvs_kv_history(kv, layer, row->index);
         int32_t heads = kv->n_head / kv->n_group; /* query heads of a KV head are neighbours */
         for (int32_t g = 0; g < kv->n_group; g++) {
-            kv->entropy[place + g] = mean(entropy + (int64_t)i * kv->n_head + g * heads, heads);
+            kv->entropy[place + g] = mean(taps->entropy + (int64_t)i * kv->n_head + g * heads, heads);
             kv->strength[place + g] = NAN;
         }
+        kv->mass[(int64_t)row->index * kv->n_layer + layer] = mean(taps->mass + (int64_t)i * kv->n_head, kv->n_head);
+        bool newest = i + 1 == cpu->step->n || cpu->step->rows[i + 1].kv != kv;
+        if (kv->query && newest) keep_query(kv, layer, q + (int64_t)i * kv->n_head * kv->head_dim, taps->lse + (int64_t)i * kv->n_head);
     }
 }
 
@@ -98,19 +107,21 @@ typedef struct smoother { /* one job on one layer */
 } smoother;
 
 /* What is ranked: the entropy of a row, divided by the most that it could be where norm_log_len asks for that. */
-static float score(const smoother *s, int32_t index, int32_t group) {
+static float score(const smoother *s, int32_t entry, int32_t group) {
+    int32_t index = s->job->queue[entry];
     float z = s->kv->entropy[kvs_kv_history(s->kv, s->layer, index) + group];
     if (!s->params->norm_log_len) return z;
-    int32_t seen = index + 1 - (s->kv->exclude_self ? 1 : 0);
+    bool dropped = s->job->missing && s->kv->dropped && s->kv->dropped[s->layer];
+    int32_t seen = index + 1 - (s->kv->exclude_self ? 1 : 0) - (dropped ? s->job->missing[entry] : 0);
     return z / logf((float)KVS_MAX(seen, 2));
 }
 
 static float find_strength(const smoother *s, int32_t group) {
     const kvs_smooth_params *p = s->params;
     int32_t n = s->job->n_queue, smaller = 0, equal = 0;
-    float self = score(s, s->job->queue[n - 1], group);
+    float self = score(s, n - 1, group);
     for (int32_t i = 0; i + 1 < n; i++) {
-        float z = score(s, s->job->queue[i], group);
+        float z = score(s, i, group);
         smaller += z < self;
         equal += z == self;
     }
@@ -148,13 +159,14 @@ static void mix_head(const smoother *s, float *x, const float *previous, float l
 static void smooth_rows(const smoother *s, uint8_t *base, float *exact, bool turn) {
     const kvs_kv *kv = s->kv;
     float *self = exact + kvs_kv_exact(kv, s->layer, s->job->index, kv->n_kv_head);
+    int64_t place = kvs_kv_place(kv, s->layer, s->job->index);
     const float *previous = exact + kvs_kv_exact(kv, s->layer, s->job->prev, kv->n_kv_head);
     for (int32_t h = 0; h < kv->n_kv_head; h++, self += kv->head_dim, previous += kv->head_dim) {
         float lambda = s->strength[kv->n_group > 1 ? h : 0], mixed[KVS_MAX_HEAD_DIM];
         if (lambda == 0.0f) continue; /* not a bit may change */
         memcpy(mixed, self, (size_t)kv->head_dim * sizeof *mixed);
         mix_head(s, mixed, previous, lambda, turn);
-        s->ops->store(kv->type, kvs_kv_rows(kv, base, s->layer, h) + s->job->phys * kv->row_bytes, mixed, kv->head_dim);
+        s->ops->store(kv->type, kvs_kv_rows(kv, base, s->layer, h) + place * kv->row_bytes, mixed, kv->head_dim);
         if (!s->params->ema_one_step) memcpy(self, mixed, (size_t)kv->head_dim * sizeof *mixed);
     }
 }

@@ -189,6 +189,7 @@ const kvs_rowops ROWOPS = {
     .unary = unary,
     .attn = attn,
     .store = store,
+    .weigh = weigh,
     .mix = mix,
     .fit = fit,
 };

@@ -84,7 +84,7 @@ int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y
 /* ---- a cache of one layer ---- */
 
 static void free_kv(kvs_backend *be, kvs_kv *kv) {
-    void *blocks[] = {kv->k, kv->v, kv->entropy, kv->strength, kv->exact_k, kv->exact_v, kv->exact_o};
+    void *blocks[] = {kv->k, kv->v, kv->entropy, kv->strength, kv->mass, kv->exact_k, kv->exact_v, kv->exact_o};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) be->ops->release(be, blocks[i]);
 }
 
@@ -96,7 +96,8 @@ static bool alloc_kv(kvs_backend *be, kvs_kv *kv) {
     kv->v = be->ops->alloc(be, store);
     kv->entropy = be->ops->alloc(be, history);
     kv->strength = be->ops->alloc(be, history);
-    if (!kv->k || !kv->v || !kv->entropy || !kv->strength) return false;
+    kv->mass = be->ops->alloc(be, (uint64_t)kv->n_ctx * sizeof(float));
+    if (!kv->k || !kv->v || !kv->entropy || !kv->strength || !kv->mass) return false;
     if (!kv->n_exact) return true;
     kv->exact_k = be->ops->alloc(be, ring * (uint64_t)kv->n_kv_head);
     kv->exact_v = be->ops->alloc(be, ring * (uint64_t)kv->n_kv_head);
@@ -106,7 +107,7 @@ static bool alloc_kv(kvs_backend *be, kvs_kv *kv) {
 
 static kvs_row *number_rows(kvs_kv *kv, int32_t n) {
     kvs_row *rows = kvs_calloc((uint64_t)n, sizeof *rows);
-    for (int32_t i = 0; rows && i < n; i++) rows[i] = (kvs_row){.kv = kv, .index = i, .pos = i, .phys = i};
+    for (int32_t i = 0; rows && i < n; i++) rows[i] = (kvs_row){.kv = kv, .index = i, .pos = i};
     return rows;
 }
 
@@ -117,6 +118,13 @@ static bool good_shape(int32_t kv_type, int32_t n_head, int32_t n_kv_head, int32
 
 int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
                       int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, float *out, float *entropy) {
+    return kvs_test_taps(isa, threads, kv_type, q, k, v, n_q, n_kv, n_head, n_head_kv, head_dim, exclude_self, NULL, 0, out, entropy, NULL,
+                         NULL);
+}
+
+int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
+                      int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, const int32_t *spans,
+                      int32_t n_spans, float *out, float *entropy, float *mass, float *lse) {
     int status;
     if (!good_shape(kv_type, n_head, n_head_kv, head_dim) || n_q < 1 || n_q > n_kv) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, threads, &status);
@@ -129,6 +137,8 @@ int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const f
                  .n_ctx = n_kv,
                  .n_group = 1,
                  .exclude_self = exclude_self,
+                 .spans = (kvs_range *)(void *)spans,
+                 .n_spans = n_spans,
                  .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
     kvs_step step;
     kvs_row *rows = number_rows(&kv, n_kv);
@@ -137,7 +147,7 @@ int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const f
         be->ops->kv_put(be, 0, k, v);
         be->ops->end(be, NULL);
         begin(be, &step, rows + n_kv - n_q, n_q);
-        be->ops->attn(be, 0, q, out, entropy);
+        be->ops->attn(be, 0, q, out, &(kvs_taps){entropy, mass, lse});
         status = be->ops->end(be, NULL);
     } else
         status = KVS_E_MEMORY;
@@ -156,6 +166,114 @@ int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, con
     begin(be, &step, NULL, 0);
     be->ops->attn_full(be, q, k, v, out, n, n_head, head_dim);
     return finish(be);
+}
+
+/* ---- PruneHal ---- */
+
+/* The query of one row behind all keys, through kv_record, then kv_score. */
+static int score(kvs_backend *be, kvs_kv *kv, kvs_row *rows, const float *q, const float *k, int32_t maximum, float *scores) {
+    kvs_step step;
+    int32_t n = kv->n_ctx;
+    float *out = kvs_calloc(3 * (uint64_t)kv->n_head * (uint64_t)kv->head_dim, sizeof *out);
+    float *taps = kvs_calloc(3 * (uint64_t)kv->n_head, sizeof *taps);
+    kv->query = out ? out + kv->n_head * kv->head_dim : NULL;
+    kv->lse = out ? out + 2 * kv->n_head * kv->head_dim : NULL;
+    int status = KVS_E_MEMORY;
+    if (rows && out && taps && alloc_kv(be, kv)) {
+        begin(be, &step, rows, n);
+        be->ops->kv_put(be, 0, k, k);
+        be->ops->end(be, NULL);
+        begin(be, &step, rows + n - 1, 1);
+        kvs_taps t = {taps, taps + kv->n_head, taps + 2 * kv->n_head};
+        be->ops->attn(be, 0, q, out, &t);
+        be->ops->kv_record(be, 0, q, &t);
+        be->ops->kv_score(be, kv, 0, maximum, scores);
+        status = be->ops->end(be, NULL);
+    }
+    free(out);
+    free(taps);
+    return status;
+}
+
+int32_t kvs_test_score(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, int32_t n_kv, int32_t n_head,
+                       int32_t n_head_kv, int32_t head_dim, const int32_t *spans, int32_t n_spans, int32_t maximum, float *scores) {
+    int status;
+    if (!good_shape(kv_type, n_head, n_head_kv, head_dim) || n_kv < 1) return KVS_E_ARGUMENT;
+    kvs_backend *be = open_isa(isa, threads, &status);
+    if (!be) return status;
+    kvs_kv kv = {.type = kv_type,
+                 .n_layer = 1,
+                 .n_head = n_head,
+                 .n_kv_head = n_head_kv,
+                 .head_dim = head_dim,
+                 .n_ctx = n_kv,
+                 .n_group = 1,
+                 .spans = (kvs_range *)(void *)spans,
+                 .n_spans = n_spans,
+                 .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
+    kvs_row *rows = number_rows(&kv, n_kv);
+    status = score(be, &kv, rows, q, k, maximum, scores);
+    free_kv(be, &kv);
+    be->ops->close(be);
+    free(rows);
+    return status;
+}
+
+static void read_heads(const kvs_kv *kv, const uint8_t *base, int32_t n, float *out) { /* (n_kv_head, n, head_dim) */
+    for (int32_t h = 0; h < kv->n_kv_head; h++)
+        for (int32_t i = 0; i < n; i++, out += kv->head_dim)
+            kvs_kv_row_to_f32(kv->type, kvs_kv_rows(kv, (uint8_t *)base, 0, h) + i * kv->row_bytes, out, kv->head_dim);
+}
+
+static int gather(kvs_backend *be, kvs_kv *kv, const kvs_move *moves, float *left[2], float *back[2]) {
+    kvs_step step;
+    int32_t n = moves->n_rows;
+    begin(be, &step, NULL, 0);
+    be->ops->kv_gather(be, kv, moves, kv->n_kv_head);
+    be->ops->kv_trim(be, kv, 0, n - moves->n);
+    int status = be->ops->end(be, NULL);
+    for (int side = 0; side < 2; side++) read_heads(kv, side ? kv->v : kv->k, n - moves->n, left[side]);
+    begin(be, &step, NULL, 0);
+    be->ops->kv_scatter(be, kv, moves, kv->n_kv_head);
+    if (!status) status = be->ops->end(be, NULL);
+    for (int side = 0; side < 2; side++) read_heads(kv, side ? kv->v : kv->k, n, back[side]);
+    return status;
+}
+
+int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const float *k, const float *v, int32_t n_kv, int32_t n_head_kv,
+                        int32_t head_dim, int32_t n_ctx, const int32_t *places, int32_t n, float *k_left, float *v_left, float *k_back,
+                        float *v_back) {
+    int status;
+    if (!good_shape(kv_type, n_head_kv, n_head_kv, head_dim) || n < 1 || n_kv < n || n_ctx < n_kv) return KVS_E_ARGUMENT;
+    kvs_backend *be = open_isa(isa, threads, &status);
+    if (!be) return status;
+    kvs_kv kv = {.type = kv_type,
+                 .n_layer = 1,
+                 .n_head = n_head_kv,
+                 .n_kv_head = n_head_kv,
+                 .head_dim = head_dim,
+                 .n_ctx = n_ctx,
+                 .n_group = 1,
+                 .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
+    kvs_step step;
+    kvs_row *rows = number_rows(&kv, n_kv);
+    kvs_move *moves = kvs_calloc((uint64_t)n_head_kv, sizeof *moves);
+    uint8_t *kept = kvs_calloc((uint64_t)n_head_kv * 2 * (uint64_t)n, (uint64_t)kv.row_bytes);
+    if (rows && moves && kept && alloc_kv(be, &kv)) {
+        begin(be, &step, rows, n_kv);
+        be->ops->kv_put(be, 0, k, v);
+        be->ops->end(be, NULL);
+        for (int32_t h = 0; h < n_head_kv; h++)
+            moves[h] = (kvs_move){0, h, places + (int64_t)h * n, n, n_kv, kept + (int64_t)h * 2 * n * kv.row_bytes};
+        status = gather(be, &kv, moves, (float *[]){k_left, v_left}, (float *[]){k_back, v_back});
+    } else
+        status = KVS_E_MEMORY;
+    free_kv(be, &kv);
+    be->ops->close(be);
+    free(kept);
+    free(moves);
+    free(rows);
+    return status;
 }
 
 /* ---- KVSmooth ---- */
@@ -195,7 +313,6 @@ static int smooth_row(smooth_test *t, int32_t i, const float *k, const float *v,
     kvs_smooth_job job = {.params = p,
                           .kv = &t->kv,
                           .index = i,
-                          .phys = i,
                           .prev = p->skip_first && i == 1 ? -1 : i - 1,
                           .pos_delta = 1,
                           .queue = t->queue + oldest,
@@ -203,7 +320,7 @@ static int smooth_row(smooth_test *t, int32_t i, const float *k, const float *v,
     kvs_step step;
     begin(t->be, &step, t->rows + i, 1);
     ops->kv_put(t->be, 0, k, v);
-    ops->kv_record(t->be, 0, entropy);
+    ops->kv_record(t->be, 0, NULL, &(kvs_taps){.entropy = (float *)entropy, .mass = (float *)entropy});
     ops->kv_put_out(t->be, 0, out);
     if (i) ops->kv_smooth(t->be, 0, &job, 1, &t->rope, out);
     return ops->end(t->be, NULL);

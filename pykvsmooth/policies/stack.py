@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import PolicyError
 from .kvsmooth import KVSmooth
+from .prunehal import PruneHal
 
 if TYPE_CHECKING:
     from ..model import Model
 
-Policy = KVSmooth
-ORDER: tuple[type[Policy], ...] = (KVSmooth,)  # in which they act
+Policy: TypeAlias = KVSmooth | PruneHal
+ORDER: tuple[type[Policy], ...] = (KVSmooth, PruneHal)  # in which they act
 
 
 class Stack:
@@ -42,6 +43,11 @@ class Stack:
         return found
 
     @property
+    def prunehal(self) -> PruneHal | None:
+        found: PruneHal | None = self.find(PruneHal)
+        return found
+
+    @property
     def as_given(self) -> Policy | tuple[Policy, ...] | None:
         """None, the one policy, or the tuple of several."""
         return self.policies if len(self.policies) > 1 else self.policies[0] if self.policies else None
@@ -53,18 +59,23 @@ class Stack:
             smooth, lists = self.kvsmooth.to_native(model.n_layer, model.n_vocab)
             params.smooth = smooth
             keep += [smooth, lists]
+        if self.prunehal:
+            prune, lists = self.prunehal.to_native(model.n_layer)
+            params.prune = prune
+            keep += [prune, lists]
         return keep
 
     def telemetry_layers(self, n_layer: int) -> list[int]:
         """The layers over which a token's entropy and strength are means."""
         return self.kvsmooth.resolve_layers(n_layer) if self.kvsmooth else list(range(n_layer))
 
-    def reusable(self, n_past: int, first_generated: int, prompt_end: int, new_rows: int) -> int:
+    def reusable(self, n_past: int, first_generated: int, prompt_end: int, new_rows: int, whole: int) -> int:
         """How many of a timeline's n_past rows a new prompt of new_rows rows may keep, as far as policies go: no row that one changed.
-        first_generated: row of the first generated token, n_past without one; prompt_end: of the first row at which a prompt ended."""
+        first_generated: row of the first generated token, n_past without one; prompt_end: of the first row at which a prompt ended;
+        whole: rows before the first one that pruning dropped for good, n_past without one."""
         if not self.policies:
             return n_past
-        limit = first_generated
+        limit = min(first_generated, whole)
         if self.kvsmooth and self.kvsmooth.touches_prompt:
             limit = min(limit, prompt_end, new_rows - self.kvsmooth.warm_rows)
         return limit
