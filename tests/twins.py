@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from reference import KVSmooth, Session
+from reference import KVSmooth, PruneHal, Session
 from tiny import MEAN, STD, Weights
 
 import pykvsmooth as kvs
@@ -18,9 +18,9 @@ Array = np.ndarray
 # between two stored numbers falls to either side, and entropies differ by more.
 TIE = {"f32": 3e-5, "f16": 1e-3, "q8_0": 1e-2}
 BOUNDS = {
-    "f32": {"entropy": 1e-4, "logits": 1e-3, "kv": 1e-3},
-    "f16": {"entropy": 2e-3, "logits": 2e-2, "kv": 1e-2},
-    "q8_0": {"entropy": 2e-2, "logits": 0.2, "kv": 0.1},
+    "f32": {"entropy": 1e-4, "mass": 1e-4, "logits": 1e-3, "kv": 1e-3},
+    "f16": {"entropy": 2e-3, "mass": 1e-3, "logits": 2e-2, "kv": 1e-2},
+    "q8_0": {"entropy": 2e-2, "mass": 1e-2, "logits": 0.2, "kv": 0.1},
 }
 
 
@@ -83,15 +83,16 @@ class Twins:
     kv_type: str = "f32"
     n_ctx: int = 256
     bounds: dict[str, float] | None = None
+    prune: dict[str, Any] | None = None
     worst: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bounds = self.bounds or BOUNDS[self.kv_type]
-        self.ours = self.model.session(
-            n_ctx=self.n_ctx, kv_type=self.kv_type, policy=None if self.policy is None else kvs.KVSmooth(**self.policy)
-        )
+        policies = [kind(**given) for kind, given in ((kvs.KVSmooth, self.policy), (kvs.PruneHal, self.prune)) if given is not None]
+        self.ours = self.model.session(n_ctx=self.n_ctx, kv_type=self.kv_type, policy=policies)
         followed = None if self.policy is None else KVSmooth(**self.policy, observed={}, tolerance=TIE[self.kv_type])
-        self.truth = Session(self.weights.text, followed, self.kv_type)
+        prune = None if self.prune is None else PruneHal(**self.prune, tolerance=TIE[self.kv_type] / 10)
+        self.truth = Session(self.weights.text, followed, self.kv_type, prune)
 
     def close(self) -> None:
         self.ours.close()
@@ -119,11 +120,36 @@ class Twins:
         strengths = self.ours.strengths()[-1]
         if self.policy is not None and self.truth.n_group == 1:
             self.truth.policy.observed |= {(row, layer): float(lam) for layer, lam in enumerate(strengths)}
+        if self.prune is not None:
+            self.truth.observed = self.observe()
         self.truth.feed([token], generated=True)
         expected = self.truth.strengths()[-1]
         assert np.allclose(strengths, expected, rtol=0, atol=1e-5, equal_nan=True), (row, strengths, expected)
         self.compare("entropy", self.ours.entropies()[-1], self.truth.entropies()[-1])
         self.compare("logits", self.ours.logits(), self.truth.logits())
+        if self.prune is not None:
+            self.check_pruned()
+
+    def live(self, layer: int) -> Array:
+        """(G, n_past) bool: rows that a layer of ours has."""
+        live = np.zeros((self.weights.text.n_head_kv, self.ours.n_past), bool)
+        positions = self.ours.positions(layer)
+        for rows, there in zip(live, np.broadcast_to(positions, (len(live), positions.shape[-1])), strict=True):
+            rows[there] = True
+        return live
+
+    def observe(self) -> tuple[bool, list[Array]]:
+        """Whether ours was pruned behind its newest row, and the rows that it has."""
+        return len(self.ours.prunings) > len(self.truth.prunings), [self.live(i) for i in range(self.weights.text.n_layer)]
+
+    def check_pruned(self) -> None:
+        """The same rows at the same step for the same reason."""
+        steps = np.cumsum(self.truth.generated)
+        expected = [kvs.Pruning(int(steps[row]), reason, before, after) for row, reason, before, after in self.truth.prunings]
+        assert self.ours.prunings == expected
+        self.compare("mass", self.ours.visual_masses()[-1], self.truth.visual_masses()[-1])
+        for layer, truth in enumerate(self.truth.layers):
+            np.testing.assert_array_equal(self.live(layer), truth.live.T, err_msg=f"layer {layer}")
 
     def steps(self, tokens: Iterable[int]) -> None:
         for token in tokens:
@@ -146,7 +172,9 @@ class Twins:
         but kept, such levels would drift apart row by row. So the reference goes on from the rows that we stored."""
         self.check_cache()
         for layer, truth in enumerate(self.truth.layers):
-            truth.k, truth.v = (rows.astype(np.float64).swapaxes(0, 1) for rows in self.ours.kv(layer))
+            for side, stored in zip((truth.k, truth.v), self.ours.kv(layer), strict=True):
+                for g, rows in enumerate(stored):
+                    side[truth.live[:, g], g] = rows
 
     def check_cache(self) -> None:
         for layer in range(self.weights.text.n_layer):

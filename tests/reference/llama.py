@@ -8,6 +8,7 @@ import numpy as np
 
 from .gguf_file import GGUFFile
 from .kvsmooth import KVSmooth
+from .prunehal import Answer, PruneHal
 
 Array = np.ndarray
 
@@ -122,20 +123,29 @@ class LayerCache:
     exact_o: Array  # (rows, H, D) the same for attention outputs
     raw_k: Array  # (rows, G, D) before any smoothing: telemetry for tests
     raw_v: Array
+    live: Array  # (rows, G) bool: False where PruneHal has dropped a row of a picture; it is never seen again
     entropy: list[Array] = field(default_factory=list)  # per row (n_group,)
     strength: list[Array] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)  # per row: keys that it saw
+    mass: list[float] = field(default_factory=list)  # per row: head-mean share of attention on rows of pictures
+    newest: Array | None = None  # (H, rows) attention of the newest row
 
 
 class Session:
     """One timeline. The same lower floor as pykvsmooth.Session: feed, logits, kv, entropies, strengths."""
 
-    def __init__(self, text: Text, policy: KVSmooth | None = None, kv_type: str = "f32") -> None:
+    def __init__(self, text: Text, policy: KVSmooth | None = None, kv_type: str = "f32", prune: PruneHal | None = None) -> None:
         self.text, self.policy, self.store = text, policy, STORES[kv_type]
         kv, o = np.zeros((0, text.n_head_kv, text.head_dim)), np.zeros((0, text.n_head, text.head_dim))
-        self.layers = [LayerCache(kv, kv, kv, kv, o, kv, kv) for _ in range(text.n_layer)]
+        self.layers = [LayerCache(kv, kv, kv, kv, o, kv, kv, np.zeros((0, text.n_head_kv), bool)) for _ in range(text.n_layer)]
         self.ids: list[int] = []  # -1 for an image row
         self.generated: list[bool] = []
         self.queue: list[int] = []  # rows whose entropies have entered the queue, in order
+        self.prune = prune
+        self.pictures: list[tuple[int, int]] = []  # first row and rows of each
+        self.answer: Answer | None = None  # None: the newest picture's prompt has not ended
+        self.prunings: list[tuple[int, str, int, int]] = []  # row, reason, rows of pictures before and after
+        self.observed: tuple[bool, list[Array]] | None = None  # for tests: was pruned behind this step, (G, rows) live of each layer
         self.prompt_start = 0  # first row of the prompt that has not ended yet
         self.smoothed_on = policy.layer_set(text.n_layer) if policy else set()
         self.n_group = text.n_head_kv if policy and policy.entropy_heads == "per_kv_group" else 1
@@ -149,11 +159,16 @@ class Session:
         embeddings = isinstance(rows, np.ndarray) and rows.ndim == 2
         ids = [-1] * len(rows) if embeddings else [int(i) for i in rows]
         x = rows.astype(np.float64) if embeddings else self.text.token_embd[ids]
+        if embeddings:
+            self.pictures.append((self.n_past, len(rows)))
+            self.answer = None
         if not generated:
             return self._run(ids, x, False)
         self.end_prefill()
         for i, id in enumerate(ids):  # strictly one by one: row t + 1 must see the smoothed row t
             self._run([id], x[i : i + 1], True)
+            if self.answer:
+                self._prune_after_step()
 
     def new_turn(self) -> None:
         if self.policy and self.policy.queue_scope == "turn":
@@ -163,6 +178,9 @@ class Session:
         """Once after a prompt, before anybody looks at it: warm_start, smooth_prompt."""
         last, first = self.n_past - 1, self.prompt_start
         self.prompt_start = self.n_past
+        if self.prune and self.pictures and self.answer is None:
+            a = self._attention_to_pictures()
+            self.answer = Answer(self.prune, [a], a)
         if not self.policy or first > last:
             return
         n = max(self.policy.warm_rows(), self.policy.smooth_prompt == "last_token")
@@ -178,7 +196,12 @@ class Session:
     def kv(self, layer: int) -> tuple[Array, Array]:
         self.end_prefill()
         c = self.layers[layer]
-        return c.k.swapaxes(0, 1), c.v.swapaxes(0, 1)
+        k, v = (np.stack([side[c.live[:, g], g] for g in range(self.text.n_head_kv)]) for side in (c.k, c.v))
+        return k, v
+
+    def positions(self, layer: int) -> Array:
+        """(G, rows): indices of the rows that are there."""
+        return np.stack([np.flatnonzero(live) for live in self.layers[layer].live.T])
 
     def entropies(self) -> Array:
         """(n_generated, n_layer)"""
@@ -186,6 +209,9 @@ class Session:
 
     def strengths(self) -> Array:
         return self._telemetry("strength")
+
+    def visual_masses(self) -> Array:
+        return self._telemetry("mass")
 
     def _telemetry(self, what: str) -> Array:
         self.end_prefill()
@@ -220,6 +246,7 @@ class Session:
         c.k, c.v = np.concatenate([c.k, self.store(k)]), np.concatenate([c.v, self.store(v)])
         c.exact_k, c.exact_v = np.concatenate([c.exact_k, k]), np.concatenate([c.exact_v, v])
         c.raw_k, c.raw_v = np.concatenate([c.raw_k, k]), np.concatenate([c.raw_v, v])
+        c.live = np.concatenate([c.live, np.ones((len(k), self.text.n_head_kv), bool)])
 
     def _attention(self, layer: int, q: Array) -> tuple[Array, Array]:
         """q (n, H, D), the newest n rows -> outputs (n, H, D), row entropies (n, H). Each row sees itself and all before."""
@@ -227,12 +254,17 @@ class Session:
         repeat = self.text.n_head // self.text.n_head_kv
         k, v = c.k.repeat(repeat, axis=1), c.v.repeat(repeat, axis=1)
         scores = np.einsum("qhd,khd->qhk", q, k) / np.sqrt(self.text.head_dim)
+        scores = np.where(c.live.repeat(repeat, axis=1).T, scores, -np.inf)
+        visual = self._visual(len(k))
         out, entropy = np.empty_like(q), np.empty(q.shape[:2])
         exclude = self.policy is not None and not self.policy.entropy_include_self
         for i in range(n):
             p = softmax(scores[i, :, : len(k) - n + i + 1])
             out[i] = np.einsum("hk,khd->hd", p, v[: p.shape[1]])
             entropy[i] = row_entropy(p, exclude)
+            c.seen.append(int(c.live[: p.shape[1], 0].sum()))
+            c.mass.append(p[:, visual[: p.shape[1]]].sum(1).mean())
+        c.newest = p
         return out, entropy
 
     def _record(self, layer: int, entropy: Array, out: Array) -> None:
@@ -249,7 +281,7 @@ class Session:
         if index == 0 or skip_first or self.ids[index] in p.skip_token_ids:
             return out  # ranked, as part of the queue; strength stays NaN
         queue = self.queue[-p.window :]
-        values = [p.ranked(c.entropy[i], i + 1) for i in queue]
+        values = [p.ranked(c.entropy[i], c.seen[i]) for i in queue]
         lam = np.array([p.strength([z[g] for z in values], index, layer) for g in range(self.n_group)])
         c.strength[index] = lam
         if "k" in p.target:
@@ -263,6 +295,40 @@ class Session:
             if p.ema == "recursive":
                 c.exact_o[index] = out[0]
         return out
+
+    # ---- PruneHal, methods.md B.2 ----
+
+    def _visual(self, n: int) -> Array:
+        visual = np.zeros(n, bool)
+        for first, rows in self.pictures:
+            visual[first : first + rows] = True
+        return visual
+
+    def _live_rows(self, layer: int, g: int) -> Array:
+        """Indices of the rows of pictures that are there."""
+        return np.flatnonzero(self._visual(self.n_past) & self.layers[layer].live[:, g])
+
+    def _attention_to_pictures(self) -> Array:
+        """A_l of the newest row in the pruned layers: mass per row of a picture that it saw."""
+        on = self.prune.layer_list(self.text.n_layer)
+        return np.array([self.layers[i].mass[-1] / len(self._live_rows(i, 0)) for i in on])
+
+    def _prune_after_step(self) -> None:
+        on, n_groups = self.prune.layer_list(self.text.n_layer), self.text.n_head_kv
+        before = len(self._live_rows(on[0], 0))
+        reason, share, count = self.answer.step(self._attention_to_pictures(), before, self.observed and self.observed[0])
+        if reason is None:
+            return
+        p = np.stack([self.layers[i].newest.reshape(n_groups, -1, self.n_past) for i in on])
+        scores = self.prune.scores(p)
+        picture = np.searchsorted([first for first, _ in self.pictures], np.arange(self.n_past), side="right")
+        for row, layer in zip(scores, on, strict=True):
+            for g in range(n_groups):
+                live = self._live_rows(layer, g)
+                nudge = self.prune.tolerance * self.observed[1][layer][g][live] if self.observed else 0.0
+                stays = self.prune.choose(row[g][live] + nudge, picture[live], count, share)
+                self.layers[layer].live[live[~stays], g] = False
+        self.prunings.append((self.n_past - 1, reason, before, len(self._live_rows(on[0], 0))))
 
     def _replace(self, c: LayerCache, side: str, index: int, row: Array) -> None:
         getattr(c, side)[index] = self.store(row)
