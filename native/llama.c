@@ -43,6 +43,17 @@ static void after_attention(const kvs_span *span, int32_t layer, const kvs_rope 
     }
 }
 
+/* For all sessions before any of them has its row or its logits: what may fail. A row that runs again has had it. */
+static int after_step(const kvs_span *span, kvs_error *err) {
+    int status = KVS_OK;
+    bool fresh = span->generated && span->index == span->cache->n_past;
+    for (int32_t i = 0; i < span->cache->n_policies && fresh && !status; i++) {
+        kvs_policy *policy = span->cache->policies[i];
+        if (policy->ops->after_step) status = policy->ops->after_step(policy, span, err);
+    }
+    return status;
+}
+
 /* x += attention(norm(x)) W_o; the cache gets the new rows, policies see the outputs before W_o. */
 static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t index) {
     const kvs_ops *ops = model->be->ops;
@@ -108,6 +119,7 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     }
     if (pass->logits) output_rows(model, pass);
     status = ops->end(model->be, err);
+    for (int32_t s = 0; s < pass->n_spans && !status; s++) status = after_step(&pass->spans[s], err);
     for (int32_t s = 0; s < pass->n_spans && !status && pass->logits; s++) {
         int64_t vocab = model->text.n_vocab;
         ops->download(model->be, pass->logits_out[s], model->work.logits + s * vocab, (uint64_t)vocab * sizeof(float));

@@ -309,16 +309,6 @@ static int prepare_step(kvs_session *s, int32_t id, const int32_t *cancel, kvs_e
     return status ? status : end_prefill(s, cancel, err);
 }
 
-/* What policies do behind a step: all that can fail for all sessions, before any of them has the row. The model's lock is held. */
-static int after_step(const kvs_span *span, kvs_error *err) {
-    int status = KVS_OK;
-    for (int32_t i = 0; i < span->cache->n_policies && !status; i++) {
-        kvs_policy *policy = span->cache->policies[i];
-        if (policy->ops->after_step) status = policy->ops->after_step(policy, span, err);
-    }
-    return status;
-}
-
 static void commit_step(const kvs_span *span) {
     kvs_cache *cache = span->cache;
     kvs_cache_commit(span);
@@ -343,7 +333,6 @@ static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, con
     int status = kvs_model_lock(model, cancel, err);
     if (status) return status;
     status = kvs_llama_pass(model, &pass, err);
-    for (int32_t i = 0; i < n && !status; i++) status = after_step(&spans[i], err);
     for (int32_t i = 0; i < n; i++) {
         kvs_cache_touched(&sessions[i]->cache, 1);
         if (status) continue;

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pykvsmooth as kvs
+from pykvsmooth._native import ffi, lib, new_error, string
 from pykvsmooth.policies.kvsmooth import _CHOICES
 
 
@@ -136,3 +137,103 @@ def test_for_model(model: kvs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kvs.KVSmooth.for_model(model) == kvs.KVSmooth(lambda_ref=0.25, layers="1:3")
     monkeypatch.setattr(model, "metadata", {"general.name": "MiniGPT-4"})
     assert kvs.KVSmooth.for_model(model, layers=[1]) == kvs.KVSmooth.minigpt4(layers=[1])
+
+
+# ---- PruneHal ----
+
+
+def test_prunehal_values() -> None:
+    policy = kvs.PruneHal(keep=0.5, layers=[1, -1], top_k=[9, 3])
+    assert policy == kvs.PruneHal(keep=0.5, layers=(1, -1), top_k=(9, 3)) != kvs.PruneHal(keep=0.5)
+    assert hash(policy) == hash(kvs.PruneHal(keep=0.5, layers=[1, -1], top_k=[9, 3]))
+    assert repr(policy) == "PruneHal(keep=0.5, layers=(1, -1), top_k=(9, 3))" and repr(kvs.PruneHal()) == "PruneHal()"
+    assert eval(repr(policy), {"PruneHal": kvs.PruneHal}) == policy
+    assert kvs.PruneHal.llava15() == kvs.PruneHal()
+    assert kvs.PruneHal.instructblip() == kvs.PruneHal(keep=0.7, times=2) and kvs.PruneHal.qwen_vl() == kvs.PruneHal(keep=0.9, times=4)
+    assert kvs.PruneHal.qwen_vl(reversible=True).reversible
+    assert (kvs.PruneHal(top_k=7).counts, policy.counts, kvs.PruneHal().counts) == ((7,), (9, 3), ())
+    assert kvs.PruneHal(top_k=np.int64(7)) == kvs.PruneHal(top_k=7) and kvs.PruneHal(top_k=np.array([9, 3])).counts == (9, 3)
+    with pytest.raises(AttributeError):
+        policy.keep = 0.3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"keep": 0}, ValueError),
+        ({"keep": -0.1}, ValueError),
+        ({"keep": 1.01}, ValueError),
+        ({"keep": float("nan")}, ValueError),
+        ({"keep": "0.4"}, TypeError),
+        ({"times": -1}, ValueError),
+        ({"times": 1.5}, TypeError),
+        ({"times": True}, TypeError),
+        ({"force_step": 1}, ValueError),
+        ({"force_step": -2}, ValueError),
+        ({"force_step": None}, TypeError),
+        ({"vote_fraction": 1.1}, ValueError),
+        ({"vote_fraction": float("nan")}, ValueError),
+        ({"vote_strict": 1}, TypeError),
+        ({"reference": "mean"}, ValueError),
+        ({"index_scope": "head"}, ValueError),
+        ({"reduction": "sum"}, ValueError),
+        ({"per_image_quota": "yes"}, TypeError),
+        ({"reversible": None}, TypeError),
+        ({"layers": "3"}, ValueError),
+        ({"layers": [1.5]}, TypeError),
+        ({"top_k": 0}, ValueError),
+        ({"top_k": []}, ValueError),
+        ({"top_k": [5, 0]}, ValueError),
+        ({"top_k": [5, 2.5]}, TypeError),
+        ({"top_k": "5"}, TypeError),
+        ({"top_k": 2.5}, TypeError),
+        ({"prune_separators": True}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_prunehal(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        kvs.PruneHal(**arguments)
+
+
+@pytest.mark.parametrize("layers", [[4], [-5], [], "4:", [10**30]], ids=str)
+def test_layers_that_the_model_does_not_have(layers: Any, model: kvs.Model) -> None:
+    with pytest.raises(kvs.PolicyError, match="4 layers"):
+        model.session(policy=kvs.PruneHal(layers=layers))
+
+
+def test_a_stack_is_ordered_and_each_method_at_most_once(model: kvs.Model) -> None:
+    smooth, prune = kvs.KVSmooth(layers=[1]), kvs.PruneHal()
+    with model.session(policy=[prune, smooth]) as session:
+        assert session.policy == (smooth, prune)
+    with pytest.raises(kvs.PolicyError, match="two PruneHal"):
+        model.session(policy=[prune, kvs.PruneHal(keep=0.5)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("struct_size", 3),
+        ("keep", float("nan")),
+        ("keep", 0.0),
+        ("keep", 1.5),
+        ("times", -1),
+        ("force_step", 1),
+        ("vote_fraction", float("nan")),
+        ("reference", 4),
+        ("scope", 3),
+        ("n_top_k", -1),
+        ("n_layers", 0),
+        ("n_layers", 5),
+    ],
+)
+def test_the_native_side_checks_prunehal_again(field: str, value: Any, model: kvs.Model) -> None:
+    params = ffi.new("kvs_session_params *")
+    params.struct_size, params.n_ctx, params.kv_type = ffi.sizeof("kvs_session_params"), 64, lib.KVS_TYPE_F16
+    prune, keep = kvs.PruneHal().to_native(4)
+    setattr(prune, field, value)
+    params.prune = prune
+    out, err = ffi.new("kvs_session **"), new_error()
+    with model._handle as pointer:
+        assert lib.kvs_session_new(pointer, params, out, err) == lib.KVS_E_POLICY
+    assert string(err.message).startswith("PruneHal: ") and out[0] == ffi.NULL and keep

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import SEED
 from test_prunehal import SMOOTH, logits_of, prompt, start
-from test_session import HEADER, sealed
+from test_session import HEADER, PRIME, sealed
 from twins import feed_with_flag, picture, tokens
 
 import pykvsmooth as kvs
@@ -256,6 +256,82 @@ def test_damaged_and_crafted_files(scope: str, model: kvs.Model, rng: np.random.
         refused(bytes(data))
     for n in rng.integers(HEADER, len(saved), 20):
         refused(saved[:n])
+
+
+def hashed(seed: int, data: bytes) -> int:
+    """kvs_hash"""
+    mask, h = (1 << 64) - 1, seed ^ len(data) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+    for word in struct.unpack(f"<{-(-len(data) // 8)}Q", data + bytes(-len(data) % 8)) + ((0,) if len(data) % 8 == 0 else ()):
+        h = (h ^ word) * PRIME & mask
+        h ^= h >> 32
+    h = h * PRIME & mask
+    return h ^ h >> 32
+
+
+def pieces(session: kvs.Session, n_events: int, n_turns: int, n_sets: int) -> list[int]:
+    """Lengths of the first pieces of a file, which are hashed one by one: header, events, timeline, pictures, lists of marks."""
+    n = session.n_past
+    return [HEADER, *[16] * n_events, 4 * n, 8 * n, n, *([4 * n_turns] if n_turns else []), 8 * 2, *[2 * n] * (4 * n_sets)]
+
+
+@pytest.mark.parametrize("scope", ["layer", "kv_head"])
+def test_crafted_marks(scope: str, model: kvs.Model, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Files whose checksums are right, with marks that no pruning makes: another number, a row of text, a row too many or too few,
+    a whole picture, a layer that is not pruned."""
+    stack, n_sets = policies(reversible=False, index_scope=scope, layers=[0, 2], times=1), 2 if scope == "kv_head" else 1
+    with start(model, stack, 1, kv_type="f16") as session:
+        session.feed(tokens(rng, 2), generated=True)
+        session.save(tmp_path / "s")
+        lengths, n, there = pieces(session, 1, 0, n_sets), session.n_past, np.atleast_2d(session.positions(0))[0]
+        with session._handle as pointer:
+            ids = session._timeline(pointer)[0]
+        n_layer_rows = [session.positions(i).shape[-1] for i in range(4)]
+    saved = (tmp_path / "s").read_bytes()
+    lists_at = sum(lengths[: -4 * n_sets])
+    lengths += [4 * n * 4]  # masses
+    for rows in n_layer_rows:
+        lengths += [32 * rows] * 4 + [4 * n] * 2
+    lengths += [4 * model.n_vocab]
+    assert sum(lengths) + 8 == len(saved)
+
+    def seal(data: bytes) -> bytes:
+        h, at = 0, 0
+        for length in lengths:
+            h, at = hashed(h, data[at : at + length]), at + length
+        return data[:at] + struct.pack("<Q", h)
+
+    assert seal(saved) == saved
+    marks = np.frombuffer(saved, np.uint16, 4 * n_sets * n, lists_at).reshape(4, n_sets, n)
+    image, gone = np.flatnonzero(ids < 0), np.flatnonzero(marks[0, 0])
+    assert set(gone) == set(range(n)) - set(there) and not marks[1].any()
+
+    def refused(change: Any) -> None:
+        changed = marks.copy()
+        change(changed)
+        (tmp_path / "t").write_bytes(seal(saved[:lists_at] + changed.tobytes() + saved[lists_at + changed.nbytes :]))
+        with pytest.raises(kvs.SessionFileError, match="damaged"):
+            kvs.Session.load(model, tmp_path / "t", stack)
+
+    def move(to: int) -> Any:
+        def change(m: np.ndarray) -> None:
+            m[0, 0, gone[0]], m[0, 0, to] = 0, 1
+
+        return change
+
+    refused(lambda m: m.__setitem__((0, 0, gone[0]), 2))
+    refused(lambda m: m.__setitem__((0, 0, gone[0]), 0))
+    refused(lambda m: m.__setitem__((0, 0, next(i for i in image if i in there)), 1))
+    refused(lambda m: m.__setitem__((1, 0, gone[0]), 1))
+    refused(move(0))
+    refused(move(n - 1))
+
+    def whole_picture(m: np.ndarray) -> None:
+        first = image[:16]
+        m[0, 0], taken = 0, [*first, *image[16:]][: len(gone)]
+        m[0, 0, taken] = 1
+
+    if len(gone) >= 16:
+        refused(whole_picture)
 
 
 # ---- memory, and calls that fail ----
