@@ -107,6 +107,16 @@ def test_json_has_null_where_python_has_nan():
     assert json.loads(records.dumps(records.token_record("a", token)))["strength"] is None
 
 
+def test_a_pruned_caption(run, image):
+    """--policy prunehal, alone and stacked: when and why rows left, in the record of the caption."""
+    for policy, names in (("prunehal", "prunehal.keep=0.5"), ("kvsmooth,prunehal", "prunehal.keep=0.5")):
+        got = run("caption", image, "--json", "--max-tokens", 3, "--policy", policy, "--set", names)
+        assert got.code == 0, got.err
+        *tokens, caption = got.lines
+        assert caption["stats"]["pruned"][0] == {"step": 1, "reason": "forced", "rows_before": 16, "rows_after": 8}
+        assert all(0 < token["visual_mass"] < 1 for token in tokens if token["type"] == "token")
+
+
 def test_folders_globs_and_bad_pictures(run, folder, image):
     got = run("caption", folder, "--max-tokens", 3)
     assert got.code == 0

@@ -196,6 +196,12 @@ def test_bad_prunehal(arguments: dict[str, Any], error: type[Exception]) -> None
         kvs.PruneHal(**arguments)
 
 
+def test_prunehal_for_model(model: kvs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kvs.PruneHal.for_model(model) == kvs.PruneHal.llava15()
+    monkeypatch.setattr(model, "metadata", {"general.name": "Qwen-VL", "prunehal.times": 2, "prunehal.layers": "1:"})
+    assert kvs.PruneHal.for_model(model, top_k=9) == kvs.PruneHal(keep=0.9, times=2, layers="1:", top_k=9)
+
+
 @pytest.mark.parametrize("layers", [[4], [-5], [], "4:", [10**30]], ids=str)
 def test_layers_that_the_model_does_not_have(layers: Any, model: kvs.Model) -> None:
     with pytest.raises(kvs.PolicyError, match="4 layers"):

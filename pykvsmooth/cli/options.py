@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 PROMPT = "Please describe the image in detail."
-KINDS = {"kvsmooth": "KVSmooth"}  # names on the command line -> classes of the library
+KINDS = {"kvsmooth": "KVSmooth", "prunehal": "PruneHal"}  # names on the command line -> classes of the library
 Changes = dict[str, dict[str, Any]]  # parameters that --set gives, by policy
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KVSmoothError
@@ -28,6 +29,7 @@ def token_record(name: str, token: Token) -> dict[str, Any]:
         "logprob": token.logprob,
         "entropy": token.entropy,
         "strength": token.strength,
+        "visual_mass": token.visual_mass,
     }
 
 
@@ -47,6 +49,10 @@ def dumps(record: dict[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from .._native import ffi, lib
 from ..checks import choice, integer, integers, real
 from . import layers
+
+if TYPE_CHECKING:
+    from ..model import Model
 
 _REFERENCES = {
     "running_mean_reset": lib.KVS_REFERENCE_RUNNING_MEAN_RESET,
@@ -134,6 +137,19 @@ class PruneHal:
     def qwen_vl(cls, **changes: Any) -> PruneHal:
         """Qwen-VL-7B: 256 rows, then 230, 207, 186, 167."""
         return cls(**{"keep": 0.9, "times": 4, **changes})
+
+    @classmethod
+    def for_model(cls, model: Model, **changes: Any) -> PruneHal:
+        """What the file asks for: keys prunehal.keep, .times and .layers of its metadata; else the preset that its name speaks of
+        (MiniGPT-4 is not in the paper: InstructBLIP's, which has as many rows); else LLaVA-1.5's."""
+        name = " ".join(str(model.metadata.get(key, "")) for key in ("general.name", "general.basename")).lower().replace("-", "")
+        known = {"instructblip": (0.7, 2), "minigpt4": (0.7, 2), "qwenvl": (0.9, 4)}
+        keep, times = next((value for key, value in known.items() if key in name), (0.4, 3))
+        found: dict[str, Any] = {"keep": keep, "times": times}
+        for key in ("keep", "times", "layers"):
+            if f"prunehal.{key}" in model.metadata:
+                found[key] = model.metadata[f"prunehal.{key}"]
+        return cls(**{**found, **changes})
 
 
 # The choices of the fields that have them, from their types.
