@@ -282,11 +282,15 @@ static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
     return here && (!logits || again_from(cache, n_past - 2, pruned) >= 0);
 }
 
-/* A float32 store holds what the ring of exact rows held. The newest two rows are all that a mix may ask for. */
-static void refill_exact(kvs_cache *cache) {
+/* A float32 store holds what the ring of exact rows held. The newest two rows are all that a mix may ask for; the last row of a picture
+ * may have left the store. */
+void kvs_cache_refill_exact(kvs_cache *cache) {
     kvs_kv *kv = &cache->kv;
     uint64_t bytes = (uint64_t)kv->row_bytes;
-    cache->exact_from = KVS_MAX(cache->n_past - 2, 0);
+    int32_t first = KVS_MAX(cache->n_past - 2, 0);
+    if (!cache->store_is_exact || kvs_cache_exact(cache, first)) return;
+    while (first < cache->n_past && cache->ids[first] < 0 && first <= last_pruned(cache, INT32_MAX)) first++;
+    cache->exact_from = first;
     for (int32_t index = cache->exact_from; index < cache->n_past; index++) {
         for (int32_t layer = 0; layer < kv->n_layer; layer++) {
             int64_t row = kvs_kv_place(kv, layer, index) * kv->row_bytes;
@@ -338,7 +342,7 @@ int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *e
     cache->n_past = n_past;
     kvs_cache_forget(cache);
     cache->exact_from = KVS_MIN(exact_from, n_past);
-    if (cache->store_is_exact && !kvs_cache_exact(cache, KVS_MAX(n_past - 2, 0))) refill_exact(cache);
+    kvs_cache_refill_exact(cache);
     return KVS_OK;
 }
 

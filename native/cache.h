@@ -94,6 +94,7 @@ void kvs_cache_forget(kvs_cache *cache);
 /* Around a prompt of n rows that may be cancelled: what it writes into the ring of exact rows takes the newest one's place. */
 void kvs_cache_keep_exact(kvs_cache *cache);
 void kvs_cache_restore_exact(kvs_cache *cache);      /* after kvs_cache_touched */
+void kvs_cache_refill_exact(kvs_cache *cache);       /* from a store that is exact; what the ring lacks of the newest rows */
 void kvs_cache_touched(kvs_cache *cache, int32_t n); /* n rows beyond the end were written, committed or not */
 
 /* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. */

@@ -371,6 +371,7 @@ static int run_last_unpruned(kvs_session *s, const int32_t *cancel, kvs_error *e
     int status = kvs_model_lock(s->model, cancel, err);
     if (status) return status;
     kvs_pruned_lift(&s->cache);
+    kvs_cache_refill_exact(&s->cache);
     kvs_model_unlock(s->model);
     status = run_last_again(s, cancel, err);
     kvs_model_lock(s->model, NULL, NULL); /* without a flag it can't fail */

@@ -132,6 +132,24 @@ def test_rewind_to_any_row_and_again(scope: str, kv_type: str, smooth: bool, mod
             assert_equal(state(session), states[-1])
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_rewind_onto_a_pruning_right_behind_a_picture(far: bool, model: kvs.Model, rng: np.random.Generator) -> None:
+    """KVSmooth mixes the first token with the last row of the picture, which has left the cache; it must have come back by then."""
+    for seed in range(6):
+        with model.session(n_ctx=128, kv_type="f32", policy=policies(smooth=True, layers=[1, 3])) as session:
+            session.feed([1, 300])
+            session.feed_image(picture(np.random.default_rng(seed)))
+            ids = tokens(rng, 45 if far else 4)  # far: beyond the exact rows that are kept
+            session.feed(ids[:1], generated=True)
+            expected = state(session)
+            session.feed(ids[1:], generated=True)
+            after = session.logits()
+            session.rewind(len(ids) - 1)
+            assert_equal(state(session), expected)
+            session.feed(ids[1:], generated=True)
+            np.testing.assert_array_equal(session.logits(), after)
+
+
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 def test_irreversible_rewinds(kv_type: str, model: kvs.Model, rng: np.random.Generator) -> None:
     """Behind the last pruning as ever; across one never, except to where no row of its pictures is left."""
