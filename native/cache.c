@@ -60,6 +60,10 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
     return kvs_fail_memory(err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
 }
 
+static void drop_pictures(kvs_cache *cache, int32_t n) { /* all but n */
+    while (cache->n_pictures > n) free(cache->pictures[--cache->n_pictures].depth);
+}
+
 void kvs_cache_free(kvs_cache *cache) {
     if (!cache->be) return;
     void *device[] = {cache->kv.k,       cache->kv.v,       cache->kv.entropy, cache->kv.strength,
@@ -71,6 +75,7 @@ void kvs_cache_free(kvs_cache *cache) {
     free(cache->flags);
     free(cache->positions);
     free(cache->turns);
+    drop_pictures(cache, 0);
     free(cache->pictures);
     for (int32_t i = 0; i < cache->n_policies; i++) cache->policies[i]->ops->free(cache->policies[i]);
     memset(cache, 0, sizeof *cache);
@@ -114,12 +119,23 @@ static bool reserve_pictures(kvs_cache *cache, int32_t n) {
     return true;
 }
 
-static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
-    if (!from->n_pictures) return true;
-    if (!reserve_pictures(to, from->n_pictures)) return false;
-    memcpy(to->pictures, from->pictures, (size_t)from->n_pictures * sizeof *to->pictures);
-    to->n_pictures = from->n_pictures;
+static bool push_picture(kvs_cache *cache, kvs_picture picture) { /* its depth is copied */
+    uint64_t n = picture.depth ? (uint64_t)picture.n : 0;
+    float *depth = n ? kvs_calloc(n, sizeof *depth) : NULL;
+    if ((n && !depth) || !reserve_pictures(cache, cache->n_pictures + 1)) {
+        free(depth);
+        return false;
+    }
+    if (n) memcpy(depth, picture.depth, n * sizeof *depth);
+    picture.depth = depth;
+    cache->pictures[cache->n_pictures++] = picture;
     return true;
+}
+
+static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
+    bool ok = true;
+    for (int32_t i = 0; i < from->n_pictures && ok; i++) ok = push_picture(to, from->pictures[i]);
+    return ok;
 }
 
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
@@ -155,16 +171,23 @@ void kvs_cache_rows(const kvs_span *span, kvs_row *rows) {
     }
 }
 
-int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err) {
-    if (!reserve_pictures(cache, cache->n_pictures + 1)) return kvs_fail_memory(err, 0, "a picture's place");
-    cache->pictures[cache->n_pictures++] = (kvs_picture){.first = cache->n_past + at, .n = n};
-    return KVS_OK;
+int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, const float *depth, kvs_error *err) {
+    kvs_picture picture = {.first = cache->n_past + at, .n = n, .depth = (float *)depth};
+    return push_picture(cache, picture) ? KVS_OK : kvs_fail_memory(err, 0, "a picture's place");
+}
+
+kvs_picture *kvs_cache_picture_at(const kvs_cache *cache, int32_t end) {
+    for (int32_t i = cache->n_pictures - 1; i >= 0; i--)
+        if (cache->pictures[i].first + cache->pictures[i].n == end) return &cache->pictures[i];
+    return NULL;
 }
 
 void kvs_cache_forget(kvs_cache *cache) {
-    while (cache->n_pictures > 0 && cache->pictures[cache->n_pictures - 1].first >= cache->n_past) cache->n_pictures--;
-    if (!cache->n_pictures) return;
-    kvs_picture *last = &cache->pictures[cache->n_pictures - 1]; /* a rewind may end inside it */
+    int32_t n = cache->n_pictures;
+    while (n > 0 && cache->pictures[n - 1].first >= cache->n_past) n--;
+    drop_pictures(cache, n);
+    if (!n) return;
+    kvs_picture *last = &cache->pictures[n - 1]; /* a rewind may end inside it */
     last->n = KVS_MIN(last->n, cache->n_past - last->first);
 }
 
@@ -219,10 +242,17 @@ bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) {
     return false;
 }
 
+/* Is there a picture with first <= index and end < sealed? */
+static bool under_seal(const kvs_cache *cache, int32_t index, int32_t end) {
+    for (int32_t i = 0; i < cache->n_pictures; i++)
+        if (cache->pictures[i].first <= index && end < cache->pictures[i].sealed) return true;
+    return false;
+}
+
 /* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. */
 int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) {
     for (; index >= 0 && !kvs_cache_exact(cache, index); index--) {
-        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0) return -1;
+        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0 || under_seal(cache, index, index)) return -1;
         if (!kvs_cache_mixes(cache, cache->flags[index])) return index;
     }
     return index + 1;
@@ -230,7 +260,10 @@ int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) {
 
 /* May the timeline end here? Its logits (if wanted) need the last row run once more, and that may need the row before it. */
 static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
-    if (n_past == 0 || n_past == cache->n_past || cache->store_is_exact) return true;
+    if (n_past == 0 || n_past == cache->n_past) return true;
+    if (under_seal(cache, n_past - 1, n_past)) return false;
+    if (logits && cache->ids[n_past - 1] >= 0 && under_seal(cache, n_past - 1, n_past - 1)) return false;
+    if (cache->store_is_exact) return true;
     uint8_t flags = cache->flags[n_past - 1];
     if (!kvs_cache_mixes(cache, flags)) return true; /* text can follow a picture */
     bool here = flags & KVS_ROW_GENERATED ? kvs_cache_exact(cache, n_past - 1) : kvs_cache_again_from(cache, n_past - 1) >= 0;
@@ -260,18 +293,27 @@ int32_t kvs_cache_rewindable(const kvs_cache *cache) {
     return cache->n_past - n;
 }
 
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
-    if (!can_end_at(cache, n_past, logits)) {
+static int refuse_rewind(const kvs_cache *cache, int32_t n_past, kvs_error *err) {
+    int32_t n = cache->n_past - n_past;
+    if (under_seal(cache, n_past - 1, n_past - 1))
+        kvs_fail(err, KVS_E_POLICY,
+                 "rewind by %d rows: it would end in a picture that was refined, or in a prompt that has seen it as it was before; "
+                 "rewind less, or to the row in front of the picture",
+                 n);
+    else
         kvs_fail(err, KVS_E_POLICY,
                  "rewind by %d rows: the row that the next smoothing would mix with is kept exactly for the newest %d rows only; "
                  "rewind less, or make the session with more exact_rows",
-                 cache->n_past - n_past, cache->n_past - KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact));
-        if (err) {
-            err->needed = (uint64_t)(cache->n_past - n_past);
-            err->available = (uint64_t)kvs_cache_rewindable(cache);
-        }
-        return KVS_E_POLICY;
+                 n, cache->n_past - KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact));
+    if (err) {
+        err->needed = (uint64_t)n;
+        err->available = (uint64_t)kvs_cache_rewindable(cache);
     }
+    return KVS_E_POLICY;
+}
+
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
+    if (!can_end_at(cache, n_past, logits)) return refuse_rewind(cache, n_past, err);
     int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
     while (cache->n_rows > 0 && cache->positions[cache->n_rows - 1] >= n_past) cache->n_rows--;
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;

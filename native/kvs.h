@@ -31,7 +31,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 3 };
+enum { KVS_ABI_VERSION = 4 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -205,6 +205,27 @@ typedef struct kvs_smooth_params {
     const int32_t *skip_ids; /* tokens that are never smoothed (their entropies do enter the queue) */
 } kvs_smooth_params;
 
+/* ---- policy: DSCR, methods.md C (ICLR 2026): K and V of a picture's patches become weighted sums of those of its other patches ---- */
+enum kvs_dscr_kernel { KVS_DSCR_SUM = 0, KVS_DSCR_PRODUCT = 1 }; /* f_d^alpha + f_s^beta | f_d^alpha f_s^beta */
+enum kvs_dscr_phase {
+    KVS_DSCR_BEFORE_QUESTION = 0, /* right behind the picture's rows: what follows sees the refined ones */
+    KVS_DSCR_AFTER_PREFILL = 1,   /* once, at the end of the prompt */
+    KVS_DSCR_IN_LAYER = 2         /* in each layer before its attention: deeper layers change, too */
+};
+typedef struct kvs_dscr_params {
+    uint32_t struct_size;
+    float sigma_d, sigma_s, alpha, beta;
+    float gamma;            /* x <- (1 - gamma) x + gamma x_hat; 0 touches nothing */
+    float cut;              /* so much of a column, at most, is left out where weights vanish; what is left sums to one */
+    int32_t kernel, phase;  /* kvs_dscr_kernel, kvs_dscr_phase */
+    int32_t target;         /* KVS_TARGET_K | KVS_TARGET_V */
+    int32_t rope_pre;       /* 1: keys are mixed as they were before rotary embedding */
+    int32_t grid_w, grid_h; /* patches of a picture, row by row */
+    float step_x, step_y;   /* coordinates of neighbouring patches differ by so much */
+    int32_t n_layers;       /* of the list below */
+    const int32_t *layers;  /* 0-based, each once */
+} kvs_dscr_params;
+
 /* ---- session ---- */
 typedef struct kvs_session kvs_session;
 typedef struct kvs_session_params {
@@ -214,12 +235,14 @@ typedef struct kvs_session_params {
     int32_t exact_rows; /* rows of float32 history kept for rewind under smoothing; 0 = 32 */
     uint64_t seed;
     const kvs_smooth_params *smooth; /* NULL = off; copied */
+    const kvs_dscr_params *dscr;     /* NULL = off; copied */
 } kvs_session_params;
 typedef struct kvs_chunk { /* a run of rows: either ids or embeddings */
     const int32_t *ids;    /* (n) */
     const float *embd;     /* (n, n_embd), when ids is NULL */
     int32_t n;
-    uint64_t hash; /* of the picture behind embd; what the timeline remembers of it */
+    uint64_t hash;      /* of the picture behind embd, and of its depth; what the timeline remembers of it */
+    const float *depth; /* (n) of each patch, for policies that use it; NaN = padding; NULL = unknown. Copied */
 } kvs_chunk;
 typedef struct kvs_sampling {
     uint32_t struct_size;
@@ -253,6 +276,7 @@ int32_t kvs_session_kv_type(const kvs_session *session);
 int32_t kvs_session_n_past(const kvs_session *session);                /* rows of the timeline, pruned ones included */
 int32_t kvs_session_n_rows(const kvs_session *session, int32_t layer); /* physical rows of a layer */
 int32_t kvs_session_n_generated(const kvs_session *session);
+int32_t kvs_session_n_pictures(const kvs_session *session);
 int32_t kvs_session_n_exact(const kvs_session *session); /* rows that rewind can drop exactly, now */
 /* The timeline, n = n_past entries: ids (an image row: -1), for image rows the hash of the picture (0 otherwise), 1 where generated. */
 int32_t kvs_session_timeline(kvs_session *session, int32_t n, int32_t *ids, uint64_t *hashes, int32_t *generated, kvs_error *err);
@@ -266,7 +290,7 @@ int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err
 /* Drops the newest n rows. KVS_E_POLICY where exact rows are gone (err.needed, err.available): nothing has changed then. */
 int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err);
 int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err); /* temporary name, flush, rename */
-/* The file decides n_ctx and kv_type; params->smooth must equal what the file was saved with (KVS_E_SESSION_FILE names the difference). */
+/* The file decides n_ctx and kv_type; the policies of params must equal what the file was saved with (KVS_E_SESSION_FILE names the difference). */
 int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err);
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
@@ -289,6 +313,14 @@ int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, con
  * entropy (n, n_kv_head), strength (n, groups). */
 int32_t kvs_test_smooth(const char *isa, const kvs_smooth_params *p, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n,
                         const float *k, const float *v, const float *entropy, float *k_out, float *v_out, float *strength);
+/* w (n, n), column j the weights of row j: DSCR's for one picture of n = grid_w grid_h patches; depth (n) or NULL */
+int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, float *w);
+/* Rows first..first+n of n_rows are mixed with w (n, n), a column for each; a column of zeros leaves its row. k, v, k_out, v_out (n_rows,
+ * n_kv_head, head_dim); exact_k, exact_v (n_exact, n_kv_head, head_dim): the ring of exact rows, slot = row % n_exact, or NULL.
+ * n_rot and inv_freq (n_rot / 2) turn keys by their rows' numbers; without rope_pre they are not used. */
+int32_t kvs_test_mix(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows, int32_t first,
+                     int32_t n, const float *w, float gamma, int32_t target, int32_t rope_pre, int32_t n_rot, const float *inv_freq,
+                     const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out, float *exact_k, float *exact_v);
 /* draws ids from one row of logits; last: the whole sample of the last draw */
 int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
                         uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);

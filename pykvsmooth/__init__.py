@@ -40,7 +40,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .aio import AsyncStream
     from .batch import Batch
+    from .depth_onnx import OnnxDepth
     from .model import Model
+    from .policies.dscr import DSCR
     from .policies.kvsmooth import KVSmooth
     from .session import Session
     from .stats import Result, Stats, Token
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DSCR",
     "VICUNA_SYSTEM",
     "AsyncStream",
     "Batch",
@@ -67,6 +70,7 @@ __all__ = [
     "ModelFormatError",
     "ModelMismatchError",
     "NumericError",
+    "OnnxDepth",
     "OutOfMemoryError",
     "PolicyError",
     "Result",
@@ -83,11 +87,13 @@ __all__ = [
 
 # Modules of the names that are fetched when they are first used: the native library and NumPy load then, not with this package.
 _HOMES = {
+    "DSCR": "policies.dscr",
     "VICUNA_SYSTEM": "template",
     "AsyncStream": "aio",
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
     "Model": "model",
+    "OnnxDepth": "depth_onnx",
     "Result": "stats",
     "Session": "session",
     "Stats": "stats",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import PolicyError
+from .dscr import DSCR
 from .kvsmooth import KVSmooth
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..model import Model
 
-Policy = KVSmooth
-ORDER: tuple[type[Policy], ...] = (KVSmooth,)  # in which they act
+Policy = Union[DSCR, KVSmooth]
+ORDER: tuple[type[Any], ...] = (DSCR, KVSmooth)  # in which they act
 
 
 class Stack:
@@ -42,6 +46,11 @@ class Stack:
         return found
 
     @property
+    def dscr(self) -> DSCR | None:
+        found: DSCR | None = self.find(DSCR)
+        return found
+
+    @property
     def as_given(self) -> Policy | tuple[Policy, ...] | None:
         """None, the one policy, or the tuple of several."""
         return self.policies if len(self.policies) > 1 else self.policies[0] if self.policies else None
@@ -49,6 +58,10 @@ class Stack:
     def to_native(self, model: Model, params: Any) -> list[Any]:
         """Fills kvs_session_params; returns what must be kept alive beside it. PolicyError for what this model does not have."""
         keep: list[Any] = []
+        if self.dscr:
+            dscr, kept = self.dscr.to_native(model)
+            params.dscr = dscr
+            keep += [dscr, kept]
         if self.kvsmooth:
             smooth, lists = self.kvsmooth.to_native(model.n_layer, model.n_vocab)
             params.smooth = smooth
@@ -59,12 +72,25 @@ class Stack:
         """The layers over which a token's entropy and strength are means."""
         return self.kvsmooth.resolve_layers(n_layer) if self.kvsmooth else list(range(n_layer))
 
-    def reusable(self, n_past: int, first_generated: int, prompt_end: int, new_rows: int) -> int:
-        """How many of a timeline's n_past rows a new prompt of new_rows rows may keep, as far as policies go: no row that one changed.
-        first_generated: row of the first generated token, n_past without one; prompt_end: of the first row at which a prompt ended."""
+    def depth_of(self, model: Model, index: int, mode: str) -> Callable[[Any], NDArray[np.float32] | None] | None:
+        """What gives the depth of each patch of picture index of a timeline from the PIL picture; None if no policy asks for it.
+        PolicyError where depth= has no map for that picture."""
+        dscr = self.dscr
+        if dscr is None:
+            return None
+        source = dscr.source(index)
+        return lambda picture: dscr.patch_depth(model, source, picture, mode)
+
+    def reusable(self, n_past: int, first_generated: int, first_picture: int, prompt_end: int, new_rows: int) -> int:
+        """How many of a timeline's n_past rows a new prompt of new_rows rows may keep, as far as policies go: no row that one changed,
+        but for pictures refined before anything looked at them: these come out the same again.
+        first_generated, first_picture: rows of the first generated token and picture, n_past without one; prompt_end: of the first row
+        at which a prompt ended."""
         if not self.policies:
             return n_past
         limit = first_generated
+        if self.dscr and self.dscr.touches_prompt and prompt_end < n_past:
+            limit = min(limit, first_picture)
         if self.kvsmooth and self.kvsmooth.touches_prompt:
             limit = min(limit, prompt_end, new_rows - self.kvsmooth.warm_rows)
         return limit

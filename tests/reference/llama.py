@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .dscr import DSCR
 from .gguf_file import GGUFFile
 from .kvsmooth import KVSmooth
 
@@ -129,7 +130,7 @@ class LayerCache:
 class Session:
     """One timeline. The same lower floor as pykvsmooth.Session: feed, logits, kv, entropies, strengths."""
 
-    def __init__(self, text: Text, policy: KVSmooth | None = None, kv_type: str = "f32") -> None:
+    def __init__(self, text: Text, policy: KVSmooth | None = None, kv_type: str = "f32", dscr: DSCR | None = None) -> None:
         self.text, self.policy, self.store = text, policy, STORES[kv_type]
         kv, o = np.zeros((0, text.n_head_kv, text.head_dim)), np.zeros((0, text.n_head, text.head_dim))
         self.layers = [LayerCache(kv, kv, kv, kv, o, kv, kv) for _ in range(text.n_layer)]
@@ -138,6 +139,9 @@ class Session:
         self.queue: list[int] = []  # rows whose entropies have entered the queue, in order
         self.prompt_start = 0  # first row of the prompt that has not ended yet
         self.smoothed_on = policy.layer_set(text.n_layer) if policy else set()
+        self.dscr, self.refined_on = dscr, dscr.layer_set(text.n_layer) if dscr else set()
+        self.pictures: list[tuple[int, int]] = []  # first row and rows of each
+        self.n_refined = 0  # of them, after the prefill
         self.n_group = text.n_head_kv if policy and policy.entropy_heads == "per_kv_group" else 1
 
     @property
@@ -149,11 +153,29 @@ class Session:
         embeddings = isinstance(rows, np.ndarray) and rows.ndim == 2
         ids = [-1] * len(rows) if embeddings else [int(i) for i in rows]
         x = rows.astype(np.float64) if embeddings else self.text.token_embd[ids]
+        if embeddings:
+            return self._feed_picture(ids, x)
         if not generated:
             return self._run(ids, x, False)
         self.end_prefill()
         for i, id in enumerate(ids):  # strictly one by one: row t + 1 must see the smoothed row t
             self._run([id], x[i : i + 1], True)
+
+    def _feed_picture(self, ids: list[int], x: Array) -> None:
+        first, n = self.n_past, len(ids)
+        self.pictures.append((first, n))
+        self._run(ids, x, False)
+        if self.dscr and self.dscr.phase == "before_question":
+            for layer in self.refined_on:
+                self._refine(layer, len(self.pictures) - 1)
+
+    def _refine(self, layer: int, picture: int) -> None:
+        """DSCR on one layer's rows of a picture: what is stored is mixed, and what comes out is the next mix's exact row, too."""
+        c, (first, n) = self.layers[layer], self.pictures[picture]
+        rows, positions = slice(first, first + n), np.arange(first, first + n)
+        k, v = self.dscr.refined(c.k[rows], c.v[rows], picture, lambda k, sign: rotate(k, sign * positions, self.text.inv_freq))
+        c.exact_k[rows], c.exact_v[rows] = k, v
+        c.k[rows], c.v[rows] = self.store(k), self.store(v)
 
     def new_turn(self) -> None:
         if self.policy and self.policy.queue_scope == "turn":
@@ -163,6 +185,11 @@ class Session:
         """Once after a prompt, before anybody looks at it: warm_start, smooth_prompt."""
         last, first = self.n_past - 1, self.prompt_start
         self.prompt_start = self.n_past
+        if self.dscr and self.dscr.phase == "after_prefill":
+            for picture in range(self.n_refined, len(self.pictures)):
+                for layer in self.refined_on:
+                    self._refine(layer, picture)
+            self.n_refined = len(self.pictures)
         if not self.policy or first > last:
             return
         n = max(self.policy.warm_rows(), self.policy.smooth_prompt == "last_token")
@@ -205,6 +232,8 @@ class Session:
             h = rms_norm(x, w["attn_norm"], t.rms_eps)
             q, k, v = ((h @ w[name].T + w[name + ".bias"]).reshape(len(ids), -1, t.head_dim) for name in ("attn_q", "attn_k", "attn_v"))
             self._append(i, rotate(k, positions, t.inv_freq), v)
+            if ids[0] < 0 and self.dscr and self.dscr.phase == "in_layer" and i in self.refined_on:
+                self._refine(i, len(self.pictures) - 1)
             out, entropy = self._attention(i, rotate(q, positions, t.inv_freq))
             self._record(i, entropy, out)
             if generated and i in self.smoothed_on:
