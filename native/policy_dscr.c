@@ -81,6 +81,18 @@ static proximity log_proximity(const kvs_dscr_params *p, const float *depth, int
 
 static bool is_patch(const float *depth, int32_t i) { return !depth || !isnan(depth[i]); }
 
+/* Weights below it add up to at most allowed: n of them do if each is below allowed / n, and then up in powers of two. */
+static double threshold(const double *w, int32_t n, double allowed) {
+    double least = allowed / n, below = 0;
+    while (least > 0) {
+        below = 0;
+        for (int32_t i = 0; i < n; i++) below += w[i] < 2 * least ? w[i] : 0;
+        if (below > allowed || 2 * least > 1) break; /* the largest is 1 or more, and stays */
+        least *= 2;
+    }
+    return least;
+}
+
 /* Column j: weights (n) that sum to one, its own 0; 0 for padding. Exponents are taken from the largest, so that a narrow kernel leaves
  * the nearest patches and never nothing. False where there is no other patch. */
 static bool fill_column(const kvs_dscr_params *p, const float *depth, int32_t j, double *w, float *column) {
@@ -100,7 +112,7 @@ static bool fill_column(const kvs_dscr_params *p, const float *depth, int32_t j,
         w[i] = product ? exp(near.depth + near.place - top) : exp(near.depth - top) + exp(near.place - top);
         sum += w[i];
     }
-    double least = (double)p->cut * sum / n; /* all that is below it adds up to at most cut of the column */
+    double least = threshold(w, n, (double)p->cut * sum);
     for (int32_t i = 0; i < n; i++)
         if (w[i] >= least) kept += w[i];
     for (int32_t i = 0; i < n; i++) column[i] = w[i] >= least ? (float)(w[i] / kept) : 0.0f;

@@ -97,14 +97,17 @@ def _cover(edges: tuple[float, float], n: int, size: int) -> NDArray[np.float64]
     cells = edges[0] + (edges[1] - edges[0]) * np.arange(n + 1) / n
     pixels = np.arange(size)[:, None]
     low, high = np.maximum(cells[:-1], pixels), np.minimum(cells[1:], pixels + 1)
-    return np.maximum(high - low, 0.0)
+    cover: NDArray[np.float64] = np.maximum(high - low, 0.0)
+    return cover
 
 
 def check_proportions(values: NDArray[np.float32], width: int, height: int) -> None:
     """ImageError for a map of other proportions than the picture of width x height: one pixel more or less is rounding."""
     rows, cols = values.shape
     if abs(cols * height - rows * width) > max(width, height):
-        raise ImageError(f"depth: {cols} x {rows} is of other proportions than the picture's {width} x {height}; give the map of this picture")
+        raise ImageError(
+            f"depth: {cols} x {rows} is of other proportions than the picture's {width} x {height}; give the map of this picture"
+        )
 
 
 def on_square(values: NDArray[np.float32], width: int, height: int, size: int, mode: str) -> NDArray[np.float64]:
@@ -115,7 +118,8 @@ def on_square(values: NDArray[np.float32], width: int, height: int, size: int, m
     x, y = _cover(across, values.shape[1], size), _cover(down, values.shape[0], size)
     area = y.sum(1)[:, None] * x.sum(1)
     total = y @ (values.astype(np.float64) @ x.T)
-    return np.divide(total, area, out=np.full((size, size), np.nan), where=area > 0.499)
+    square: NDArray[np.float64] = np.divide(total, area, out=np.full((size, size), np.nan), where=area > 0.499)
+    return square
 
 
 def normalise(values: NDArray[np.float64], norm: str) -> NDArray[np.float64]:
@@ -131,8 +135,10 @@ def normalise(values: NDArray[np.float64], norm: str) -> NDArray[np.float64]:
         span = high - low
         values = np.clip(values, low, high)
     if span <= 1e-6 * np.abs(seen).max():  # the noise of float32
-        return np.where(np.isnan(values), np.nan, 0.0)
-    return (values - low) / span
+        flat: NDArray[np.float64] = np.where(np.isnan(values), np.nan, 0.0)
+        return flat
+    scaled: NDArray[np.float64] = (values - low) / span
+    return scaled
 
 
 def pool(values: NDArray[np.float64], grid: tuple[int, int], how: str) -> NDArray[np.float32]:

@@ -488,7 +488,7 @@ class Session:
 
     # ---- inside: the handle is held ----
 
-    def _read_picture(self, image: ImageLike, mode: ImageMode, index: int) -> Picture:
+    def _read_picture(self, image: ImageLike, mode: str, index: int) -> Picture:
         """Picture index of the timeline, with its depth if a policy asks for that."""
         choice("mode", mode, MODES)
         self.model._vision_info()

@@ -79,7 +79,7 @@ def expected(case: Case, kv_type: str = "f32") -> tuple[np.ndarray, np.ndarray]:
 
 def bound(case: Case) -> float:
     """Of the float32 arithmetic: a sum of n products with weights that add up to one errs by n roundings of the largest row (a pair of
-    numbers turns within sqrt 2 of its larger), then two turns with angles of float32 (position times frequency, both rounded), and a blend."""
+    numbers turns within sqrt 2 of its larger), then come two turns by angles of float32 (a product that is rounded) and a blend."""
     largest = max(np.abs(case.k).max(), np.abs(case.v).max()) * (2**0.5 if case.rope_pre else 1)
     angle = 2 * (case.first + case.n) if case.rope_pre else 0
     return float((case.n + 8 + 3 * angle) * 2 * EPS * largest)
@@ -87,7 +87,13 @@ def bound(case: Case) -> float:
 
 @pytest.mark.parametrize("turn", range(24))
 def test_sums_against_float64(isas: list[str], rng: np.random.Generator, turn: int) -> None:
-    case = draw(rng, int(rng.integers(1, 70)), int(rng.integers(1, 4)), int(rng.choice([1, 2, 7, 16, 20, 64, 80, 128])), float(rng.choice([1, 0.3, 0.05])))
+    case = draw(
+        rng,
+        int(rng.integers(1, 70)),
+        int(rng.integers(1, 4)),
+        int(rng.choice([1, 2, 7, 16, 20, 64, 80, 128])),
+        float(rng.choice([1, 0.3, 0.05])),
+    )
     case.gamma, case.target = float(np.float32(rng.choice([1, 0.3]))), int(rng.choice([K, V, K | V]))
     case.n_rot = int(rng.integers(0, case.k.shape[2] // 2 + 1)) * 2
     case.rope_pre, case.threads = bool(rng.integers(2)), int(rng.integers(1, 4))

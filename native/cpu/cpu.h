@@ -50,7 +50,7 @@ typedef struct kvs_rowops {
     void (*mix)(float *y, const float *x, float weight_y, float weight_x, int64_t n); /* y = weight_y y + weight_x x */
     /* y (KVS_MIX_COLUMNS, width) = sum over n sources s of weight (n, KVS_MIX_COLUMNS) times x[source[s]] (width); width % 16 == 0 */
     void (*weigh)(float *y, const float *x, int32_t width, const int32_t *source, const float *weight, int32_t n);
-    void (*fit)(const float *x, int32_t n, kvs_fit *fit);                             /* x (n, KVS_FIT_BLOCKS): n values of each block */
+    void (*fit)(const float *x, int32_t n, kvs_fit *fit); /* x (n, KVS_FIT_BLOCKS): n values of each block */
 } kvs_rowops;
 extern const kvs_rowops kvs_rowops_base, kvs_rowops_avx2, kvs_rowops_avx512;
 int64_t kvs_attn_scratch(int32_t head_dim, int32_t n_q); /* floats; rows.c of base defines it, equal for all */

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..model import Model
 
-DepthSource = Union[str, os.PathLike[str], NDArray[Any], Callable[[Any], Any]]
+DepthSource = str | os.PathLike[str] | NDArray[Any] | Callable[[Any], Any]
 
 _TARGETS = {"kv": lib.KVS_TARGET_K | lib.KVS_TARGET_V, "k": lib.KVS_TARGET_K, "v": lib.KVS_TARGET_V}
 _KERNELS = {"sum": lib.KVS_DSCR_SUM, "product": lib.KVS_DSCR_PRODUCT}
@@ -183,7 +183,9 @@ class DSCR:
         """What depth= says of picture index of a timeline. PolicyError where it says nothing."""
         if isinstance(self.depth, tuple):
             if index >= len(self.depth):
-                raise PolicyError(f"DSCR: depth has {len(self.depth)} maps, and this is picture {index + 1} of the timeline; give one for each")
+                raise PolicyError(
+                    f"DSCR: depth has {len(self.depth)} maps, and this is picture {index + 1} of the timeline; give one for each"
+                )
             return self.depth[index]
         if self.depth is None or callable(self.depth) or not index:
             return self.depth
@@ -200,7 +202,9 @@ class DSCR:
             width, height, mode = 1, 1, "stretch"
         else:
             width, height = picture.size
-        square = maps.on_square(np.zeros((1, 1), np.float32) if values is None else values, width, height, int(model._info.image_size), mode)
+        square = maps.on_square(
+            np.zeros((1, 1), np.float32) if values is None else values, width, height, int(model._info.image_size), mode
+        )
         padding = np.isnan(square)
         if values is None and (not self.mask_padding or not padding.any()):
             return None
@@ -280,8 +284,4 @@ def _source(name: str, one: Any) -> Any:
 
 
 # The choices of the fields that have them, from their types.
-_CHOICES = {
-    name: get_args(kind)
-    for name, kind in get_type_hints(DSCR).items()
-    if get_origin(kind) is Literal
-}
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(DSCR).items() if get_origin(kind) is Literal}

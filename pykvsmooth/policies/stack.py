@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError
 from .dscr import DSCR
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..model import Model
 
-Policy = Union[DSCR, KVSmooth]
+Policy = DSCR | KVSmooth
 ORDER: tuple[type[Any], ...] = (DSCR, KVSmooth)  # in which they act
 
 

@@ -52,7 +52,8 @@ class DSCR:
         return np.divide(w, w.sum(0), out=np.zeros_like(w), where=w.sum(0) > 0)
 
     def refined(self, k: Array, v: Array, picture: int, turn: Callable[[Array, int], Array]) -> tuple[Array, Array]:
-        """k, v (n, G, D) as they are stored -> what they become; turn(k, +-1) applies the rotation of each row's position or takes it back."""
+        """k, v (n, G, D) as they are stored -> what they become; turn(k, 1) applies the rotation of each row's position, turn(k, -1)
+        takes it back."""
         w = self.weights(self.depths[picture])
         taken = w.sum(0) > 0
         pre = self.rope_mode == "pre"
