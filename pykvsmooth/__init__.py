@@ -40,7 +40,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .aio import AsyncStream
     from .batch import Batch
-    from .depth_onnx import OnnxDepth
+    from .depth_onnx import DepthModelError, OnnxDepth
     from .model import Model
     from .policies.dscr import DSCR
     from .policies.kvsmooth import KVSmooth
@@ -60,6 +60,7 @@ __all__ = [
     "CancelledError",
     "ClosedError",
     "ContextOverflowError",
+    "DepthModelError",
     "DeviceError",
     "ImageError",
     "KVSmooth",
@@ -93,6 +94,7 @@ _HOMES = {
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
     "Model": "model",
+    "DepthModelError": "depth_onnx",
     "OnnxDepth": "depth_onnx",
     "Result": "stats",
     "Session": "session",

@@ -89,6 +89,39 @@ def _gray_values(name: str, picture: Any) -> Any:
     return colours[:, :, 0]
 
 
+def save_map(path: str | os.PathLike[str], values: NDArray[np.float32]) -> None:
+    """(height, width) as a .npy file of these numbers, or as a gray PNG of 16 bits from the least value to the largest. Written whole or
+    not at all. ValueError for another suffix, OSError."""
+    name = os.fsdecode(path)
+    check_suffix(name)
+    part = f"{name}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            if name.lower().endswith(".npy"):
+                np.save(file, values)
+            else:
+                _write_png(file, values)
+        os.replace(part, name)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def check_suffix(name: str) -> None:
+    if not name.lower().endswith((".png", ".npy")):
+        raise ValueError(f"{name}: depth is saved as .png (gray, 16 bits) or .npy; name the file so")
+
+
+def _write_png(file: Any, values: NDArray[np.float32]) -> None:
+    from PIL import Image
+
+    levels = values.astype(np.float64) - float(values.min())
+    top = levels.max()
+    if top > 0:
+        levels *= 65535 / top
+    Image.fromarray(np.rint(levels).astype(np.uint16)).save(file, "PNG")
+
+
 # ---- onto the square of the tower ----
 
 
@@ -102,9 +135,11 @@ def _cover(edges: tuple[float, float], n: int, size: int) -> NDArray[np.float64]
 
 
 def check_proportions(values: NDArray[np.float32], width: int, height: int) -> None:
-    """ImageError for a map of other proportions than the picture of width x height: one pixel more or less is rounding."""
+    """ImageError for a map of other proportions than the picture of width x height: less than a pixel is rounding, and so are two
+    percent, for depth models round sides to multiples of 14 or 32."""
     rows, cols = values.shape
-    if abs(cols * height - rows * width) > max(width, height):
+    apart = abs(cols * height - rows * width)
+    if apart >= max(width, height) and apart > 0.02 * rows * width:
         raise ImageError(
             f"depth: {cols} x {rows} is of other proportions than the picture's {width} x {height}; give the map of this picture"
         )
