@@ -324,7 +324,7 @@ def test_text_only(tiny_pair: Any, model: kvs.Model) -> None:
 def test_embeddings_that_are_no_picture(model: kvs.Model, rng: np.random.Generator) -> None:
     for source in (None, rng.random((8, 8))):
         with model.session(n_ctx=64, policy=kvs.DSCR(depth=source, **BASE)) as session:
-            with pytest.raises(kvs.PolicyError, match="4 x 4|16 patches"):
+            with pytest.raises(kvs.PolicyError, match=r"4 x 4|16 patches"):
                 session.feed_embeddings(rng.standard_normal((5, model.n_embd)))
             assert session.n_past == 0
             session.feed_embeddings(rng.standard_normal((16, model.n_embd)))

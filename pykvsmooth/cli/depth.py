@@ -14,7 +14,7 @@ from .pictures import STDIN, source_of
 from .terminal import Ui
 
 VARIABLE = "PYKVSMOOTH_DEPTH_MODEL"
-EPILOG = f"""models: an ONNX file of Depth-Anything-V2 (for example onnx/model.onnx of onnx-community/depth-anything-v2-small, Apache-2.0) or of
+EPILOG = f"""models: an ONNX file of Depth-Anything-V2 (such as onnx/model.onnx of onnx-community/depth-anything-v2-small, Apache-2.0) or of
 MiDaS; none is in the box. Without --model the environment variable {VARIABLE} names it.
 Near is bright. The map has the picture's size; --size and --multiple are for models that take any.
 Exit: 0 done, 1 an error, 2 usage, 130 Ctrl-C; OUT is written whole or not at all."""
