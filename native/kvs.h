@@ -262,7 +262,7 @@ typedef struct kvs_sample {
 int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err);
 void kvs_session_free(kvs_session *session);
 uint64_t kvs_session_bytes(const kvs_session *session);
-/* Prompt rows: all chunks in one pass, blocks of up to 512 rows. All or nothing: on failure no row has been added. */
+/* Prompt rows: all chunks, in passes of up to 512 rows or as policies need pictures. All or nothing: on failure no row has been added. */
 int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err);
 /* One generated token for each of n different sessions of one model, in one pass over the weights; policies act. */
 int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err);

@@ -374,6 +374,90 @@ def test_cancelled_feed_leaves_the_session_as_it_was(phase: str, case: Case, rng
             assert answer(session, words) == answer(fork, words)
 
 
+def feed_rows(session: kvs.Session, rows: np.ndarray, flag: _native.Flag) -> None:
+    chunk, err = ffi.new("kvs_chunk *", {"embd": ffi.from_buffer("float[]", rows), "n": len(rows), "hash": 1}), _native.new_error()
+    with session._handle as pointer:
+        _native.check(lib.kvs_session_feed(pointer, chunk, 1, flag.pointer, err), err)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kvs.Model]:
+    """3136 patches: the weights of a sum kernel take 39 MB, more than the C library ever keeps of what was freed."""
+    sizes = {
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "n_head_kv": 2,
+        "n_ff": 48,
+        "image": 112,
+        "patch": 2,
+        "v_layer": 2,
+        "v_embd": 32,
+        "v_head": 2,
+    }
+    text, mmproj, _ = tiny.write_pair(tmp_path_factory.mktemp("wide"), seed=SEED, load=False, v_ff=32, **sizes)
+    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+        yield model
+
+
+def test_cancelled_in_the_middle(wide: kvs.Model, rng: np.random.Generator) -> None:
+    """Sooner or later, in a pass, between two, or in the refinement."""
+    import threading
+    import time
+
+    rows = rng.standard_normal((3136, 32)).astype(np.float32)
+    policy = [kvs.DSCR(layers=[0, 1], kernel="product", coord_norm="patch"), kvs.KVSmooth(layers=[1], lambda_ref=0.5)]
+    with wide.session(n_ctx=3200, kv_type="f16", policy=policy) as session:
+        session.feed(tokens(rng, 4))
+        session.feed(tokens(rng, 3), generated=True)
+        words, cancelled = tokens(rng, 4), 0
+        with session.fork() as fork:
+            expected = answer(fork, words)
+        with session.fork() as fork:
+            began = time.monotonic()
+            feed_rows(fork, rows, _native.Flag())
+            whole = time.monotonic() - began
+        for part in (0.05, 0.3, 0.6, 0.8, 0.9):
+            flag = _native.Flag()
+            timer = threading.Timer(part * whole, flag.set)
+            with session.fork() as fork:
+                timer.start()
+                try:
+                    feed_rows(fork, rows, flag)
+                except kvs.CancelledError:
+                    cancelled += 1
+                    assert fork.n_past == 7 and answer(fork, words) == expected
+                timer.join()
+        assert cancelled, "not one of five"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_memory_for_the_weights(phase: str, wide: kvs.Model, rng: np.random.Generator) -> None:
+    """OutOfMemoryError, nothing has changed, and with memory it goes on."""
+    import os
+    import resource
+
+    rows, words = rng.standard_normal((3136, 32)).astype(np.float32), tokens(rng, 3)
+    policy = kvs.DSCR(layers=[1], phase=phase)
+    with wide.session(n_ctx=3200, kv_type="f32", policy=policy) as session, wide.session(n_ctx=3200, kv_type="f32", policy=policy) as fresh:
+        fresh.feed_embeddings(rows)  # with it come the buffers of such a pass
+        expected = answer(fresh, words)
+        if phase == "after_prefill":
+            session.feed_embeddings(rows)
+        limit = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + (8 << 20), limit[1]))
+        try:
+            with pytest.raises(kvs.OutOfMemoryError):
+                session.feed(words, generated=True) if phase == "after_prefill" else session.feed_embeddings(rows)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+        if phase != "after_prefill":
+            assert session.n_past == 0
+            session.feed_embeddings(rows)
+        assert answer(session, words) == expected
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_prefix_is_reused_as_far_as_it_is_the_same(phase: str, case: Case, rng: np.random.Generator) -> None:
     """Refined pictures come out the same again, unless the prompt behind them saw them as they were; another depth is another picture."""
