@@ -21,6 +21,7 @@ int32_t kvs_struct_size(const char *name) {
         {"kvs_model_params", sizeof(kvs_model_params)},
         {"kvs_model_info", sizeof(kvs_model_info)},
         {"kvs_smooth_params", sizeof(kvs_smooth_params)},
+        {"kvs_dscr_params", sizeof(kvs_dscr_params)},
         {"kvs_prune_params", sizeof(kvs_prune_params)},
         {"kvs_pruning", sizeof(kvs_pruning)},
         {"kvs_session_params", sizeof(kvs_session_params)},

@@ -7,6 +7,7 @@
  * reports it. One step at a time per backend: the caller holds the model's lock from begin to end. */
 #ifndef KVS_BACKEND_H
 #define KVS_BACKEND_H
+#include "mix.h"
 #include "util.h"
 
 enum { KVS_MAX_HEAD_DIM = 512 }; /* loaders refuse more: kernels have room for so many on their stacks */
@@ -98,6 +99,16 @@ typedef struct kvs_move { /* rows of one head that leave the store or come back 
     int32_t n, n_rows;     /* n_rows: of the head while they are there */
     uint8_t *rows;         /* host: (2, n, row_bytes) K, then V; NULL = nobody wants them back */
 } kvs_move;
+typedef struct kvs_mix_job { /* rows of a cache become weighted sums of them, DSCR: methods.md C.1 and C-4, C-5 */
+    kvs_kv *kv;
+    const kvs_mix *mix; /* host memory */
+    int32_t row;        /* in the step: of the first of its rows, where their angles are */
+    int32_t index;      /* of that row; the others follow it, in the timeline and in their places */
+    int32_t exact_from; /* the ring of exact rows holds the rows from this index on, and takes their new values */
+    float gamma;        /* x <- (1 - gamma) x + gamma x_hat */
+    int32_t target;     /* KVS_TARGET_K | KVS_TARGET_V */
+    int32_t rope_pre;   /* keys are turned back by their positions, mixed, and turned again */
+} kvs_mix_job;
 
 typedef struct kvs_rope {
     int32_t n_rot;         /* leading dimensions of a head that turn, even */
@@ -138,6 +149,8 @@ struct kvs_ops {
     void (*kv_record)(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
     /* rank, strength, EMA: from exact rows in float32 to the store and to the exact rows; target O mixes out and exact_o */
     void (*kv_smooth)(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
+    /* read as stored, mixed in float32, stored once; rope->table holds the angles of the step's rows */
+    void (*kv_mix)(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
     /* attention outputs of prompt rows into exact_o, where a cache has one */
     void (*kv_put_out)(kvs_backend *be, int32_t layer, const float *out);
     /* pruning, between begin and end: attention of the newest row on each row of a picture, span by span, mean (or maximum) over the

@@ -72,6 +72,10 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
     return kvs_fail_memory(err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
 }
 
+static void drop_pictures(kvs_cache *cache, int32_t n) { /* all but n */
+    while (cache->n_pictures > n) free(cache->pictures[--cache->n_pictures].depth);
+}
+
 void kvs_cache_free(kvs_cache *cache) {
     if (!cache->be) return;
     void *device[] = {cache->kv.k,       cache->kv.v, cache->kv.entropy, cache->kv.strength, cache->kv.exact_k, cache->kv.exact_v,
@@ -82,6 +86,7 @@ void kvs_cache_free(kvs_cache *cache) {
     free(cache->hashes);
     free(cache->flags);
     free(cache->turns);
+    drop_pictures(cache, 0);
     free(cache->pictures);
     free(cache->kv.spans);
     kvs_pruned_free(&cache->pruned);
@@ -136,12 +141,23 @@ static bool reserve_pictures(kvs_cache *cache, int32_t n) {
     return true;
 }
 
-static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
-    if (!from->n_pictures) return true;
-    if (!reserve_pictures(to, from->n_pictures)) return false;
-    memcpy(to->pictures, from->pictures, (size_t)from->n_pictures * sizeof *to->pictures);
-    to->n_pictures = from->n_pictures;
+static bool push_picture(kvs_cache *cache, kvs_picture picture) { /* its depth is copied */
+    uint64_t n = picture.depth ? (uint64_t)picture.n : 0;
+    float *depth = n ? kvs_calloc(n, sizeof *depth) : NULL;
+    if ((n && !depth) || !reserve_pictures(cache, cache->n_pictures + 1)) {
+        free(depth);
+        return false;
+    }
+    if (n) memcpy(depth, picture.depth, n * sizeof *depth);
+    picture.depth = depth;
+    cache->pictures[cache->n_pictures++] = picture;
     return true;
+}
+
+static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
+    bool ok = true;
+    for (int32_t i = 0; i < from->n_pictures && ok; i++) ok = push_picture(to, from->pictures[i]);
+    return ok;
 }
 
 int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
@@ -186,17 +202,25 @@ void kvs_cache_rows(const kvs_span *span, kvs_row *rows) {
     }
 }
 
-int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err) {
-    if (!reserve_pictures(cache, cache->n_pictures + 1)) return kvs_fail_memory(err, 0, "a picture's place");
-    cache->pictures[cache->n_pictures++] = (kvs_picture){.first = cache->n_past + at, .n = n};
+int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, const float *depth, kvs_error *err) {
+    kvs_picture picture = {.first = cache->n_past + at, .n = n, .depth = (float *)depth};
+    if (!push_picture(cache, picture)) return kvs_fail_memory(err, 0, "a picture's place");
     kvs_pruned_refresh(cache);
     return KVS_OK;
 }
 
+kvs_picture *kvs_cache_picture_at(const kvs_cache *cache, int32_t end) {
+    for (int32_t i = cache->n_pictures - 1; i >= 0; i--)
+        if (cache->pictures[i].first + cache->pictures[i].n == end) return &cache->pictures[i];
+    return NULL;
+}
+
 void kvs_cache_forget(kvs_cache *cache) {
-    while (cache->n_pictures > 0 && cache->pictures[cache->n_pictures - 1].first >= cache->n_past) cache->n_pictures--;
-    if (cache->n_pictures) {
-        kvs_picture *last = &cache->pictures[cache->n_pictures - 1]; /* a rewind may end inside it */
+    int32_t n = cache->n_pictures;
+    while (n > 0 && cache->pictures[n - 1].first >= cache->n_past) n--;
+    drop_pictures(cache, n);
+    if (n) {
+        kvs_picture *last = &cache->pictures[n - 1]; /* a rewind may end inside it */
         last->n = KVS_MIN(last->n, cache->n_past - last->first);
     }
     kvs_pruned_refresh(cache);
@@ -251,11 +275,19 @@ bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags) {
     return false;
 }
 
+/* Is there a picture with first <= index and end < sealed? */
+static bool under_seal(const kvs_cache *cache, int32_t index, int32_t end) {
+    for (int32_t i = 0; i < cache->n_pictures; i++)
+        if (cache->pictures[i].first <= index && end < cache->pictures[i].sealed) return true;
+    return false;
+}
+
 /* A prompt row of text can be computed again; one that was smoothed at the end of its prompt needs the row before it, too. Rows up to
  * pruned saw rows that are gone. */
 static int32_t again_from(const kvs_cache *cache, int32_t index, int32_t pruned) {
     for (; index >= 0 && !kvs_cache_exact(cache, index); index--) {
-        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0 || index <= pruned) return -1;
+        if (cache->flags[index] & KVS_ROW_GENERATED || cache->ids[index] < 0 || index <= pruned || under_seal(cache, index, index))
+            return -1;
         if (!kvs_cache_mixes(cache, cache->flags[index])) return index;
     }
     return index + 1;
@@ -273,7 +305,8 @@ int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index) { return aga
 /* May the timeline end here? Its logits (if wanted) need the last row run once more, and that may need the row before it. */
 static bool can_end_at(const kvs_cache *cache, int32_t n_past, bool logits) {
     if (n_past == 0 || n_past == cache->n_past) return true;
-    if (!kvs_pruned_can_end(cache, n_past, logits)) return false;
+    if (!kvs_pruned_can_end(cache, n_past, logits) || under_seal(cache, n_past - 1, n_past)) return false;
+    if (logits && cache->ids[n_past - 1] >= 0 && under_seal(cache, n_past - 1, n_past - 1)) return false;
     if (cache->store_is_exact) return true;
     uint8_t flags = cache->flags[n_past - 1];
     if (!kvs_cache_mixes(cache, flags)) return true;                   /* text can follow a picture */
@@ -322,19 +355,28 @@ static int refuse_pruned(const kvs_cache *cache, int32_t n_past, kvs_error *err)
     return KVS_E_POLICY;
 }
 
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
-    if (n_past < cache->n_past && !kvs_pruned_can_end(cache, n_past, logits)) return refuse_pruned(cache, n_past, err);
-    if (!can_end_at(cache, n_past, logits)) {
+static int refuse_rewind(const kvs_cache *cache, int32_t n_past, kvs_error *err) {
+    int32_t n = cache->n_past - n_past;
+    if (under_seal(cache, n_past - 1, n_past - 1))
+        kvs_fail(err, KVS_E_POLICY,
+                 "rewind by %d rows: it would end in a picture that was refined, or in a prompt that has seen it as it was before; "
+                 "rewind less, or to the row in front of the picture",
+                 n);
+    else
         kvs_fail(err, KVS_E_POLICY,
                  "rewind by %d rows: the row that the next smoothing would mix with is kept exactly for the newest %d rows only; "
                  "rewind less, or make the session with more exact_rows",
-                 cache->n_past - n_past, cache->n_past - KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact));
-        if (err) {
-            err->needed = (uint64_t)(cache->n_past - n_past);
-            err->available = (uint64_t)kvs_cache_rewindable(cache);
-        }
-        return KVS_E_POLICY;
+                 n, cache->n_past - KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact));
+    if (err) {
+        err->needed = (uint64_t)n;
+        err->available = (uint64_t)kvs_cache_rewindable(cache);
     }
+    return KVS_E_POLICY;
+}
+
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
+    if (n_past < cache->n_past && !kvs_pruned_can_end(cache, n_past, logits)) return refuse_pruned(cache, n_past, err);
+    if (!can_end_at(cache, n_past, logits)) return refuse_rewind(cache, n_past, err);
     int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
     kvs_pruned_undo(cache, n_past);
     cache->pruned.quiet = KVS_MIN(cache->pruned.quiet, n_past);

@@ -66,9 +66,20 @@ typedef struct kvs_policy_ops { /* what a policy does not need is NULL; the firs
     void (*facts)(const kvs_policy *policy, kvs_facts *facts);
     /* A generated row is about to run: host side, before the first layer. */
     void (*before_step)(kvs_policy *policy, const kvs_span *span);
+    /* May these n embeddings be a picture? Before any work of a feed. */
+    int (*check_picture)(const kvs_policy *policy, int32_t n, const float *depth, kvs_error *err);
+    /* How many prompt rows from index on are the next pass, of n at most; more where a picture must not be cut. */
+    int32_t (*pass_rows)(const kvs_policy *policy, const kvs_cache *cache, int32_t index, int32_t n);
+    /* Prompt rows are about to run: host side, the model's lock is held. */
+    int (*before_pass)(kvs_policy *policy, const kvs_span *span, kvs_error *err);
+    /* Prompt rows: K and V of a layer are in the cache, its attention comes next. */
+    void (*before_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope);
+    /* A pass has ended with this picture, not committed yet; inside its own begin/end. rope->table has room for its rows. */
+    int (*after_image)(kvs_policy *policy, kvs_cache *cache, kvs_picture *picture, const kvs_rope *rope, const int32_t *cancel,
+                       kvs_error *err);
     /* Right after the attention of a layer, generated rows only; out: attention outputs (rows of the step, n_head * head_dim). */
     void (*after_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out);
-    /* Once behind the last row of a prompt, the row index; inside its own begin/end. */
+    /* Once behind the last row of a prompt, the row index; inside its own begin/end. rope->table has room for any picture's rows. */
     int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err);
     /* A generated row has run in all layers and is about to be committed. after_step does all that can fail, and may be the last that is
      * heard of it; committed does the rest. The model's lock is held, no step is open. */
@@ -88,8 +99,10 @@ int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
 
 void kvs_cache_rows(const kvs_span *span, kvs_row *rows); /* rows of a span as the backend wants them: (span->n) */
 void kvs_cache_commit(const kvs_span *span);              /* the span begins where the timeline ends */
-/* Rows n_past + at .. + n are a picture's: before they run. What a feed added and did not commit is forgotten by kvs_cache_forget. */
-int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, kvs_error *err);
+/* Rows n_past + at .. + n are a picture's: before they run; depth (n) or NULL is copied. What a feed added and did not commit is
+ * forgotten by kvs_cache_forget. */
+int kvs_cache_add_picture(kvs_cache *cache, int32_t at, int32_t n, const float *depth, kvs_error *err);
+kvs_picture *kvs_cache_picture_at(const kvs_cache *cache, int32_t end); /* that ends before the row end, or NULL */
 void kvs_cache_forget(kvs_cache *cache);
 /* Around a prompt of n rows that may be cancelled: what it writes into the ring of exact rows takes the newest one's place. */
 void kvs_cache_keep_exact(kvs_cache *cache);
@@ -103,7 +116,7 @@ int32_t kvs_cache_rewindable(const kvs_cache *cache);                           
 bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags);
 bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
 /* Where to begin to run rows again so that the rows from index on are exact, -1 where that can't be done: the values of pictures
- * and of smoothed rows are gone with the ring. */
+ * and of smoothed rows are gone with the ring, and a row that saw a picture as it was before it was refined can't see it so again. */
 int32_t kvs_cache_again_from(const kvs_cache *cache, int32_t index);
 int32_t kvs_cache_turn_start(const kvs_cache *cache, int32_t index); /* of the turn that the row index is in */
 
@@ -117,6 +130,9 @@ int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kv
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 int kvs_policy_kvsmooth_check(const kvs_smooth_params *params, int32_t n_layer, kvs_error *err);
 
+/* policy_dscr.c, the same */
+int kvs_policy_dscr(const kvs_dscr_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
+int kvs_policy_dscr_check(const kvs_dscr_params *params, int32_t n_layer, kvs_error *err);
 /* policy_prunehal.c */
 int kvs_policy_prunehal(const kvs_prune_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 int kvs_policy_prunehal_check(const kvs_prune_params *params, int32_t n_layer, kvs_error *err);

@@ -205,6 +205,26 @@ typedef struct kvs_smooth_params {
     const int32_t *skip_ids; /* tokens that are never smoothed (their entropies do enter the queue) */
 } kvs_smooth_params;
 
+/* ---- policy: DSCR, methods.md C (ICLR 2026): K and V of a picture's patches become weighted sums of those of its other patches ---- */
+enum kvs_dscr_kernel { KVS_DSCR_SUM = 0, KVS_DSCR_PRODUCT = 1 }; /* f_d^alpha + f_s^beta | f_d^alpha f_s^beta */
+enum kvs_dscr_phase {
+    KVS_DSCR_BEFORE_QUESTION = 0, /* right behind the picture's rows: what follows sees the refined ones */
+    KVS_DSCR_AFTER_PREFILL = 1,   /* once, at the end of the prompt */
+    KVS_DSCR_IN_LAYER = 2         /* in each layer before its attention: deeper layers change, too */
+};
+typedef struct kvs_dscr_params {
+    uint32_t struct_size;
+    float sigma_d, sigma_s, alpha, beta;
+    float gamma;            /* x <- (1 - gamma) x + gamma x_hat; 0 touches nothing */
+    float cut;              /* so much of a column, at most, is left out where weights vanish; what is left sums to one */
+    int32_t kernel, phase;  /* kvs_dscr_kernel, kvs_dscr_phase */
+    int32_t target;         /* KVS_TARGET_K | KVS_TARGET_V */
+    int32_t rope_pre;       /* 1: keys are mixed as they were before rotary embedding */
+    int32_t grid_w, grid_h; /* patches of a picture, row by row */
+    float step_x, step_y;   /* coordinates of neighbouring patches differ by so much */
+    int32_t n_layers;       /* of the list below */
+    const int32_t *layers;  /* 0-based, each once */
+} kvs_dscr_params;
 /* ---- policy: PruneHal, methods.md B.2 and B.5 (arXiv 2510.19183) ---- */
 enum { KVS_REFERENCE_RUNNING_MEAN_RESET = 0, KVS_REFERENCE_RUNNING_MEAN, KVS_REFERENCE_LAST_PRUNE, KVS_REFERENCE_FIRST };
 enum { KVS_SCOPE_LAYER = 0, KVS_SCOPE_GLOBAL, KVS_SCOPE_KV_HEAD };
@@ -235,6 +255,7 @@ typedef struct kvs_session_params {
     int32_t exact_rows; /* rows of float32 history kept for rewind under smoothing; 0 = 32 */
     uint64_t seed;
     const kvs_smooth_params *smooth; /* NULL = off; copied */
+    const kvs_dscr_params *dscr;     /* NULL = off; copied */
     const kvs_prune_params *prune;   /* NULL = off; copied */
 } kvs_session_params;
 typedef struct kvs_pruning {         /* one that has happened */
@@ -246,7 +267,8 @@ typedef struct kvs_chunk { /* a run of rows: either ids or embeddings */
     const int32_t *ids;    /* (n) */
     const float *embd;     /* (n, n_embd), when ids is NULL */
     int32_t n;
-    uint64_t hash; /* of the picture behind embd; what the timeline remembers of it */
+    uint64_t hash;      /* of the picture behind embd, and of its depth; what the timeline remembers of it */
+    const float *depth; /* (n) of each patch, for policies that use it; NaN = padding; NULL = unknown. Copied */
 } kvs_chunk;
 typedef struct kvs_sampling {
     uint32_t struct_size;
@@ -266,7 +288,7 @@ typedef struct kvs_sample {
 int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err);
 void kvs_session_free(kvs_session *session);
 uint64_t kvs_session_bytes(const kvs_session *session); /* of the cache; room of dropped rows is not counted, kept ones are */
-/* Prompt rows: all chunks in one pass, blocks of up to 512 rows. All or nothing: on failure no row has been added. */
+/* Prompt rows: all chunks, in passes of up to 512 rows or as policies need pictures. All or nothing: on failure no row has been added. */
 int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t n_chunks, int32_t *cancel, kvs_error *err);
 /* One generated token for each of n different sessions of one model, in one pass over the weights; policies act. */
 int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err);
@@ -336,6 +358,14 @@ int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, con
  * entropy (n, n_kv_head), strength (n, groups). */
 int32_t kvs_test_smooth(const char *isa, const kvs_smooth_params *p, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n,
                         const float *k, const float *v, const float *entropy, float *k_out, float *v_out, float *strength);
+/* w (n, n), column j the weights of row j: DSCR's for one picture of n = grid_w grid_h patches; depth (n) or NULL */
+int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, float *w);
+/* Rows first..first+n of n_rows are mixed with w (n, n), a column for each; a column of zeros leaves its row. k, v, k_out, v_out (n_rows,
+ * n_kv_head, head_dim); exact_k, exact_v (n_exact, n_kv_head, head_dim): the ring of exact rows, slot = row % n_exact, or NULL.
+ * n_rot and inv_freq (n_rot / 2) turn keys by their rows' numbers; without rope_pre they are not used. */
+int32_t kvs_test_mix(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows, int32_t first,
+                     int32_t n, const float *w, float gamma, int32_t target, int32_t rope_pre, int32_t n_rot, const float *inv_freq,
+                     const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out, float *exact_k, float *exact_v);
 /* draws ids from one row of logits; last: the whole sample of the last draw */
 int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
                         uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);

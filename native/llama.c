@@ -36,6 +36,13 @@ static void before_step(const kvs_span *span) {
     }
 }
 
+static void before_attention(const kvs_span *span, int32_t layer, const kvs_rope *rope) {
+    for (int32_t i = 0; i < span->cache->n_policies && !span->generated; i++) {
+        kvs_policy *policy = span->cache->policies[i];
+        if (policy->ops->before_attn) policy->ops->before_attn(policy, span, layer, rope);
+    }
+}
+
 static void after_attention(const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out) {
     for (int32_t i = 0; i < span->cache->n_policies && span->generated; i++) {
         kvs_policy *policy = span->cache->policies[i];
@@ -66,6 +73,7 @@ static void attention_block(kvs_model *model, const kvs_pass *pass, int32_t inde
     ops->rope(model->be, w->q, &t->rope, pass->n, t->n_head, t->head_dim);
     ops->rope(model->be, w->k, &t->rope, pass->n, t->n_head_kv, t->head_dim);
     ops->kv_put(model->be, index, w->k, w->v);
+    for (int32_t s = 0; s < pass->n_spans; s++) before_attention(&pass->spans[s], index, &t->rope);
     ops->attn(model->be, index, w->q, w->attn, &w->taps);
     ops->kv_record(model->be, index, w->q, &w->taps);
     ops->kv_put_out(model->be, index, w->attn);

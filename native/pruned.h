@@ -11,6 +11,8 @@ enum { KVS_MAX_EVENTS = 65535 };
 
 typedef struct kvs_picture { /* rows of the timeline that one picture gave */
     int32_t first, n;
+    int32_t sealed; /* its rows are what they are because of all rows up to here: the timeline can't end before; 0 = they are as they ran */
+    float *depth;   /* (n) of its patches, NaN = padding; our own copy, or NULL */
 } kvs_picture;
 
 typedef struct kvs_event { /* one pruning; pointers are its own */

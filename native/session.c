@@ -52,7 +52,11 @@ static int add_policies(kvs_session *s, const kvs_session_params *params, kvs_er
     kvs_cache *cache = &s->cache;
     int32_t n_layer = s->model->text.n_layer;
     int status = KVS_OK;
-    if (params->smooth) {
+    if (params->dscr) {
+        status = kvs_policy_dscr(params->dscr, n_layer, &cache->policies[cache->n_policies], err);
+        cache->n_policies += !status;
+    }
+    if (params->smooth && !status) {
         status = kvs_policy_kvsmooth(params->smooth, n_layer, &cache->policies[cache->n_policies], err);
         cache->n_policies += !status;
     }
@@ -112,7 +116,7 @@ typedef struct flat { /* the chunks of a feed, row by row */
     int32_t *ids;
     uint64_t *hashes;
     const float **embd;
-    kvs_row *rows; /* (min(n, KVS_BLOCK_ROWS)) */
+    kvs_row *rows; /* (n) room for any pass */
 } flat;
 
 static void flat_free(flat *f) {
@@ -140,13 +144,22 @@ static int check_ids(const kvs_session *s, const int32_t *ids, int32_t n, kvs_er
     return KVS_OK;
 }
 
+static int check_picture(const kvs_session *s, const kvs_chunk *chunk, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < s->cache.n_policies && !status; i++) {
+        const kvs_policy *policy = s->cache.policies[i];
+        if (policy->ops->check_picture && chunk->n) status = policy->ops->check_picture(policy, chunk->n, chunk->depth, err);
+    }
+    return status;
+}
+
 static int flatten(const kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, flat *f, kvs_error *err) {
     memset(f, 0, sizeof *f);
     int64_t n = 0;
     for (int32_t c = 0; c < n_chunks; c++) {
         if (chunks[c].n < 0 || (chunks[c].n && !chunks[c].ids && !chunks[c].embd))
             return bad_argument(err, "chunks", "a chunk without rows");
-        int status = chunks[c].ids ? check_ids(s, chunks[c].ids, chunks[c].n, err) : KVS_OK;
+        int status = chunks[c].ids ? check_ids(s, chunks[c].ids, chunks[c].n, err) : check_picture(s, &chunks[c], err);
         if (status) return status;
         n += chunks[c].n;
     }
@@ -156,8 +169,8 @@ static int flatten(const kvs_session *s, const kvs_chunk *chunks, int32_t n_chun
     f->ids = kvs_calloc((uint64_t)n, sizeof *f->ids);
     f->hashes = kvs_calloc((uint64_t)n, sizeof *f->hashes);
     f->embd = kvs_calloc((uint64_t)n, sizeof *f->embd);
-    f->rows = kvs_calloc((uint64_t)KVS_MIN(n, KVS_BLOCK_ROWS), sizeof *f->rows);
-    if (!f->ids || !f->hashes || !f->embd || !f->rows) return kvs_fail_memory(err, (uint64_t)n * 32, "a prompt");
+    f->rows = kvs_calloc((uint64_t)n, sizeof *f->rows);
+    if (!f->ids || !f->hashes || !f->embd || !f->rows) return kvs_fail_memory(err, (uint64_t)n * 56, "a prompt");
     int32_t row = 0;
     for (int32_t c = 0; c < n_chunks; c++)
         for (int32_t i = 0; i < chunks[c].n; i++, row++) {
@@ -168,25 +181,63 @@ static int flatten(const kvs_session *s, const kvs_chunk *chunks, int32_t n_chun
     return KVS_OK;
 }
 
-/* The model is taken block by block, so that sessions of other threads get their turns between. */
+static int32_t pass_rows(const kvs_session *s, int32_t index, int32_t left) {
+    int32_t n = KVS_MIN(left, KVS_BLOCK_ROWS);
+    for (int32_t i = 0; i < s->cache.n_policies; i++) {
+        const kvs_policy *policy = s->cache.policies[i];
+        if (policy->ops->pass_rows) n = policy->ops->pass_rows(policy, &s->cache, index, n);
+    }
+    return n;
+}
+
+static int before_pass(kvs_session *s, const kvs_span *span, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < s->cache.n_policies && !status; i++) {
+        kvs_policy *policy = s->cache.policies[i];
+        if (policy->ops->before_pass) status = policy->ops->before_pass(policy, span, err);
+    }
+    return status;
+}
+
+/* What policies do to the picture that a pass ends with. */
+static int after_image(kvs_session *s, int32_t end, const int32_t *cancel, kvs_error *err) {
+    kvs_picture *picture = kvs_cache_picture_at(&s->cache, end);
+    int status = KVS_OK;
+    for (int32_t i = 0; i < s->cache.n_policies && !status && picture; i++) {
+        kvs_policy *policy = s->cache.policies[i];
+        if (!policy->ops->after_image) continue;
+        status = kvs_work_reserve(s->model, picture->n, 0, err); /* room for its angles */
+        if (!status) status = policy->ops->after_image(policy, &s->cache, picture, &s->model->text.rope, cancel, err);
+    }
+    return status;
+}
+
+/* The model is taken pass by pass, so that sessions of other threads get their turns between. */
+static int feed_pass(kvs_session *s, const flat *f, int32_t at, int32_t n, const int32_t *cancel, kvs_error *err) {
+    kvs_span span = {.cache = &s->cache, .index = s->cache.n_past + at, .n = n, .ids = f->ids + at, .hashes = f->hashes + at};
+    kvs_cache_rows(&span, f->rows);
+    kvs_pass pass = {.spans = &span,
+                     .n_spans = 1,
+                     .rows = f->rows,
+                     .embd = f->embd + at,
+                     .n = n,
+                     .logits = at + n == f->n,
+                     .logits_out = &s->logits,
+                     .cancel = cancel};
+    int status = kvs_model_lock(s->model, cancel, err);
+    if (status) return status;
+    status = before_pass(s, &span, err);
+    if (!status) status = kvs_llama_pass(s->model, &pass, err);
+    if (!status) status = after_image(s, span.index + n, cancel, err);
+    kvs_model_unlock(s->model);
+    return status;
+}
+
 static int feed_blocks(kvs_session *s, const flat *f, const int32_t *cancel, kvs_error *err) {
     int status = KVS_OK;
-    for (int32_t at = 0; at < f->n && !status; at += KVS_BLOCK_ROWS) {
-        int32_t n = KVS_MIN(KVS_BLOCK_ROWS, f->n - at);
-        kvs_span span = {.cache = &s->cache, .index = s->cache.n_past + at, .n = n, .ids = f->ids + at, .hashes = f->hashes + at};
-        kvs_cache_rows(&span, f->rows);
-        kvs_pass pass = {.spans = &span,
-                         .n_spans = 1,
-                         .rows = f->rows,
-                         .embd = f->embd + at,
-                         .n = n,
-                         .logits = at + n == f->n,
-                         .logits_out = &s->logits,
-                         .cancel = cancel};
-        status = kvs_model_lock(s->model, cancel, err);
-        if (status) break;
-        status = kvs_llama_pass(s->model, &pass, err);
-        kvs_model_unlock(s->model);
+    for (int32_t at = 0, n = 0; at < f->n && !status; at += n) {
+        n = pass_rows(s, s->cache.n_past + at, f->n - at);
+        status = feed_pass(s, f, at, n, cancel, err);
     }
     return status;
 }
@@ -194,7 +245,7 @@ static int feed_blocks(kvs_session *s, const flat *f, const int32_t *cancel, kvs
 static int add_pictures(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, kvs_error *err) {
     int32_t at = 0, status = KVS_OK;
     for (int32_t c = 0; c < n_chunks && !status; at += chunks[c++].n)
-        if (!chunks[c].ids && chunks[c].n) status = kvs_cache_add_picture(&s->cache, at, chunks[c].n, err);
+        if (!chunks[c].ids && chunks[c].n) status = kvs_cache_add_picture(&s->cache, at, chunks[c].n, chunks[c].depth, err);
     return status;
 }
 
@@ -229,9 +280,18 @@ int32_t kvs_session_feed(kvs_session *session, const kvs_chunk *chunks, int32_t 
 
 /* ---- rows that run again ---- */
 
+/* For what policies do to whole pictures: angles of the largest. */
+static int reserve_angles(kvs_session *s, kvs_error *err) {
+    int32_t rows = 0;
+    for (int32_t i = 0; i < s->cache.n_policies; i++)
+        for (int32_t p = 0; p < s->cache.n_pictures && s->cache.policies[i]->ops->after_image; p++)
+            rows = KVS_MAX(rows, s->cache.pictures[p].n);
+    return kvs_work_reserve(s->model, rows, 0, err);
+}
+
 /* The model's lock is held. */
 static int policies_end_prefill(kvs_session *s, int32_t index, kvs_error *err) {
-    int status = KVS_OK;
+    int status = reserve_angles(s, err);
     for (int32_t i = 0; i < s->cache.n_policies && !status; i++) {
         kvs_policy *policy = s->cache.policies[i];
         if (policy->ops->end_prefill) status = policy->ops->end_prefill(policy, &s->cache, index, &s->model->text.rope, err);

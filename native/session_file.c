@@ -40,6 +40,7 @@ typedef struct saved_event {
 typedef struct stream {
     FILE *file;
     bool write, failed;
+    bool memory; /* it failed for want of it */
     uint64_t hash;
     const char *path;
     const kvs_backend *be;
@@ -65,6 +66,27 @@ static void transfer_device(stream *f, void *device, uint64_t bytes) {
     }
 }
 
+typedef struct saved_picture {
+    int32_t first, n, sealed, has_depth;
+} saved_picture;
+
+/* Of a file only n_pictures is known yet. The depths follow their pictures; a length that can't be ends the reading. */
+static void transfer_pictures(stream *f, kvs_cache *cache) {
+    for (int32_t i = 0; i < cache->n_pictures; i++) {
+        kvs_picture *p = &cache->pictures[i];
+        saved_picture saved = {p->first, p->n, p->sealed, p->depth != NULL};
+        transfer(f, &saved, sizeof saved);
+        if (f->failed) return;
+        if (!f->write) {
+            p->first = saved.first, p->n = saved.n, p->sealed = saved.sealed;
+            f->failed = saved.n < 1 || saved.n > cache->n_past || (saved.has_depth != 0 && saved.has_depth != 1);
+            if (saved.has_depth && !f->failed) p->depth = kvs_calloc((uint64_t)saved.n, sizeof *p->depth);
+            if (saved.has_depth && !f->failed && !p->depth) f->failed = f->memory = true;
+        }
+        if (!f->failed && p->depth) transfer(f, p->depth, (uint64_t)p->n * sizeof *p->depth);
+    }
+}
+
 /* Events, which rows they took, and those rows where they are kept. The numbers come first: a reader must trust them before the rest. */
 static void transfer_events(stream *f, kvs_cache *cache) {
     kvs_pruned *p = &cache->pruned;
@@ -85,7 +107,7 @@ static void transfer_cache(stream *f, kvs_cache *cache) {
     transfer(f, cache->hashes, (uint64_t)cache->n_past * sizeof *cache->hashes);
     transfer(f, cache->flags, (uint64_t)cache->n_past * sizeof *cache->flags);
     transfer(f, cache->turns, (uint64_t)cache->n_turns * sizeof *cache->turns);
-    transfer(f, cache->pictures, (uint64_t)cache->n_pictures * sizeof *cache->pictures);
+    transfer_pictures(f, cache);
     transfer_events(f, cache);
     transfer_device(f, kv->mass, (uint64_t)cache->n_past * (uint64_t)kv->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < kv->n_layer; layer++) {
@@ -296,6 +318,7 @@ static bool sane_pictures(const kvs_cache *c) {
     for (int32_t i = 0; i <= c->n_pictures; i++) {
         kvs_picture p = i < c->n_pictures ? c->pictures[i] : (kvs_picture){.first = c->n_past};
         if (p.first < at || p.first > c->n_past || p.n < 0 || p.n > c->n_past - p.first || (!p.n && i < c->n_pictures)) return false;
+        if (p.sealed && (p.sealed < p.first + p.n || p.sealed > c->n_past)) return false;
         for (; at < p.first; at++)
             if (c->ids[at] < 0) return false;
         for (; at < p.first + p.n; at++)
@@ -400,7 +423,7 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
     s->rng = h->rng;
     if (!open_buffer(f, c)) return kvs_fail_memory(err, f->buffer_bytes, "loading a session");
     for (int32_t i = 0; i < h->n_pictures; i++) {
-        int status = kvs_cache_add_picture(c, 0, 0, err); /* room for them */
+        int status = kvs_cache_add_picture(c, 0, 0, NULL, err); /* room for them */
         if (status) return status;
     }
     int status = read_events(f, h, c, err);
@@ -411,6 +434,7 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
     if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
     uint64_t sum = f->hash, saved = 0;
     transfer(f, &saved, sizeof saved);
+    if (f->memory) return kvs_fail_memory(err, 0, "loading a session");
     if (f->failed || fgetc(f->file) != EOF) return file_error(err, f->path, "length", "the file is cut off or has grown");
     if (saved != sum || !sane_timeline(s)) return file_error(err, f->path, "checksum", "the file is damaged");
     finish_events(c);

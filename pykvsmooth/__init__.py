@@ -40,7 +40,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .aio import AsyncStream
     from .batch import Batch
+    from .depth_onnx import DepthModelError, OnnxDepth
     from .model import Model
+    from .policies.dscr import DSCR
     from .policies.kvsmooth import KVSmooth
     from .policies.prunehal import PruneHal
     from .session import Session
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DSCR",
     "VICUNA_SYSTEM",
     "AsyncStream",
     "Batch",
@@ -58,6 +61,7 @@ __all__ = [
     "CancelledError",
     "ClosedError",
     "ContextOverflowError",
+    "DepthModelError",
     "DeviceError",
     "ImageError",
     "KVSmooth",
@@ -68,6 +72,7 @@ __all__ = [
     "ModelFormatError",
     "ModelMismatchError",
     "NumericError",
+    "OnnxDepth",
     "OutOfMemoryError",
     "PolicyError",
     "PruneHal",
@@ -86,11 +91,14 @@ __all__ = [
 
 # Modules of the names that are fetched when they are first used: the native library and NumPy load then, not with this package.
 _HOMES = {
+    "DSCR": "policies.dscr",
     "VICUNA_SYSTEM": "template",
     "AsyncStream": "aio",
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
     "Model": "model",
+    "DepthModelError": "depth_onnx",
+    "OnnxDepth": "depth_onnx",
     "PruneHal": "policies.prunehal",
     "Pruning": "stats",
     "Result": "stats",

@@ -13,7 +13,7 @@ import numpy as np
 from . import errors
 from ._native import Flag, check, ffi, lib, native_call, new_error
 from .options import Options
-from .prompt import Part, Picture, read_picture
+from .prompt import Part, Picture
 from .stats import Result, Stats, Token, peak_bytes
 from .text import AnswerText
 
@@ -38,6 +38,7 @@ class Generation:
         self.finish_reason: str | None = None
         self.started = False
         self._pictures: list[Picture] | None = None
+        self._before = 0  # pictures of the timeline in front of them
         self._encoded = 0  # of them
         self._turns = 0  # of the conversation that the plan goes on with
         self._answer = AnswerText(bool(model._info.add_space_prefix), options.stop)
@@ -54,8 +55,10 @@ class Generation:
     def prepare(self, pointer: Any) -> Plan:
         """What to feed, and that there is room for it. Once more at the start, for the conversation may have moved on."""
         session, request = self.session, self.request
-        if self._pictures is None:
-            self._pictures = [read_picture(session.model, image, request.mode) for image in request.images]
+        before = lib.kvs_session_n_pictures(pointer) if request.chat and session._chat.turns else 0
+        if self._pictures is None or self._before != before:
+            self._before = before
+            self._pictures = [session._read_picture(image, request.mode, before + i) for i, image in enumerate(request.images)]
         n_past = lib.kvs_session_n_past(pointer)
         if self.plan is None or self._turns != len(session._chat.turns):
             self._turns = len(session._chat.turns)

@@ -239,6 +239,21 @@ def _to_8bit(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.dtyp
 # ---- geometry ----
 
 
+def place(width: int, height: int, size: int, mode: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where preprocess lays a picture of width x height: ((left, right), (top, bottom)) of its edges in pixels of the size x size square.
+    Inside it where the square is padded, outside where the picture is cropped."""
+    if mode == "stretch":
+        return (0.0, float(size)), (0.0, float(size))
+    if mode == "crop":
+        short = min(width, height)
+        wide, high = int(size * width / short), int(size * height / short)
+        left, top = (wide - size) // 2, (high - size) // 2
+        return (float(-left), float(wide - left)), (float(-top), float(high - top))
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    return (left * size / side, (left + width) * size / side), (top * size / side, (top + height) * size / side)
+
+
 def _stretch(image: Image.Image, size: int, _: tuple[int, ...]) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 

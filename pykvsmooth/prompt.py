@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -33,23 +33,29 @@ def key_of(digest: bytes) -> int:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready for the tower: pixels (3, size, size) float32, and the digest of them and of the mode."""
+    """A picture ready for the tower: pixels (3, size, size) float32, the digest of them and of the mode, and where a policy asks for it
+    the depth of each patch (n_image,) float32, NaN for padding."""
 
     pixels: NDArray[np.float32]
     digest: bytes
+    depth: NDArray[np.float32] | None = None
 
     @property
     def key(self) -> int:
-        return key_of(self.digest)
+        if self.depth is None:
+            return key_of(self.digest)
+        return key_of(hashlib.blake2b(self.digest + self.depth.tobytes(), digest_size=16).digest())
 
 
-def read_picture(model: Model, image: ImageLike, mode: str) -> Picture:
-    """ImageError for a bad picture, UnsupportedModelError for a model without vision, ValueError for an unknown mode."""
+def read_picture(model: Model, image: ImageLike, mode: str, depth: Callable[[Any], NDArray[np.float32] | None] | None = None) -> Picture:
+    """depth: what gives the depth of its patches, from the PIL picture. ImageError for a bad picture or depth, UnsupportedModelError for
+    a model without vision, ValueError for an unknown mode."""
     from .images import load_image, preprocess  # here, because Pillow is slow to import and text does without
 
     info = model._vision_info()
-    pixels = preprocess(load_image(image), info.image_size, mode, tuple(info.image_mean), tuple(info.image_std))
-    return Picture(pixels, digest_of(pixels, mode))
+    loaded = load_image(image)
+    pixels = preprocess(loaded, info.image_size, mode, tuple(info.image_mean), tuple(info.image_std))
+    return Picture(pixels, digest_of(pixels, mode), depth(loaded) if depth else None)
 
 
 @dataclass(frozen=True)

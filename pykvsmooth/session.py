@@ -326,14 +326,16 @@ class Session:
 
         Arguments and errors as in Model.encode_image(); ContextOverflowError, BusyError, ClosedError.
         """
-        picture, flag = read_picture(self.model, image, mode), Flag()
+        flag = Flag()
         with self._handle.use(flag) as pointer:
             self._refuse_active()
+            picture = self._read_picture(image, mode, lib.kvs_session_n_pictures(pointer))
             rows, _ = self.model._encode(picture, flag)
             self._feed(pointer, [Part(0, len(rows), picture=picture)], [rows], flag)
 
     def feed_embeddings(self, embeddings: ArrayLike) -> None:
-        """Adds rows given as embeddings, all or nothing: (n, n_embd) float32, finite.
+        """Adds rows given as embeddings, all or nothing: (n, n_embd) float32, finite. Under DSCR they must be a picture's, and its depth
+        map is one of the model's whole square.
 
         Raises TypeError for what holds no real numbers, ValueError for another shape or numbers that are not finite, and
         ContextOverflowError, BusyError, ClosedError.
@@ -341,9 +343,11 @@ class Session:
         rows = float_rows("embeddings", embeddings, self.model.n_embd)
         if not len(rows):
             return
-        picture, flag = Picture(rows, digest_of(rows, "rows")), Flag()
+        flag = Flag()
         with self._handle.use(flag) as pointer:
             self._refuse_active()
+            depth = self._stack.depth_of(self.model, lib.kvs_session_n_pictures(pointer), "stretch")
+            picture = Picture(rows, digest_of(rows, "rows"), depth(None) if depth else None)
             self._feed(pointer, [Part(0, len(rows), picture=picture)], [rows], flag)
 
     def logits(self) -> NDArray[np.float32]:
@@ -508,6 +512,12 @@ class Session:
 
     # ---- inside: the handle is held ----
 
+    def _read_picture(self, image: ImageLike, mode: str, index: int) -> Picture:
+        """Picture index of the timeline, with its depth if a policy asks for that."""
+        choice("mode", mode, MODES)
+        self.model._vision_info()
+        return read_picture(self.model, image, mode, self._stack.depth_of(self.model, index, mode))
+
     def _feed(self, pointer: Any, parts: list[Part], rows: list[Any], flag: Flag) -> None:
         """All parts in one go; rows[i]: the embeddings of part i, None for ids."""
         chunks = ffi.new("kvs_chunk[]", len(parts) or 1)
@@ -520,6 +530,9 @@ class Session:
             else:
                 keep.append(ffi.from_buffer("float[]", embeddings))
                 chunk.embd, chunk.hash = keep[-1], part.picture.key
+                if part.picture.depth is not None:
+                    keep.append(ffi.from_buffer("float[]", _of_rows(part.picture.depth, chunk.n)))
+                    chunk.depth = keep[-1]
         err = new_error()
         check(native_call(lambda: lib.kvs_session_feed(pointer, chunks, len(parts), flag.pointer, err), flag), err)
 
@@ -555,8 +568,10 @@ class Session:
         ids, keys, generated = self._timeline(pointer)
         n = len(ids)
         changed = np.flatnonzero(generated)
-        first = int(changed[0]) if len(changed) else n
-        return prompt.common(ids, keys, self._stack.reusable(n, first, self._prompt_end, prompt.n_rows, lib.kvs_session_n_whole(pointer)))
+        images = np.flatnonzero(ids < 0)
+        first, picture = (int(found[0]) if len(found) else n for found in (changed, images))
+        whole = lib.kvs_session_n_whole(pointer)
+        return prompt.common(ids, keys, self._stack.reusable(n, first, picture, self._prompt_end, prompt.n_rows, whole))
 
     def _prunings(self, pointer: Any, since: int | None) -> list[Pruning]:
         """Those behind row since and later ones, their steps counted from that row; None: all, counted over all generated rows."""
@@ -606,6 +621,13 @@ def step(pointers: list[Any], ids: list[int], flag: Flag) -> None:
     """One generated token for each of several sessions of one model, in one pass."""
     sessions, tokens, err = ffi.new("kvs_session *[]", pointers), ffi.new("int32_t[]", ids), new_error()
     check(native_call(lambda: lib.kvs_sessions_step(sessions, tokens, len(ids), flag.pointer, err), flag), err)
+
+
+def _of_rows(depth: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """Native code reads n values. PolicyError for another number: embeddings that are no picture."""
+    if len(depth) != n:
+        raise errors.PolicyError(f"DSCR: {n} rows of embeddings are no picture of {len(depth)} patches; feed them without this policy")
+    return depth
 
 
 def _check_model(model: object) -> None:

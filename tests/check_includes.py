@@ -17,7 +17,7 @@ LAYERS = [
     ["backend.h"],
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
     ["gguf.h", "gguf.c"],
-    ["quant.h", "quant.c", "strength.h"],
+    ["quant.h", "quant.c", "strength.h", "mix.h", "mix.c"],
     ["turns.h", "turns.c"],
     ["util.h", "util.c"],
     ["kvs.h"],

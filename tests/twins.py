@@ -92,7 +92,7 @@ class Twins:
         self.ours = self.model.session(n_ctx=self.n_ctx, kv_type=self.kv_type, policy=policies)
         followed = None if self.policy is None else KVSmooth(**self.policy, observed={}, tolerance=TIE[self.kv_type])
         prune = None if self.prune is None else PruneHal(**self.prune, tolerance=TIE[self.kv_type] / 10)
-        self.truth = Session(self.weights.text, followed, self.kv_type, prune)
+        self.truth = Session(self.weights.text, followed, self.kv_type, prune=prune)
 
     def close(self) -> None:
         self.ours.close()

@@ -28,16 +28,6 @@ typedef struct queries { /* of one task */
     int32_t n;
 } queries;
 
-static bool reserve(kvs_cpu *cpu, uint64_t floats_per_thread) {
-    uint64_t floats = floats_per_thread * (uint64_t)kvs_pool_threads(cpu->pool);
-    if (floats <= cpu->thread_scratch_floats) return true;
-    kvs_free_aligned(cpu->thread_scratch);
-    cpu->thread_scratch = kvs_calloc_aligned(floats, sizeof(float));
-    cpu->thread_scratch_floats = cpu->thread_scratch ? floats : 0;
-    if (!cpu->thread_scratch) cpu->status = KVS_E_MEMORY;
-    return cpu->thread_scratch != NULL;
-}
-
 /* Cuts n_rows x n_head queries into pieces of at most MAX_QUERIES that share a KV head, and fewer where threads would idle. */
 static bool cut(attn_job *job) {
     job->group = job->n_head / job->n_kv_head;
@@ -49,7 +39,7 @@ static bool cut(attn_job *job) {
     job->block_rows = (int32_t)KVS_MAX(KVS_MIN(rows, MAX_QUERIES / job->chunk), 1);
     job->n_blocks = (job->n_rows + job->block_rows - 1) / job->block_rows;
     job->scratch = (kvs_attn_scratch(job->head_dim, MAX_QUERIES) + 63) / 64 * 64; /* no line shared by two threads */
-    return reserve(job->cpu, (uint64_t)job->scratch);
+    return kvs_cpu_scratch(job->cpu, job->scratch) != NULL;
 }
 
 typedef struct piece {

@@ -24,6 +24,16 @@ static void cpu_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes
     memmove(dst, src, (size_t)bytes);
 }
 
+float *kvs_cpu_scratch(kvs_cpu *cpu, int64_t floats_per_thread) {
+    uint64_t floats = (uint64_t)floats_per_thread * (uint64_t)kvs_pool_threads(cpu->pool);
+    if (floats <= cpu->thread_scratch_floats) return cpu->thread_scratch;
+    kvs_free_aligned(cpu->thread_scratch);
+    cpu->thread_scratch = kvs_calloc_aligned(floats, sizeof(float));
+    cpu->thread_scratch_floats = cpu->thread_scratch ? floats : 0;
+    if (!cpu->thread_scratch) cpu->status = KVS_E_MEMORY;
+    return cpu->thread_scratch;
+}
+
 /* ---- steps ---- */
 
 static void cpu_begin(kvs_backend *be, const kvs_step *step) {
@@ -181,6 +191,7 @@ static const kvs_ops cpu_ops = {
     .kv_put = kvs_cpu_kv_put,
     .kv_record = kvs_cpu_kv_record,
     .kv_smooth = kvs_cpu_kv_smooth,
+    .kv_mix = kvs_cpu_kv_mix,
     .kv_put_out = kvs_cpu_kv_put_out,
     .kv_score = kvs_cpu_kv_score,
     .kv_gather = kvs_cpu_kv_gather,

@@ -55,10 +55,13 @@ typedef struct kvs_rowops {
     void (*unary)(int32_t kind, float *x, int64_t n);
     void (*attn)(const kvs_attn_task *task);
     void (*store)(int32_t type, void *row, const float *x, int32_t head_dim); /* one cache row of one head */
+    void (*load)(int32_t type, const void *row, float *x, int32_t head_dim);  /* and back */
     /* e^(scale q.k - lse) of each query against the key in one cache row: weights (n_q) */
     void (*weigh)(const kvs_weigh_task *task, const uint8_t *row, float *weights);
     void (*mix)(float *y, const float *x, float weight_y, float weight_x, int64_t n); /* y = weight_y y + weight_x x */
-    void (*fit)(const float *x, int32_t n, kvs_fit *fit);                             /* x (n, KVS_FIT_BLOCKS): n values of each block */
+    /* y (KVS_MIX_COLUMNS, width) = sum over n sources s of weight (n, KVS_MIX_COLUMNS) times x[source[s]] (width); width % 16 == 0 */
+    void (*combine)(float *y, const float *x, int32_t width, const int32_t *source, const float *weight, int32_t n);
+    void (*fit)(const float *x, int32_t n, kvs_fit *fit); /* x (n, KVS_FIT_BLOCKS): n values of each block */
 } kvs_rowops;
 extern const kvs_rowops kvs_rowops_base, kvs_rowops_avx2, kvs_rowops_avx512;
 int64_t kvs_attn_scratch(int32_t head_dim, int32_t n_q); /* floats; rows.c of base defines it, equal for all */
@@ -81,7 +84,7 @@ typedef struct kvs_cpu {
     int32_t status;  /* first failure of the step, KVS_OK so far */
     void *x_scratch; /* prepared activations of a matmul, grown as needed (matmul.c) */
     uint64_t x_scratch_bytes;
-    float *thread_scratch; /* attention scratch of all threads (attention.c) */
+    float *thread_scratch; /* of all threads, grown as needed: kvs_cpu_scratch */
     uint64_t thread_scratch_floats;
 } kvs_cpu;
 
@@ -95,6 +98,9 @@ static inline bool kvs_cpu_stopped(kvs_cpu *cpu) {
 static inline void kvs_cpu_loop(kvs_cpu *cpu, kvs_task fn, void *arg, int64_t n, int64_t grain) {
     if (!kvs_pool_run(cpu->pool, fn, arg, n, grain, cpu->cancel)) cpu->status = KVS_E_CANCELLED;
 }
+
+/* floats_per_thread of scratch for every thread, one after the other, 64-byte lines apart; NULL: the step has failed. */
+float *kvs_cpu_scratch(kvs_cpu *cpu, int64_t floats_per_thread);
 
 /* What cpu.c's op table points to, by file: matmul.c */
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
@@ -113,5 +119,7 @@ void kvs_cpu_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t 
 void kvs_cpu_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
 void kvs_cpu_kv_scatter(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
 void kvs_cpu_kv_trim(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t n_rows);
+/* mix.c */
+void kvs_cpu_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
 /* cpu.c: dense ops that only loop over rows.c, memory, step, open, close */
 #endif

@@ -179,6 +179,46 @@ static void store(int32_t type, void *row, const float *x, int32_t head_dim) {
         for (int32_t i = 0; i < head_dim; i += 32) store_q8_block((uint8_t *)row + i / 32 * 34, x + i, KVS_MIN(32, head_dim - i));
 }
 
+static void load_f16(const uint8_t *row, float *x, int32_t n) {
+    const uint16_t *h = (const uint16_t *)(const void *)row;
+    int32_t i = 0;
+    for (; i + VW <= n; i += VW) v_store(x + i, v_load_f16(h + i));
+    for (; i < n; i++) x[i] = kvs_f16_to_f32(h[i]);
+}
+
+static void load(int32_t type, const void *row, float *x, int32_t head_dim) {
+    if (type == KVS_TYPE_F16)
+        load_f16(row, x, head_dim);
+    else
+        kvs_kv_row_to_f32(type, row, x, head_dim);
+}
+
+/* tile vectors of each sum stay in registers; tile is a constant where this is called */
+static inline __attribute__((always_inline)) void weigh_tile(float *y, const float *x, int32_t width, const int32_t *source,
+                                                             const float *weight, int32_t n, const int tile) {
+    vf sum[KVS_MIX_COLUMNS][4];
+    for (int c = 0; c < KVS_MIX_COLUMNS; c++)
+        for (int t = 0; t < tile; t++) sum[c][t] = v_zero();
+    for (int32_t s = 0; s < n; s++) {
+        const float *row = x + (int64_t)source[s] * width;
+        vf part[4];
+        for (int t = 0; t < tile; t++) part[t] = v_load(row + t * VW);
+        for (int c = 0; c < KVS_MIX_COLUMNS; c++) {
+            vf w = v_set(weight[s * KVS_MIX_COLUMNS + c]);
+            for (int t = 0; t < tile; t++) sum[c][t] = v_fma(w, part[t], sum[c][t]);
+        }
+    }
+    for (int c = 0; c < KVS_MIX_COLUMNS; c++)
+        for (int t = 0; t < tile; t++) v_store(y + (int64_t)c * width + t * VW, sum[c][t]);
+}
+
+static void combine(float *y, const float *x, int32_t width, const int32_t *source, const float *weight, int32_t n) {
+    const int tile = VW == 16 ? 4 : 2; /* AVX2 has 16 registers */
+    int32_t i = 0;
+    for (; i + tile * VW <= width; i += tile * VW) weigh_tile(y + i, x + i, width, source, weight, n, tile);
+    for (; i < width; i += VW) weigh_tile(y + i, x + i, width, source, weight, n, 1);
+}
+
 const kvs_rowops ROWOPS = {
     .isa = ISA_NAME,
     .rms_norm = rms_norm,
@@ -190,6 +230,8 @@ const kvs_rowops ROWOPS = {
     .attn = attn,
     .store = store,
     .weigh = weigh,
+    .load = load,
     .mix = mix,
+    .combine = combine,
     .fit = fit,
 };

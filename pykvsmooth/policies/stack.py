@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import PolicyError
+from .dscr import DSCR
 from .kvsmooth import KVSmooth
 from .prunehal import PruneHal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..model import Model
 
-Policy: TypeAlias = KVSmooth | PruneHal
-ORDER: tuple[type[Policy], ...] = (KVSmooth, PruneHal)  # in which they act
+Policy: TypeAlias = DSCR | KVSmooth | PruneHal
+ORDER: tuple[type[Policy], ...] = (DSCR, KVSmooth, PruneHal)  # in which they act
 
 
 class Stack:
@@ -43,6 +47,11 @@ class Stack:
         return found
 
     @property
+    def dscr(self) -> DSCR | None:
+        found: DSCR | None = self.find(DSCR)
+        return found
+
+    @property
     def prunehal(self) -> PruneHal | None:
         found: PruneHal | None = self.find(PruneHal)
         return found
@@ -55,6 +64,10 @@ class Stack:
     def to_native(self, model: Model, params: Any) -> list[Any]:
         """Fills kvs_session_params; returns what must be kept alive beside it. PolicyError for what this model does not have."""
         keep: list[Any] = []
+        if self.dscr:
+            dscr, kept = self.dscr.to_native(model)
+            params.dscr = dscr
+            keep += [dscr, kept]
         if self.kvsmooth:
             smooth, lists = self.kvsmooth.to_native(model.n_layer, model.n_vocab)
             params.smooth = smooth
@@ -69,13 +82,25 @@ class Stack:
         """The layers over which a token's entropy and strength are means."""
         return self.kvsmooth.resolve_layers(n_layer) if self.kvsmooth else list(range(n_layer))
 
-    def reusable(self, n_past: int, first_generated: int, prompt_end: int, new_rows: int, whole: int) -> int:
-        """How many of a timeline's n_past rows a new prompt of new_rows rows may keep, as far as policies go: no row that one changed.
-        first_generated: row of the first generated token, n_past without one; prompt_end: of the first row at which a prompt ended;
-        whole: rows before the first one that pruning dropped for good, n_past without one."""
+    def depth_of(self, model: Model, index: int, mode: str) -> Callable[[Any], NDArray[np.float32] | None] | None:
+        """What gives the depth of each patch of picture index of a timeline from the PIL picture; None if no policy asks for it.
+        PolicyError where depth= has no map for that picture."""
+        dscr = self.dscr
+        if dscr is None:
+            return None
+        source = dscr.source(index)
+        return lambda picture: dscr.patch_depth(model, source, picture, mode)
+
+    def reusable(self, n_past: int, first_generated: int, first_picture: int, prompt_end: int, new_rows: int, whole: int) -> int:
+        """How many of a timeline's n_past rows a new prompt of new_rows rows may keep, as far as policies go: no row that one changed,
+        but for pictures refined before anything looked at them: these come out the same again.
+        first_generated, first_picture: rows of the first generated token and picture, n_past without one; prompt_end: of the first row
+        at which a prompt ended; whole: rows before the first one that pruning dropped for good, n_past without one."""
         if not self.policies:
             return n_past
         limit = min(first_generated, whole)
+        if self.dscr and self.dscr.touches_prompt and prompt_end < n_past:
+            limit = min(limit, first_picture)
         if self.kvsmooth and self.kvsmooth.touches_prompt:
             limit = min(limit, prompt_end, new_rows - self.kvsmooth.warm_rows)
         return limit

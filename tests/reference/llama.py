@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .dscr import DSCR
 from .gguf_file import GGUFFile
 from .kvsmooth import KVSmooth
 from .prunehal import Answer, PruneHal
@@ -134,7 +135,14 @@ class LayerCache:
 class Session:
     """One timeline. The same lower floor as pykvsmooth.Session: feed, logits, kv, entropies, strengths."""
 
-    def __init__(self, text: Text, policy: KVSmooth | None = None, kv_type: str = "f32", prune: PruneHal | None = None) -> None:
+    def __init__(
+        self,
+        text: Text,
+        policy: KVSmooth | None = None,
+        kv_type: str = "f32",
+        dscr: DSCR | None = None,
+        prune: PruneHal | None = None,
+    ) -> None:
         self.text, self.policy, self.store = text, policy, STORES[kv_type]
         kv, o = np.zeros((0, text.n_head_kv, text.head_dim)), np.zeros((0, text.n_head, text.head_dim))
         self.layers = [LayerCache(kv, kv, kv, kv, o, kv, kv, np.zeros((0, text.n_head_kv), bool)) for _ in range(text.n_layer)]
@@ -148,6 +156,8 @@ class Session:
         self.observed: tuple[bool, list[Array]] | None = None  # for tests: was pruned behind this step, (G, rows) live of each layer
         self.prompt_start = 0  # first row of the prompt that has not ended yet
         self.smoothed_on = policy.layer_set(text.n_layer) if policy else set()
+        self.dscr, self.refined_on = dscr, dscr.layer_set(text.n_layer) if dscr else set()
+        self.n_refined = 0  # of them, after the prefill
         self.n_group = text.n_head_kv if policy and policy.entropy_heads == "per_kv_group" else 1
 
     @property
@@ -160,8 +170,7 @@ class Session:
         ids = [-1] * len(rows) if embeddings else [int(i) for i in rows]
         x = rows.astype(np.float64) if embeddings else self.text.token_embd[ids]
         if embeddings:
-            self.pictures.append((self.n_past, len(rows)))
-            self.answer = None
+            return self._feed_picture(ids, x)
         if not generated:
             return self._run(ids, x, False)
         self.end_prefill()
@@ -169,6 +178,23 @@ class Session:
             self._run([id], x[i : i + 1], True)
             if self.answer:
                 self._prune_after_step()
+
+    def _feed_picture(self, ids: list[int], x: Array) -> None:
+        first, n = self.n_past, len(ids)
+        self.pictures.append((first, n))
+        self.answer = None
+        self._run(ids, x, False)
+        if self.dscr and self.dscr.phase == "before_question":
+            for layer in self.refined_on:
+                self._refine(layer, len(self.pictures) - 1)
+
+    def _refine(self, layer: int, picture: int) -> None:
+        """DSCR on one layer's rows of a picture: what is stored is mixed, and what comes out is the next mix's exact row, too."""
+        c, (first, n) = self.layers[layer], self.pictures[picture]
+        rows, positions = slice(first, first + n), np.arange(first, first + n)
+        k, v = self.dscr.refined(c.k[rows], c.v[rows], picture, lambda k, sign: rotate(k, sign * positions, self.text.inv_freq))
+        c.exact_k[rows], c.exact_v[rows] = k, v
+        c.k[rows], c.v[rows] = self.store(k), self.store(v)
 
     def new_turn(self) -> None:
         if self.policy and self.policy.queue_scope == "turn":
@@ -178,6 +204,11 @@ class Session:
         """Once after a prompt, before anybody looks at it: warm_start, smooth_prompt."""
         last, first = self.n_past - 1, self.prompt_start
         self.prompt_start = self.n_past
+        if self.dscr and self.dscr.phase == "after_prefill":
+            for picture in range(self.n_refined, len(self.pictures)):
+                for layer in self.refined_on:
+                    self._refine(layer, picture)
+            self.n_refined = len(self.pictures)
         if self.prune and self.pictures and self.answer is None:
             a = self._attention_to_pictures()
             self.answer = Answer(self.prune, [a], a)
@@ -231,6 +262,8 @@ class Session:
             h = rms_norm(x, w["attn_norm"], t.rms_eps)
             q, k, v = ((h @ w[name].T + w[name + ".bias"]).reshape(len(ids), -1, t.head_dim) for name in ("attn_q", "attn_k", "attn_v"))
             self._append(i, rotate(k, positions, t.inv_freq), v)
+            if ids[0] < 0 and self.dscr and self.dscr.phase == "in_layer" and i in self.refined_on:
+                self._refine(i, len(self.pictures) - 1)
             out, entropy = self._attention(i, rotate(q, positions, t.inv_freq))
             self._record(i, entropy, out)
             if generated and i in self.smoothed_on:
