@@ -81,7 +81,7 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
     """A run for each row is asked for; the plain one is right, the others name a giraffe more."""
     asked = []
 
-    def run(name: str, policy: kvs.KVSmooth | None, split: str, count: int) -> runs.Run:
+    def run(name: str, policy: runs.Asked, split: str, count: int) -> runs.Run:
         asked.append(name)
         if policy is None:
             return right(count)
@@ -100,7 +100,7 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
     keys = next(line for line in text.splitlines() if line.startswith("| keys only |"))
     invented = 100 * sum("giraffe" not in {t.node for t in s.objects} for s in runs.scenes("test", COUNT)) / COUNT
     assert keys.startswith(f"| keys only | {invented:.1f} [") and f"| +{invented:.1f} [" in keys
-    assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9  # the best one is a row already
+    assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9 + 8  # the best one is a row already; the siblings
     assert "| best | -2.000 [-3.000, -1.000] | +0.500 [+0.500, +0.500] | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] | 1.000 |" in text
     assert (tmp_path / "along.svg").stat().st_size > 1000 and (tmp_path / "trade.svg").stat().st_size > 1000
 

@@ -19,7 +19,7 @@ import pykvsmooth as kvs
 
 from . import page
 from .rows import around, grid
-from .runs import Found, Run, caption_scenes, finalists
+from .runs import Asked, Found, Run, caption_scenes, finalists
 from .why import Shifts, shifts
 
 
@@ -31,7 +31,7 @@ class Bench:
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
 
-    def run(self, name: str, policy: kvs.KVSmooth | None, split: str, count: int) -> Run:
+    def run(self, name: str, policy: Asked, split: str, count: int) -> Run:
         with self._progress:
             task = self._progress.add_task(name, total=count)
             found = caption_scenes(self.model, policy, split, count, lambda done, _: self._progress.update(task, completed=done))

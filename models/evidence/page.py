@@ -9,11 +9,11 @@ import pykvsmooth as kvs
 from pykvsmooth.evaluate import Comparison, compare, entropy_separation
 
 from . import plots
-from .rows import LAYERS, PUBLISHED, WINDOWS, label, rows
-from .runs import PRICE, Found, Run, caption_scenes, dropped, winner
+from .rows import LAYERS, PUBLISHED, WINDOWS, label, methods, rows
+from .runs import PRICE, Asked, Found, Run, caption_scenes, dropped, winner
 from .why import COUNT, Shifts
 
-Runner = Callable[[str, "kvs.KVSmooth | None", str, int], Run]
+Runner = Callable[[str, Asked, str, int], Run]
 Explainer = Callable[["kvs.KVSmooth", Run], Shifts]
 
 HEAD = "| | CHAIR_S | CHAIR_I | recall | precision | F1 | tokens | degenerate | CHAIR_S less plain | F1 less plain | mended, new (p) |"
@@ -37,6 +37,7 @@ def write(
     plain = run("plain", None, "test", count)
     smoothed = run("best", best, "test", count)
     runs = {name: smoothed if policy == best else run(name, policy, "test", count) for name, policy in _rows(model, best, smoothed).items()}
+    siblings = {name: run(name, policy, "test", count) for name, policy in methods(model, best).items()}
     others = [line for i, path in enumerate(seeds) for line in _seed(run, path, i + 2, best, count)]
     plots.along({"plain": plain, "best": smoothed}, out / "along.svg")
     plots.trade(found["plain"][1], _lines(found), out / "trade.svg")
@@ -47,6 +48,9 @@ def write(
         _controls(plain, runs),
         _signals(plain, smoothed),
         _why({"best": explain(best, plain), "published": explain(kvs.KVSmooth(), plain)}),
+        '## The sibling methods\nNothing was searched for here. "KVSmooth" is the best setting of the tables above.\n\n'
+        + "\n".join([HEAD, "|---" * 11 + "|", *(_row(name, one, plain) for name, one in siblings.items())]),
+        _controls_table(plain, siblings),
         "## The search on the development split\nThe setting in the model's metadata, which the tables above call the best: "
         f"`{best!r}`.\n\n![precision over recall](trade.svg)\n\n{search_tables(found, finals)}",
     ]
@@ -111,9 +115,19 @@ def _controls(plain: Run, runs: dict[str, Run]) -> str:
         "## Against captions that only say less",
         "The control takes from the plain captions, in random order, the object that they name last, until recall is the row's (means of "
         "20 draws). A row is worth something if its CHAIR_S is lower and its F1 higher than the control's.\n",
-        "| | recall | CHAIR_S | control's CHAIR_S | F1 | control's F1 |",
-        "|---|---|---|---|---|---|",
+        _controls_table(plain, runs),
+        "\nPlain captions cut after so many sentences:\n",
+        "| sentences | recall | CHAIR_S | F1 |",
+        "|---|---|---|---|",
     ]
+    for n in range(3, 9):
+        cut = plain.cut(n).figures()
+        lines.append(f"| {n} | {_percent(cut['recall'])} | {_percent(cut['chair_s'])} | {_percent(cut['f1'])} |")
+    return "\n".join(lines)
+
+
+def _controls_table(plain: Run, runs: dict[str, Run]) -> str:
+    lines = ["| | recall | CHAIR_S | control's CHAIR_S | F1 | control's F1 |", "|---|---|---|---|---|---|"]
     for name, run in runs.items():
         own = run.report.figures()
         if own["recall"] > plain.report.figures()["recall"]:
@@ -130,10 +144,6 @@ def _controls(plain: Run, runs: dict[str, Run]) -> str:
             _percent(control["f1"]),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Plain captions cut after so many sentences:\n", "| sentences | recall | CHAIR_S | F1 |", "|---|---|---|---|"]
-    for n in range(3, 9):
-        cut = plain.cut(n).figures()
-        lines.append(f"| {n} | {_percent(cut['recall'])} | {_percent(cut['chair_s'])} | {_percent(cut['f1'])} |")
     return "\n".join(lines)
 
 

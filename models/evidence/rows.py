@@ -48,6 +48,22 @@ def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kv
     }
 
 
+def methods(model: kvs.Model, best: kvs.KVSmooth) -> dict[str, Any]:
+    """The sibling methods as published and as the bilateral preset, and what stacks of them do. The scenes are flat: DSCR has its
+    spatial term alone."""
+    published, bilateral, pruning = (kvs.DSCR.for_model(model), kvs.DSCR.bilateral(layers="2:"), kvs.PruneHal.for_model(model))
+    return {
+        "PruneHal, as published for LLaVA-1.5": pruning,
+        "PruneHal, one pruning to half": kvs.PruneHal(keep=0.5, times=1),
+        "DSCR, as published": published,
+        "DSCR, bilateral": bilateral,
+        "KVSmooth + PruneHal": [best, pruning],
+        "DSCR, bilateral + KVSmooth": [bilateral, best],
+        "DSCR, bilateral + PruneHal": [bilateral, pruning],
+        "DSCR, bilateral + KVSmooth + PruneHal": [bilateral, best, pruning],
+    }
+
+
 def _toggled(best: kvs.KVSmooth, what: str, layer: int, n_layer: int) -> tuple[str, kvs.KVSmooth]:
     """With this layer where the best setting is without it, and the other way round."""
     layers = set(best.resolve_layers(n_layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -13,6 +13,7 @@ import pykvsmooth as kvs
 from models.scenes import PROMPT, SIZE, SPLITS, Scene, scene
 from pykvsmooth import evaluate
 from pykvsmooth.evaluate import Caption, Report, Scored
+from pykvsmooth.policies.stack import Policy
 
 MAX_TOKENS = 256  # nearly twice the longest caption of the training data
 PARALLEL = 16
@@ -71,6 +72,7 @@ class Run:
         return evaluate.score(evaluate.truncated(self.captions, sentences), self.truth)
 
 
+Asked = Policy | Sequence[Policy] | None  # of a session
 Found = dict[str, "tuple[kvs.KVSmooth | None, Run]"]  # of a search: setting and what it gave, by name
 FINALISTS = 8
 PRICE = 0.01  # of F1 that a setting may cost
@@ -110,9 +112,7 @@ def _sides(text: str, scored: Scored, s: Scene) -> list[bool]:
     return right
 
 
-def caption_scenes(
-    model: kvs.Model, policy: kvs.KVSmooth | None, split: str, count: int, progress: Callable[[int, int], None] | None = None
-) -> Run:
+def caption_scenes(model: kvs.Model, policy: Asked, split: str, count: int, progress: Callable[[int, int], None] | None = None) -> Run:
     """Greedy captions; the runtime's batches give what single captions give, to the bit."""
     pictures = [(i, view.picture) for i, view in enumerate(scenes(split, count))]
     found = evaluate.run(

@@ -116,6 +116,8 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     _check(args)
     names, wrong = expand(args.images)
     changes, answer = options.policy_changes(args), options.answer_options(args)
+    if args.depth is not None and len(names) > 1 and not options.depth_is_model(args.depth):
+        raise options.UsageError(f"--depth {args.depth}: one map for {len(names)} pictures; give one picture, or an ONNX model")
     for text in wrong:
         ui.error(text)
     if not names:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 PROMPT = "Please describe the image in detail."
-KINDS = {"kvsmooth": "KVSmooth", "prunehal": "PruneHal"}  # names on the command line -> classes of the library
+KINDS = {"kvsmooth": "KVSmooth", "dscr": "DSCR", "prunehal": "PruneHal"}  # names on the command line -> classes of the library
 Changes = dict[str, dict[str, Any]]  # parameters that --set gives, by policy
 
 
@@ -38,11 +38,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_policy(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy of the KV cache")
     group.add_argument(
-        "--policy", type=_policies, default=["kvsmooth"], metavar="P", help="off or kvsmooth (default: kvsmooth, as the model asks for)"
+        "--policy",
+        type=_policies,
+        default=["kvsmooth"],
+        metavar="P[,P]",
+        help=f"off, or some of {', '.join(KINDS)}, each as the model asks for (default: kvsmooth)",
     )
     group.add_argument(
         "--set", action="append", default=[], metavar="POLICY.NAME=VALUE", help="for example kvsmooth.lambda_ref=0.8; may be repeated"
     )
+    group.add_argument("--depth", metavar="FILE", help="for dscr: the picture's depth as PNG or .npy, or an ONNX model that gives it")
 
 
 def add_answer(parser: argparse.ArgumentParser, max_tokens: int = 512) -> None:
@@ -120,8 +125,23 @@ def policy_changes(args: argparse.Namespace) -> Changes:
         if name not in names:
             raise UsageError(f"--set {item}: {policy} has no {name!r}; it has {', '.join(names)}")
         changes[policy][name] = _value(value.strip())
+    if args.depth is not None:
+        if "dscr" not in changes:
+            raise UsageError("--depth is for the policy dscr: --policy dscr, or dscr among others")
+        changes["dscr"]["depth"] = _depth(args.depth)
     _policies_of(lambda name: _kind(name)(**changes[name]), changes)
     return changes
+
+
+def _depth(path: str) -> Any:
+    """A model gives the depth of any picture, a map is one picture's."""
+    import pykvsmooth
+
+    return pykvsmooth.OnnxDepth(path) if depth_is_model(path) else path
+
+
+def depth_is_model(path: str) -> bool:
+    return path.lower().endswith(".onnx")
 
 
 def _kind(policy: str) -> Any:

@@ -14,7 +14,7 @@ from .score import Caption, ImageId, TokenFacts
 if TYPE_CHECKING:
     from ..batch import Batch
     from ..model import Model
-    from ..policies.kvsmooth import KVSmooth
+    from ..policies.stack import Policy
     from ..stats import Result
 
 PROMPT = "Please describe the image in detail."
@@ -25,7 +25,7 @@ def run(
     model: Model,
     pictures: Sequence[Picture],
     *,
-    policy: KVSmooth | None = None,
+    policy: Policy | Sequence[Policy] | None = None,
     prompt: str = PROMPT,
     out: str | None = None,
     tokens: bool = False,

@@ -60,7 +60,7 @@ class DepthMap:
         return hash(self._digest)
 
     def __repr__(self) -> str:
-        return f"<array {self.values.shape[0]} x {self.values.shape[1]}>"
+        return f"<array {self.values.shape[0]} x {self.values.shape[1]}, {self._digest.hex()[:12]}>"
 
 
 @cache

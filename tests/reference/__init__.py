@@ -1,5 +1,5 @@
-"""The specification in NumPy, float64: text model, vision tower, and KVSmooth, DSCR and PruneHal inside the cache. Read llama.py, kvsmooth.py,
-dscr.py, prunehal.py, clip.py."""
+"""The specification in NumPy, float64: text model, vision tower, and KVSmooth, DSCR and PruneHal inside the cache. Read llama.py,
+kvsmooth.py, dscr.py, prunehal.py, clip.py."""
 
 from .clip import Clip, load_clip
 from .dscr import DSCR
