@@ -289,7 +289,7 @@ def hashed(seed: int, data: bytes) -> int:
 def pieces(session: kvs.Session, n_events: int, n_turns: int, n_sets: int) -> list[int]:
     """Lengths of the first pieces of a file, which are hashed one by one: header, events, timeline, pictures, lists of marks."""
     n = session.n_past
-    return [HEADER, *[16] * n_events, 4 * n, 8 * n, n, *([4 * n_turns] if n_turns else []), 8 * 2, *[2 * n] * (4 * n_sets)]
+    return [HEADER, *[16] * n_events, 4 * n, 8 * n, n, *([4 * n_turns] if n_turns else []), *[16] * 2, *[2 * n] * (4 * n_sets)]
 
 
 @pytest.mark.parametrize("scope", ["layer", "kv_head"])
