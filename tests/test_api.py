@@ -118,7 +118,9 @@ def test_tokens_and_result(model: kvs.Model, policy: kvs.KVSmooth | None, rng: n
             assert all(0.7 - 1e-6 <= t.strength <= 1 for t in fed)
         else:
             assert all(t.strength is None for t in tokens) and np.isnan(session.strengths()).all()
-        assert all(t.logprob <= 0 and t.top_logprobs == () and t.visual_mass is None for t in tokens)
+        assert all(t.logprob <= 0 and t.top_logprobs == () for t in tokens)
+        assert np.allclose([t.visual_mass for t in fed], session.visual_masses().mean(axis=1), atol=1e-6)
+        assert all(0 < t.visual_mass < 1 for t in fed)
 
 
 def test_stats(model: kvs.Model, rng: np.random.Generator) -> None:

@@ -112,7 +112,7 @@ def test_search_runs_the_grid(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) 
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
         found, finals = search(Bench(model), 2, 3)
         assert kvs.KVSmooth.for_model(model) in [policy for policy, _ in finals.values()]
-    assert list(found)[:2] == ["plain", "layers 1:2, 0.1 ± 0.1"] and len(found) == 2 + len(rows.OTHERS)
+    assert list(found)[:2] == ["plain", "keys and values, layers 1:2, 0.1 ± 0.1"] and len(found) == 3 + len(rows.OTHERS)
     assert all(len(run.captions) == 2 for _, run in found.values()) and all(len(run.captions) == 3 for _, run in finals.values())
 
 

@@ -9,7 +9,7 @@ import pykvsmooth as kvs
 from pykvsmooth.evaluate import Comparison, compare, entropy_separation
 
 from . import plots
-from .rows import LAYERS, PUBLISHED, WINDOWS, label, methods, rows
+from .rows import LAYERS, PUBLISHED, TARGETS, WINDOWS, label, methods, rows
 from .runs import PRICE, Asked, Found, Run, caption_scenes, dropped, winner
 from .why import COUNT, Shifts
 
@@ -40,7 +40,7 @@ def write(
     siblings = {name: run(name, policy, "test", count) for name, policy in methods(model, best).items()}
     others = [line for i, path in enumerate(seeds) for line in _seed(run, path, i + 2, best, count)]
     plots.along({"plain": plain, "best": smoothed}, out / "along.svg")
-    plots.trade(found["plain"][1], _lines(found), out / "trade.svg")
+    plots.trade(found["plain"][1], {name: _lines(found, target) for target, name in TARGETS.items()}, out / "trade.svg")
     parts = [
         INTRO.format(count=count),
         _verdict({"The best setting of the development split": smoothed, "The published one": runs[PUBLISHED]}, plain),
@@ -204,9 +204,11 @@ def _grid_table(found: Found) -> str:
     plain = found["plain"][1].report.figures()
     count = len(found["plain"][1].captions)
     lines = [f"CHAIR_S / F1 on {count} scenes, plain: {_percent(plain['chair_s'])} / {_percent(plain['f1'])}\n"]
-    lines += ["| layers | " + " | ".join(f"{ref:g} ± {width:g}" for ref, width in WINDOWS) + " |", "|---" * (len(WINDOWS) + 1) + "|"]
-    for layers in LAYERS:
-        lines.append(f"| {layers} | " + " | ".join(_short(found[label(layers, *window)][1]) for window in WINDOWS) + " |")
+    lines += ["| | layers | " + " | ".join(f"{ref:g} ± {width:g}" for ref, width in WINDOWS) + " |", "|---" * (len(WINDOWS) + 2) + "|"]
+    for target, name in TARGETS.items():
+        for layers in LAYERS:
+            cells = (_short(found[label(target, layers, *window)][1]) for window in WINDOWS)
+            lines.append(f"| {name} | {layers} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- {key}: {_short(run)}" for key, (_, run) in found.items() if key.startswith("best, "))]
     return "\n".join(lines)
 
@@ -216,11 +218,11 @@ def _short(run: Run) -> str:
     return f"{_percent(own['chair_s'], 0)} / {_percent(own['f1'])}"
 
 
-def _lines(found: Found) -> dict[str, list[tuple[float, float]]]:
+def _lines(found: Found, target: str) -> dict[str, list[tuple[float, float]]]:
     """Recall and precision along the windows, by layers; settings that break the model lie far away and are left out."""
     lines: dict[str, list[tuple[float, float]]] = {}
     worst = found["plain"][1].report.figures()["f1"] - 0.15
     for layers in LAYERS:
-        figures = [found[label(layers, *window)][1].report.figures() for window in WINDOWS]
+        figures = [found[label(target, layers, *window)][1].report.figures() for window in WINDOWS]
         lines[f"layers {layers}"] = [(one["recall"], one["precision"]) for one in figures if one["f1"] > worst]
     return {key: line for key, line in lines.items() if line}

@@ -36,14 +36,15 @@ def along(runs: dict[str, Run], path: Path) -> None:
     _save(figure, path)
 
 
-def trade(plain: Run, points: dict[str, list[tuple[float, float]]], path: Path) -> None:
+def trade(plain: Run, points: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
     """Precision over recall: the settings of the search by layers, and the plain captions cut by sentences."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    figure, both = plt.subplots(1, len(points), figsize=(9.6, 4.2), sharex=True, sharey=True)
     longest = max(caption.text.count(". ") for caption in plain.captions) + 1
     cuts = [plain.cut(n).figures() for n in range(2, longest + 1)]
-    axes.plot([cut["recall"] for cut in cuts], [cut["precision"] for cut in cuts], "k.-", label="plain, cut by sentences")
-    for name, line in points.items():
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
-    axes.set(xlabel="recall", ylabel="precision")
-    axes.legend(frameon=False, fontsize=8)
+    for axes, (title, lines) in zip(both, points.items(), strict=True):
+        axes.plot([cut["recall"] for cut in cuts], [cut["precision"] for cut in cuts], "k.-", label="plain, cut by sentences")
+        for name, line in lines.items():
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
+        axes.set(xlabel="recall", ylabel="precision", title=title)
+        axes.legend(frameon=False, fontsize=8)
     _save(figure, path)

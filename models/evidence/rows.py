@@ -10,18 +10,23 @@ import pykvsmooth as kvs
 # (lambda_ref, half_width): strengths from 0 upwards, then the paper's window of 0.2 to either side
 WINDOWS = ((0.05, 0.05), (0.1, 0.1), (0.15, 0.15), (0.2, 0.2), (0.3, 0.2), (0.5, 0.2), (0.9, 0.2))
 LAYERS = ("0:1", "0:2", "0:4", "0:8", "1:4", "1:8", "3:8")  # of eight
+MIXED: dict[Any, str] = {"kv": "keys and values", "k": "keys only", "v": "values only"}  # targets
+TARGETS = {target: MIXED[target] for target in ("kv", "v")}  # of the grid
 PUBLISHED = "KVSmooth, as published (0.9, 3:-1)"
-OTHERS: tuple[dict[str, Any], ...] = ({"target": "k"}, {"target": "v"}, {"target": "o"}, {"rope_mode": "relative"}, {"mix": "damp"})
+OTHERS: tuple[dict[str, Any], ...] = ({"target": "k"}, {"target": "o"}, {"target": "kv", "rope_mode": "relative"}, {"mix": "damp"})
 
 
 def grid() -> dict[str, kvs.KVSmooth]:
     """The settings that are tried on the development split."""
-    settings = ((layers, ref, width) for layers in LAYERS for ref, width in WINDOWS)
-    return {label(*one): kvs.KVSmooth(layers=one[0], lambda_ref=one[1], half_width=one[2]) for one in settings}
+    settings = ((target, layers, ref, width) for target in TARGETS for layers in LAYERS for ref, width in WINDOWS)
+    return {
+        label(target, layers, ref, width): kvs.KVSmooth(target=target, layers=layers, lambda_ref=ref, half_width=width)
+        for target, layers, ref, width in settings
+    }
 
 
-def label(layers: str, ref: float, width: float) -> str:
-    return f"layers {layers}, {ref:g} ± {width:g}"
+def label(target: str, layers: str, ref: float, width: float) -> str:
+    return f"{TARGETS[target]}, layers {layers}, {ref:g} ± {width:g}"
 
 
 def around(best: kvs.KVSmooth) -> dict[str, kvs.KVSmooth]:
@@ -40,11 +45,10 @@ def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kv
         PUBLISHED: kvs.KVSmooth(),
         f"fixed strength {mean_strength:.3f}, the best one's mean": changed(best, mode="fixed", lambda_fixed=mean_strength),
         "damping: no previous row": changed(best, mix="damp"),
-        "keys only": changed(best, target="k"),
-        "values only": changed(best, target="v"),
+        **{name: changed(best, target=target) for target, name in MIXED.items() if target != best.target},
         "attention outputs (o_t)": changed(best, target="o"),
         **dict([_toggled(best, "first layer", 0, n_layer), _toggled(best, "last layer", n_layer - 1, n_layer)]),
-        "relative rope": changed(best, rope_mode="relative"),
+        "relative rope, keys and values": changed(best, target="kv", rope_mode="relative"),
     }
 
 
