@@ -165,6 +165,9 @@ def test_parallel_says_the_same(run, folder):
         ["caption", "x.png", "--set", "kvsmooth.nothing=2"],
         ["caption", "x.png", "--set", "lambda_ref"],
         ["caption", "x.png", "--policy", "off", "--set", "kvsmooth.window=3"],
+        ["caption", "x.png", "--set", "prunehal.keep=0.5"],
+        ["caption", "x.png", "--policy", "prunehal", "--set", "prunehal.keep=0"],
+        ["caption", "x.png", "--depth", "d.png"],
         ["caption", "x.png", "--temperature", "-1"],
         ["caption", "x.png", "--top-p", "7"],
         ["caption", "x.png", "--max-tokens", "0"],
@@ -197,6 +200,26 @@ def test_errors_are_one_line_with_the_name(run, image, tiny_pair, tmp_path):
         got = run("caption", image, *options)
         assert (got.code, got.out) == (1, ""), options
         assert got.err.startswith("error: ") and got.err.count("\n") == 1 and says in got.err
+
+
+def test_a_stack_of_policies_with_depth(run, image, tmp_path):
+    """The caption is that of the library's stack; a depth map is one picture's."""
+    with Image.open(image) as picture:
+        gray = np.add.outer(np.arange(picture.height), np.arange(picture.width)).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "depth.png")
+    stack = ["--policy", "prunehal,dscr,kvsmooth", "--depth", tmp_path / "depth.png", "--set", "prunehal.keep=0.5"]
+    got = run("caption", image, "--json", "--max-tokens", 12, *stack)
+    assert got.code == 0, got.err
+    record = json.loads(got.out.splitlines()[-1])
+    with kvs.Model() as model:
+        policies = [kvs.DSCR.for_model(model, depth=str(tmp_path / "depth.png")), kvs.PruneHal.for_model(model, keep=0.5)]
+        with model.session(policy=[kvs.KVSmooth.for_model(model), *policies]) as session:
+            told = session.generate(PROMPT, image=str(image), max_tokens=12).result()
+    assert record["caption"] == told.text and told.stats.pruned
+    got = run("caption", image, image, "--max-tokens", 2, *stack)
+    assert got.code == 2 and "one map for 2 pictures" in got.err
+    got = run("caption", image, "--policy", "dscr", "--depth", tmp_path / "none.png")
+    assert got.code == 1 and "none.png" in got.err
 
 
 def test_no_model_and_no_tower(run, image, monkeypatch, tiny_pair, tmp_path):

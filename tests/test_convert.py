@@ -219,13 +219,15 @@ def test_answers_from_the_folder(tmp_path: Path, rng: np.random.Generator) -> No
 
 def test_what_suits_the_model(sound: hf.Checkpoint, tmp_path: Path) -> None:
     """A section "kvsmooth" of config.json is what KVSmooth.for_model finds in the file."""
-    wanted = {"lambda_ref": 0.2, "half_width": 0.1, "window": 7, "layers": "1:2"}
+    wanted = {"lambda_ref": 0.2, "half_width": 0.1, "window": 7, "layers": "1:2", "target": "v"}
     c = hf.edited(sound, tmp_path / "tuned", "config.json", hf.setter("", "kvsmooth", wanted))
     with kvs.Model(converted(c, tmp_path / "out")[0], mmproj=False) as model:
         assert kvs.KVSmooth.for_model(model) == kvs.KVSmooth(**wanted)
     with kvs.Model(converted(sound, tmp_path / "plain")[0], mmproj=False) as model:
         assert not [key for key in model.metadata if key.startswith("kvsmooth")]
-    for i, (key, value) in enumerate([("lambda_ref", 2), ("window", 1.5), ("layers", "9:"), ("layers", 3), ("half_width", "wide")]):
+    for i, (key, value) in enumerate(
+        [("lambda_ref", 2), ("window", 1.5), ("layers", "9:"), ("layers", 3), ("half_width", "wide"), ("target", "q")]
+    ):
         bad = hf.edited(sound, tmp_path / f"bad{i}", "config.json", hf.setter("", "kvsmooth", {**wanted, key: value}))
         hf.refused(bad, tmp_path / "none", errors.ModelFormatError, "config.json", "kvsmooth", key)
 

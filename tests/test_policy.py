@@ -133,8 +133,10 @@ def test_warm_start_spellings() -> None:
 
 def test_for_model(model: kvs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kvs.KVSmooth.for_model(model).resolve_layers(4) == [0, 1, 2]
-    monkeypatch.setattr(model, "metadata", {"kvsmooth.lambda_ref": 0.25, "kvsmooth.layers": "1:3", "general.name": "MiniGPT-4"})
-    assert kvs.KVSmooth.for_model(model) == kvs.KVSmooth(lambda_ref=0.25, layers="1:3")
+    monkeypatch.setattr(
+        model, "metadata", {"kvsmooth.lambda_ref": 0.25, "kvsmooth.layers": "1:3", "kvsmooth.target": "v", "general.name": "MiniGPT-4"}
+    )
+    assert kvs.KVSmooth.for_model(model) == kvs.KVSmooth(lambda_ref=0.25, layers="1:3", target="v")
     monkeypatch.setattr(model, "metadata", {"general.name": "MiniGPT-4"})
     assert kvs.KVSmooth.for_model(model, layers=[1]) == kvs.KVSmooth.minigpt4(layers=[1])
 

@@ -90,7 +90,7 @@ def write_policy_keys(keys: Any, top: Section, n_layer: int) -> None:
         return
     known: dict[str, Any] = {key: section.number(key, 0.0, 1.0) for key in ("lambda_ref", "half_width") if key in section}
     known |= {"window": section.integer("window", 1, 1 << 20)} if "window" in section else {}
-    known |= {"layers": section.text("layers")} if "layers" in section else {}
+    known |= {key: section.text(key) for key in ("layers", "target") if key in section}
     try:
         KVSmooth(**known).resolve_layers(n_layer)
     except (ValueError, KVSmoothError) as error:

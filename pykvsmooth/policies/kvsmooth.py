@@ -182,15 +182,15 @@ class KVSmooth:
 
     @classmethod
     def for_model(cls, model: Model, **changes: Any) -> KVSmooth:
-        """What the file asks for: keys kvsmooth.lambda_ref, .half_width, .window and .layers of its metadata; else the preset that its
-        name speaks of; else LLaVA-1.5's. Models of less than eight layers are too shallow for "3:-1": there the first
+        """What the file asks for: keys kvsmooth.lambda_ref, .half_width, .window, .layers and .target of its metadata; else the preset that
+        its name speaks of; else LLaVA-1.5's. Models of less than eight layers are too shallow for "3:-1": there the first
         3/32 of the layers, rounded, and the last one are left out."""
         name = " ".join(str(model.metadata.get(key, "")) for key in ("general.name", "general.basename")).lower().replace("-", "")
         known = {"minigpt4": 0.5, "instructblip": 0.7}
         found: dict[str, Any] = {"lambda_ref": next((value for key, value in known.items() if key in name), 0.9)}
         if model.n_layer < 8:
             found["layers"] = f"{round(3 * model.n_layer / 32)}:{max(1, model.n_layer - 1)}"
-        for key in ("lambda_ref", "half_width", "window", "layers"):
+        for key in ("lambda_ref", "half_width", "window", "layers", "target"):
             if f"kvsmooth.{key}" in model.metadata:
                 found[key] = model.metadata[f"kvsmooth.{key}"]
         return cls(**{**found, **changes})
