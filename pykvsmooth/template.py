@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol
 
 from .checks import utf8
@@ -110,6 +111,9 @@ class Jinja:
             raise TemplateError(f"the model's chat template fails: {error}; use template='vicuna' or template=None") from error
 
 
+_jinja = lru_cache(maxsize=8)(Jinja)  # compiling takes as long as dozens of tokens of a small model
+
+
 def _as_parts(content: Any) -> list[dict[str, str]]:
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
@@ -160,9 +164,9 @@ def choose(template: str | None, own: str | None, bos: str = "", eos: str = "") 
     if template != "auto":
         if "{{" not in template and "{%" not in template:
             raise ValueError(f'template must be "auto", "vicuna", None or a jinja2 template, not {template[:60]!r}')
-        return Jinja(template, bos, eos)
+        return _jinja(template, bos, eos)
     try:
-        return Jinja(own or "", bos, eos)
+        return _jinja(own or "", bos, eos)
     except TemplateError:
         if not _is_vicuna(own or ""):
             raise

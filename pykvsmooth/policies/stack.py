@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import PolicyError
@@ -41,17 +42,17 @@ class Stack:
         """The policy of this kind, or None."""
         return next((one for one in self.policies if isinstance(one, kind)), None)
 
-    @property
+    @cached_property
     def kvsmooth(self) -> KVSmooth | None:
         found: KVSmooth | None = self.find(KVSmooth)
         return found
 
-    @property
+    @cached_property
     def dscr(self) -> DSCR | None:
         found: DSCR | None = self.find(DSCR)
         return found
 
-    @property
+    @cached_property
     def prunehal(self) -> PruneHal | None:
         found: PruneHal | None = self.find(PruneHal)
         return found
