@@ -37,12 +37,14 @@ def reference(folder: Path) -> LlavaForConditionalGeneration:
 
 @dataclass
 class Smoother:
-    """KVSmooth as the paper has it, on a transformers cache: rank of the row entropy among the last 15, EMA of the newest K and V."""
+    """KVSmooth as the paper has it, on a transformers cache: rank of the row entropy among the last 15, EMA of the newest K and V, or of
+    one of them (target "k", "v", "kv")."""
 
     layers: list[int]
     lambda_ref: float
     half_width: float
     window: int
+    target: str
     queues: dict[int, list[float]] = field(default_factory=dict)
     gap: float = np.inf
 
@@ -55,7 +57,8 @@ class Smoother:
             strength = sum(one < entropy for one in older) / (len(older) + 1)
             strength = min(max(strength, self.lambda_ref - self.half_width, 0.0), self.lambda_ref + self.half_width, 1.0)
             self.queues[i].append(entropy)
-            for rows in (cache.layers[i].keys, cache.layers[i].values):
+            mixed = {"k": cache.layers[i].keys, "v": cache.layers[i].values}
+            for rows in (mixed[name] for name in self.target):
                 rows[:, :, -1] = (1 - strength) * rows[:, :, -1] + strength * rows[:, :, -2]
 
 
@@ -94,7 +97,9 @@ def check(
         ids = [token.id for token in stream] + ([ours.eos_id] if stream.finish_reason == "stop" else [])
         inputs = processor(text=TEMPLATE.format(PROMPT), images=Image.fromarray(picture), return_tensors="pt")
         inputs["pixel_values"] = inputs["pixel_values"].double()
-        smoother = policy and Smoother(policy.resolve_layers(ours.n_layer), policy.lambda_ref, policy.half_width, policy.window)
+        smoother = policy and Smoother(
+            policy.resolve_layers(ours.n_layer), policy.lambda_ref, policy.half_width, policy.window, policy.target
+        )
         for step, best, margin, gap in follow(model, dict(inputs), ids, smoother):
             line = f"scene {i}, token {step}: {ids[step]} here, {best} there; margin {margin:.4f}, closest entropies {gap:.2e}"
             (tally.excused if margin < MARGIN or gap < GAP else tally.wrong).append(line)
