@@ -191,8 +191,9 @@ def search_tables(found: Found, finals: Found) -> str:
 def _final_table(finals: Found) -> str:
     count, best = len(finals["plain"][1].captions), winner(finals)
     lines = [
-        f"The settings with the fewest inventions once more, on {count} development scenes. Chosen is what has the fewest of those that "
-        f"cost no more than {100 * PRICE:g} point of F1: **{best}**, `{finals[best][0]!r}`.\n",
+        f"The settings with the fewest inventions once more, on {count} development scenes. Of those that cost no more than "
+        f"{100 * PRICE:g} point of F1, settings within one standard error of the lowest CHAIR_S count as equal, and F1 decides: "
+        f"**{best}**, `{finals[best][0]!r}`.\n",
         HEAD,
         "|---" * 11 + "|",
     ]
