@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-CAUTION = "A few scenes prove nothing; on 500, smoothing does not help this small model (docs/evidence.md in the sources)."
+CAUTION = "A few scenes prove nothing; on 500, smoothing makes no fewer captions with inventions (docs/evidence.md in the sources)."
 
 
 @dataclass
