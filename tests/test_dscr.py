@@ -1,6 +1,8 @@
 """DSCR: every switch of methods.md C.4 against the reference on random pairs, weights, invariants, and life with rewind, fork and save."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -434,10 +436,15 @@ def test_cancelled_in_the_middle(wide: kvs.Model, rng: np.random.Generator) -> N
 
 @pytest.mark.skipif("san" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer ends the process where malloc fails")
 @pytest.mark.parametrize("phase", PHASES)
-def test_no_memory_for_the_weights(phase: str, wide: kvs.Model, rng: np.random.Generator) -> None:
-    """OutOfMemoryError, nothing has changed, and with memory it goes on."""
+def test_no_memory_for_the_weights(phase: str, wide: kvs.Model, rng: np.random.Generator, request: pytest.FixtureRequest) -> None:
+    """OutOfMemoryError, nothing has changed, and with memory it goes on. In a process of its own: other tests leave room in the heap."""
     import resource
 
+    if "KVS_ALONE" not in os.environ:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
+        done = subprocess.run(command, env={**os.environ, "KVS_ALONE": "1"}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        return
     rows, words = rng.standard_normal((3136, 32)).astype(np.float32), tokens(rng, 3)
     policy = kvs.DSCR(layers=[1], phase=phase)
     with wide.session(n_ctx=3200, kv_type="f32", policy=policy) as session, wide.session(n_ctx=3200, kv_type="f32", policy=policy) as fresh:

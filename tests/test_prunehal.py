@@ -152,10 +152,7 @@ def test_compaction_equals_masking(scope: str, kv_type: str, pairs: Pairs, rng: 
         prompt(twins, rng, 2)
         twins.ours.logits()
         for token in tokens(rng, 64):
-            if kv_type == "f32":
-                twins.step(token)
-            else:
-                step_over_stored_rows(twins, token)
+            step_over_stored_rows(twins, token)
         assert twins.ours.prunings and twins.ours.positions(0).shape[-1] < twins.ours.n_past
 
 
