@@ -48,7 +48,7 @@ Case = tuple[kvs.Model, tiny.Weights]
 @pytest.fixture(scope="module", params=["mha", "gqa"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     heads = {"mha": {}, "gqa": {"n_head_kv": 2, "n_rot": 12}}[request.param]
-    text, mmproj, weights = tiny.write_pair(tmp_path_factory.mktemp(request.param), seed=SEED ^ 7, **heads)
+    text, mmproj, weights = tiny.write_pair(tmp_path_factory.mktemp(request.param), seed=SEED ^ 7, gain=1.3, **heads)
     with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
         model._end_ids = frozenset()
         yield model, weights
