@@ -143,6 +143,7 @@ def test_shapes_that_cross_passes(rng: np.random.Generator, tmp_path: Path) -> N
     text, mmproj, weights = tiny.write_pair(
         tmp_path,
         seed=SEED,
+        gain=1.0,
         n_layer=2,
         n_embd=32,
         n_head=2,
