@@ -128,11 +128,9 @@ int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kv
 
 /* policy_kvsmooth.c. params are checked against the model's depth and head counts, and copied. */
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
-int kvs_policy_kvsmooth_check(const kvs_smooth_params *params, int32_t n_layer, kvs_error *err);
 
 /* policy_dscr.c, the same */
 int kvs_policy_dscr(const kvs_dscr_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
-int kvs_policy_dscr_check(const kvs_dscr_params *params, int32_t n_layer, kvs_error *err);
 /* policy_prunehal.c */
 int kvs_policy_prunehal(const kvs_prune_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err);
 int kvs_policy_prunehal_check(const kvs_prune_params *params, int32_t n_layer, kvs_error *err);

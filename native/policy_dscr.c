@@ -1,6 +1,6 @@
 /* policy_dscr.c - DSCR (ICLR 2026, methods.md C): K and V of a picture's patches become weighted sums of those of its other patches,
  * the nearer in depth and in the plane the heavier. Here are the weights, and when; the sums are the op kv_mix. */
-#include "cache.h"
+#include "policy.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -20,27 +20,12 @@ typedef struct dscr {
     int32_t room;
 } dscr;
 
-static int refuse(kvs_error *err, const char *what, const char *message) {
-    kvs_fail(err, KVS_E_POLICY, "DSCR: %s", message);
-    if (err) snprintf(err->what, sizeof err->what, "%s", what);
-    return KVS_E_POLICY;
-}
+static int refuse(kvs_error *err, const char *what, const char *message) { return kvs_policy_refuse(err, "DSCR", what, message); }
 
 /* ---- parameters ---- */
 
 static bool positive(float x) { return x > 0 && isfinite(x); }
 static bool not_negative(float x) { return x >= 0 && isfinite(x); }
-
-static int check_layers(const kvs_dscr_params *p, int32_t n_layer, kvs_error *err) {
-    if (p->n_layers < 1 || p->n_layers > n_layer || !p->layers) return refuse(err, "layers", "no layers, or more than the model has");
-    for (int32_t i = 0; i < p->n_layers; i++) {
-        if (p->layers[i] < 0 || p->layers[i] >= n_layer)
-            return kvs_fail(err, KVS_E_POLICY, "DSCR: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
-        for (int32_t j = 0; j < i; j++)
-            if (p->layers[j] == p->layers[i]) return refuse(err, "layers", "a layer is named twice");
-    }
-    return KVS_OK;
-}
 
 static int check_kernel(const kvs_dscr_params *p, kvs_error *err) {
     if (!positive(p->sigma_d)) return refuse(err, "sigma_d", "sigma_d must be over 0");
@@ -54,7 +39,7 @@ static int check_kernel(const kvs_dscr_params *p, kvs_error *err) {
     return KVS_OK;
 }
 
-int kvs_policy_dscr_check(const kvs_dscr_params *p, int32_t n_layer, kvs_error *err) {
+static int check(const kvs_dscr_params *p, int32_t n_layer, kvs_error *err) {
     if (p->struct_size != sizeof *p) return refuse(err, "struct_size", "kvs_dscr_params of another version");
     int status = check_kernel(p, err);
     if (status) return status;
@@ -62,7 +47,7 @@ int kvs_policy_dscr_check(const kvs_dscr_params *p, int32_t n_layer, kvs_error *
     if (!p->target || (p->target & ~(KVS_TARGET_K | KVS_TARGET_V))) return refuse(err, "target", "target is unknown");
     if (p->grid_w < 1 || p->grid_h < 1 || p->grid_w > MAX_GRID || p->grid_h > MAX_GRID)
         return refuse(err, "grid", "a picture's grid must have 1..4096 patches a side");
-    return check_layers(p, n_layer, err);
+    return kvs_policy_check_layers("DSCR", p->layers, p->n_layers, n_layer, err);
 }
 
 /* ---- weights ---- */
@@ -319,16 +304,14 @@ static const kvs_policy_ops dscr_ops = {
 
 static dscr *make(const kvs_dscr_params *params, int32_t n_layer) {
     dscr *d = kvs_calloc(1, sizeof *d);
-    int32_t *layers = kvs_calloc((uint64_t)params->n_layers + 1, sizeof *layers);
-    bool *on = kvs_calloc((uint64_t)n_layer, sizeof *on);
+    int32_t *layers = kvs_policy_copy_list(params->layers, params->n_layers);
+    bool *on = kvs_policy_layers_on(params->layers, params->n_layers, n_layer);
     if (!d || !layers || !on) {
         free(d);
         free(layers);
         free(on);
         return NULL;
     }
-    memcpy(layers, params->layers, (size_t)params->n_layers * sizeof *layers);
-    for (int32_t i = 0; i < params->n_layers; i++) on[layers[i]] = true;
     d->base.ops = &dscr_ops;
     d->params = *params;
     d->params.layers = layers;
@@ -339,7 +322,7 @@ static dscr *make(const kvs_dscr_params *params, int32_t n_layer) {
 
 int kvs_policy_dscr(const kvs_dscr_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err) {
     *out = NULL;
-    int status = kvs_policy_dscr_check(params, n_layer, err);
+    int status = check(params, n_layer, err);
     if (status) return status;
     *out = (kvs_policy *)make(params, n_layer);
     return *out ? KVS_OK : kvs_fail_memory(err, 0, "a policy");

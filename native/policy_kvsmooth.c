@@ -1,10 +1,9 @@
 /* policy_kvsmooth.c - KVSmooth (arXiv 2602.04268): row entropy -> rank among the last M -> strength -> EMA of the newest K, V.
  * Here is the bookkeeping: which rows are in the queue, which row is mixed with which. The arithmetic is the op kv_smooth. */
-#include "cache.h"
+#include "policy.h"
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 typedef struct smooth {
     kvs_policy base;
@@ -16,28 +15,11 @@ typedef struct smooth {
     kvs_smooth_job job;
 } smooth;
 
-static int refuse(kvs_error *err, const char *what, const char *message) {
-    kvs_fail(err, KVS_E_POLICY, "KVSmooth: %s", message);
-    if (err) snprintf(err->what, sizeof err->what, "%s", what);
-    return KVS_E_POLICY;
-}
+static int refuse(kvs_error *err, const char *what, const char *message) { return kvs_policy_refuse(err, "KVSmooth", what, message); }
 
 static bool outside(float x, float low, float high) { return !(x >= low && x <= high); } /* NaN is outside */
 
-static int check_layers(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
-    if (p->n_layers < 1 || p->n_layers > n_layer || !p->layers) return refuse(err, "layers", "no layers, or more than the model has");
-    for (int32_t i = 0; i < p->n_layers; i++) {
-        if (p->layers[i] < 0 || p->layers[i] >= n_layer) {
-            kvs_fail(err, KVS_E_POLICY, "KVSmooth: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
-            return KVS_E_POLICY;
-        }
-        for (int32_t j = 0; j < i; j++)
-            if (p->layers[j] == p->layers[i]) return refuse(err, "layers", "a layer is named twice");
-    }
-    return KVS_OK;
-}
-
-int kvs_policy_kvsmooth_check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
+static int check(const kvs_smooth_params *p, int32_t n_layer, kvs_error *err) {
     if (p->struct_size != sizeof *p) return refuse(err, "struct_size", "kvs_smooth_params of another version");
     if (p->n_skip_ids < 0 || (p->n_skip_ids && !p->skip_ids)) return refuse(err, "skip_token_ids", "skip_ids is not a list");
     if (outside(p->lambda_ref, 0, 1)) return refuse(err, "lambda_ref", "lambda_ref must be in [0, 1]");
@@ -53,7 +35,7 @@ int kvs_policy_kvsmooth_check(const kvs_smooth_params *p, int32_t n_layer, kvs_e
                       "it is known to be the last");
     if (p->per_kv_head && (p->target & KVS_TARGET_O))
         return refuse(err, "entropy_heads", "entropy_heads \"per_kv_group\" is for targets k and v, not o");
-    return check_layers(p, n_layer, err);
+    return kvs_policy_check_layers("KVSmooth", p->layers, p->n_layers, n_layer, err);
 }
 
 static void smooth_free(kvs_policy *policy) {
@@ -65,12 +47,6 @@ static void smooth_free(kvs_policy *policy) {
     free(s->queue);
     free(s->missing);
     free(s);
-}
-
-static int32_t *copy_list(const int32_t *list, int32_t n) {
-    int32_t *copy = kvs_calloc((uint64_t)n + 1, sizeof *copy);
-    if (copy && n) memcpy(copy, list, (size_t)n * sizeof *copy);
-    return copy;
 }
 
 static smooth *make(const kvs_smooth_params *params, int32_t n_layer);
@@ -202,22 +178,21 @@ static smooth *make(const kvs_smooth_params *params, int32_t n_layer) {
     s->base.ops = &smooth_ops;
     s->params = *params;
     s->n_layer = n_layer;
-    s->params.layers = copy_list(params->layers, params->n_layers);
-    s->params.skip_ids = copy_list(params->skip_ids, params->n_skip_ids);
-    s->on = kvs_calloc((uint64_t)n_layer, sizeof *s->on);
+    s->params.layers = kvs_policy_copy_list(params->layers, params->n_layers);
+    s->params.skip_ids = kvs_policy_copy_list(params->skip_ids, params->n_skip_ids);
+    s->on = kvs_policy_layers_on(params->layers, params->n_layers, n_layer);
     s->queue = kvs_calloc((uint64_t)params->window, sizeof *s->queue);
     s->missing = kvs_calloc((uint64_t)params->window, sizeof *s->missing);
     if (!s->params.layers || !s->params.skip_ids || !s->on || !s->queue || !s->missing) {
         smooth_free(&s->base);
         return NULL;
     }
-    for (int32_t i = 0; i < params->n_layers; i++) s->on[params->layers[i]] = true;
     return s;
 }
 
 int kvs_policy_kvsmooth(const kvs_smooth_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err) {
     *out = NULL;
-    int status = kvs_policy_kvsmooth_check(params, n_layer, err);
+    int status = check(params, n_layer, err);
     if (status) return status;
     *out = (kvs_policy *)make(params, n_layer);
     return *out ? KVS_OK : kvs_fail_memory(err, 0, "a policy");

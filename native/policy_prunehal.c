@@ -3,7 +3,7 @@
  *
  * A sequence begins with the last row of the prompt that holds the newest picture (m = 1) and goes on with every generated row behind
  * it (m = 2, 3, ...). Counts and references derive from the timeline, the history of masses and the events. */
-#include "cache.h"
+#include "policy.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -17,22 +17,7 @@ typedef struct prunehal {
     int32_t *rows;  /* that go with it, as kvs_event_happen wants them; NULL = no plan */
 } prunehal;
 
-static int refuse(kvs_error *err, const char *what, const char *message) {
-    kvs_fail(err, KVS_E_POLICY, "PruneHal: %s", message);
-    if (err) snprintf(err->what, sizeof err->what, "%s", what);
-    return KVS_E_POLICY;
-}
-
-static int check_layers(const kvs_prune_params *p, int32_t n_layer, kvs_error *err) {
-    if (p->n_layers < 1 || p->n_layers > n_layer || !p->layers) return refuse(err, "layers", "no layers, or more than the model has");
-    for (int32_t i = 0; i < p->n_layers; i++) {
-        if (p->layers[i] < 0 || p->layers[i] >= n_layer)
-            return kvs_fail(err, KVS_E_POLICY, "PruneHal: layer %d is out of range: the model has layers 0..%d", p->layers[i], n_layer - 1);
-        for (int32_t j = 0; j < i; j++)
-            if (p->layers[j] == p->layers[i]) return refuse(err, "layers", "a layer is named twice");
-    }
-    return KVS_OK;
-}
+static int refuse(kvs_error *err, const char *what, const char *message) { return kvs_policy_refuse(err, "PruneHal", what, message); }
 
 int kvs_policy_prunehal_check(const kvs_prune_params *p, int32_t n_layer, kvs_error *err) {
     if (p->struct_size != sizeof *p) return refuse(err, "struct_size", "kvs_prune_params of another version");
@@ -46,7 +31,7 @@ int kvs_policy_prunehal_check(const kvs_prune_params *p, int32_t n_layer, kvs_er
     if (p->n_top_k < 0 || (p->n_top_k && !p->top_k)) return refuse(err, "top_k", "top_k is not a list");
     for (int32_t i = 0; i < p->n_top_k; i++)
         if (p->top_k[i] < 1) return refuse(err, "top_k", "top_k must be 1 and more");
-    return check_layers(p, n_layer, err);
+    return kvs_policy_check_layers("PruneHal", p->layers, p->n_layers, n_layer, err);
 }
 
 /* ---- when ---- */
@@ -354,12 +339,6 @@ static const kvs_policy_ops prune_ops = {
     .committed = prune_committed,
 };
 
-static int32_t *copy_list(const int32_t *list, int32_t n) {
-    int32_t *copy = kvs_calloc((uint64_t)n + 1, sizeof *copy);
-    if (copy && n) memcpy(copy, list, (size_t)n * sizeof *copy);
-    return copy;
-}
-
 static int rising(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
 
 int kvs_policy_prunehal(const kvs_prune_params *params, int32_t n_layer, kvs_policy **out, kvs_error *err) {
@@ -368,12 +347,12 @@ int kvs_policy_prunehal(const kvs_prune_params *params, int32_t n_layer, kvs_pol
     if (status) return status;
     prunehal *s = kvs_calloc(1, sizeof *s);
     if (!s) return kvs_fail_memory(err, 0, "a policy");
-    int32_t *layers = copy_list(params->layers, params->n_layers);
+    int32_t *layers = kvs_policy_copy_list(params->layers, params->n_layers);
     s->base.ops = &prune_ops;
     s->params = *params;
     s->n_layer = n_layer;
     s->params.layers = layers;
-    s->params.top_k = copy_list(params->top_k, params->n_top_k);
+    s->params.top_k = kvs_policy_copy_list(params->top_k, params->n_top_k);
     if (!layers || !s->params.top_k) {
         prune_free(&s->base);
         return kvs_fail_memory(err, 0, "a policy");

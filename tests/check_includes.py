@@ -12,7 +12,7 @@ LAYERS = [
     ["session.h", "session.c", "session_file.c"],
     ["llama.h", "llama.c", "vision.c"],
     ["model.h", "model.c", "load.h", "load.c", "vision_load.c"],
-    ["cache.h", "cache.c", "pruned.h", "pruned.c", "policy_*.c"],
+    ["cache.h", "cache.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
     ["cpu/*"],
     ["backend.h"],
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
