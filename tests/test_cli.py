@@ -424,7 +424,7 @@ def test_compare_fits_the_terminal(screen, width, beside):
     ui = screen(width)
     stats = kvs.Stats(device="cpu")
     texts = ["a red cat sits on the mat " * 5, "a dog sits on 中文 mat averyveryverylongwordthatfillslines " * 5]
-    compare.show(ui, *(kvs.Result(text, [], "stop", stats) for text in texts))
+    compare.show(ui, *(kvs.Result(text, [], "stop", stats) for text in texts), ("plain", "smoothed"))
     lines = without_codes(ui.out.file.getvalue()).splitlines()
     assert all(cell_len(line) <= width for line in lines)
     assert ("plain" in lines[0] and "smoothed" in lines[0]) is beside

@@ -71,6 +71,10 @@ def test_demo(packed: Path, capsys: pytest.CaptureFixture) -> None:
         assert f"{scene['image_id']}: {scene['context']}; there are {', '.join(scene['objects'])}" in out
     assert out.count("\nplain:\n") == out.count("\nsmoothed:\n") == 2
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["plain", "smoothed"] and "of 3 that are there" in out
+    code, out, err = run(capsys, "--max-tokens", "6", "--policy", "kvsmooth,prunehal", "--scene", "1")
+    assert code == 0 and "kvsmooth+prunehal: [KVSmooth(" in err and out.count("\nkvsmooth+prunehal:\n") == 1
+    code, out, err = run(capsys, "--policy", "dscr", "--depth", "map.png")
+    assert code == 2 and "one map for 2 pictures" in err
 
 
 def test_one_scene(packed: Path, capsys: pytest.CaptureFixture) -> None:

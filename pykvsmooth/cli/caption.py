@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     show = parser.add_argument_group("what to show")
     show.add_argument("--heat", action="store_true", help="shade words by the entropy of their attention rows (colour terminals)")
     show.add_argument("--strengths", action="store_true", help="bars of the smoothing strength under each line")
-    show.add_argument("--compare", action="store_true", help="plain and smoothed caption, differences marked")
+    show.add_argument("--compare", action="store_true", help="the plain caption beside the policy's, differences marked")
     show.add_argument("--json", action="store_true", help="JSON lines instead of text")
     show.add_argument("--json-tokens", action="store_true", help="like --json, with the tokens of every picture")
     show.add_argument("--out", metavar="F.jsonl", help="append captions to this file; resumes where it stopped")
@@ -115,9 +115,7 @@ class Job:
 def run(args: argparse.Namespace, ui: Ui) -> int:
     _check(args)
     names, wrong = expand(args.images)
-    changes, answer = options.policy_changes(args), options.answer_options(args)
-    if args.depth is not None and len(names) > 1 and not options.depth_is_model(args.depth):
-        raise options.UsageError(f"--depth {args.depth}: one map for {len(names)} pictures; give one picture, or an ONNX model")
+    changes, answer = options.policy_changes(args, len(names)), options.answer_options(args)
     for text in wrong:
         ui.error(text)
     if not names:

@@ -81,14 +81,15 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
             raise options.UsageError(f"--scene {number}: there are {len(scenes)}")
     if not args.policy:
         raise options.UsageError("the demo compares a policy with none: --policy kvsmooth")
-    changes, answer = options.policy_changes(args), options.answer_options(args)
+    chosen = [scenes[number - 1] for number in args.scene] if args.scene else scenes
+    changes, answer = options.policy_changes(args, len(chosen)), options.answer_options(args)
     model = options.load_model(args, ui)
     policy = options.make_policy(args, model, changes)
-    ways = {"plain": None, "smoothed": policy}
-    ui.note(f"smoothed: {policy!r}")
+    label = options.policy_label(args)
+    ways = {"plain": None, label: policy}
+    ui.note(f"{label}: {policy!r}")
     sessions = {way: model.session(n_ctx=args.n_ctx, kv_type=args.kv_type, policy=policy) for way, policy in ways.items()}
     tallies = {way: Tally() for way in ways}
-    chosen = [scenes[number - 1] for number in args.scene] if args.scene else scenes
     for scene in chosen:
         _caption(ui, scene, sessions, tallies, answer)
     _close(ui, chosen, tallies)
@@ -114,8 +115,9 @@ def _caption(ui: Ui, scene: dict[str, Any], sessions: dict[str, Session], tallie
 
 def _close(ui: Ui, scenes: list[dict[str, Any]], tallies: dict[str, Tally]) -> None:
     there = sum(len(scene["objects"]) for scene in scenes)
+    width = max(map(len, tallies)) + 1
     for way, tally in tallies.items():
-        ui.put(f"{way:9}", "bold")
+        ui.put(f"{way:{width}}", "bold")
         ui.put(f"{tally.line(there)}\n")
     mark = Text("invented", INVENTED) if ui.out.colour else Text("[invented]")
     said = f": not in the scene; shades: row entropy, from low to high. {CAUTION}"

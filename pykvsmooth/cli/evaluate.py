@@ -132,7 +132,7 @@ def run_run(args: argparse.Namespace, ui: Ui) -> int:
     _check_truth(args, pictures, truth)
     if args.against:
         _against(args, [image_id for image_id, _ in pictures])  # before the hours, not after
-    changes, answer = options.policy_changes(args), options.answer_options(args)
+    changes, answer = options.policy_changes(args, len(pictures)), options.answer_options(args)
     model = options.load_model(args, ui)
     policy = options.make_policy(args, model, changes)
     captions = _captioned(args, ui, model, pictures, policy, answer)

@@ -111,8 +111,14 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**options, "mode": args.image_mode, "system": system}
 
 
-def policy_changes(args: argparse.Namespace) -> Changes:
-    """What --set asks of each policy that is on, checked as far as it can be without a model."""
+def policy_label(args: argparse.Namespace) -> str:
+    """What captions under the policy are called beside plain ones."""
+    return "smoothed" if args.policy == ["kvsmooth"] else "+".join(args.policy)
+
+
+def policy_changes(args: argparse.Namespace, pictures: int = 1) -> Changes:
+    """What --set and --depth ask of each policy that is on, checked as far as it can be without a model. pictures: how many timelines
+    begin with a picture of their own; a depth map is one picture's."""
     changes: Changes = {name: {} for name in args.policy}
     for item in args.set:
         key, equals, value = item.partition("=")
@@ -128,20 +134,19 @@ def policy_changes(args: argparse.Namespace) -> Changes:
     if args.depth is not None:
         if "dscr" not in changes:
             raise UsageError("--depth is for the policy dscr: --policy dscr, or dscr among others")
-        changes["dscr"]["depth"] = _depth(args.depth)
+        changes["dscr"]["depth"] = _depth(args.depth, pictures)
     _policies_of(lambda name: _kind(name)(**changes[name]), changes)
     return changes
 
 
-def _depth(path: str) -> Any:
-    """A model gives the depth of any picture, a map is one picture's."""
+def _depth(path: str, pictures: int) -> Any:
     import pykvsmooth
 
-    return pykvsmooth.OnnxDepth(path) if depth_is_model(path) else path
-
-
-def depth_is_model(path: str) -> bool:
-    return path.lower().endswith(".onnx")
+    if path.lower().endswith(".onnx"):
+        return pykvsmooth.OnnxDepth(path)
+    if pictures > 1:
+        raise UsageError(f"--depth {path}: one map for {pictures} pictures; give one picture, or an ONNX model")
+    return path
 
 
 def _kind(policy: str) -> Any:

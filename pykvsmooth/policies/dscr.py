@@ -15,7 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ from .._native import ffi, lib
 from ..checks import choice, integer, real, shown
 from ..errors import ImageError, PolicyError
 from . import layers
+from .parameters import Parameters
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,8 +69,8 @@ def _say_no_depth() -> None:
     _log.warning("DSCR has no depth: the spatial term alone decides; give depth= a map, a list of maps or OnnxDepth(file)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DSCR:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DSCR(Parameters):
     """Parameters of DSCR. Instances are immutable, compare by value, and belong to no model until a session is made.
 
     depth: a gray PNG (8 or 16 bits) or .npy file, an array (height, width) of the picture's proportions, a list of these (one for each
@@ -123,13 +124,6 @@ class DSCR:
         self._set("layers", layers.check("DSCR", self.layers))
         self._set("grid", _grid(self.grid))
         self._set("depth", _sources(self.depth))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"DSCR({', '.join(changed)})"
 
     @property
     def touches_prompt(self) -> bool:

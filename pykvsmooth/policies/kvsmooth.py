@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -19,6 +19,7 @@ from .._native import ffi, lib
 from ..checks import choice, integer, integers, real, shown
 from ..errors import PolicyError
 from . import layers
+from .parameters import Parameters
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -41,8 +42,8 @@ def _warm_rows(value: Any) -> int:
     raise ValueError(f'KVSmooth: warm_start must be "none", "last_prompt_row" or ("prompt_rows", n), not {shown(value)}')
 
 
-@dataclass(frozen=True, kw_only=True)
-class KVSmooth:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KVSmooth(Parameters):
     """Parameters of KVSmooth. Instances are immutable, compare by value, and belong to no model until a session is made.
 
     lambda_ref, half_width, lambda_max: the window of strengths is [lambda_ref - half_width, lambda_ref + half_width], cut to
@@ -98,9 +99,6 @@ class KVSmooth:
         self._set("layers", layers.check("KVSmooth", self.layers))
         self._check_pairs()
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
     def _check_mode(self) -> None:
         if self.mode == "fixed" and self.lambda_fixed is None:
             raise ValueError('KVSmooth: mode="fixed" needs lambda_fixed')
@@ -114,10 +112,6 @@ class KVSmooth:
             raise ValueError('KVSmooth: target="o" and smooth_prompt exclude each other: the output of the last prompt row is used already')
         if self.target == "o" and self.entropy_heads != "all":
             raise ValueError('KVSmooth: entropy_heads="per_kv_group" is for targets k and v: an output mixes all heads')
-
-    def __repr__(self) -> str:
-        changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"KVSmooth({', '.join(changed)})"
 
     @property
     def warm_rows(self) -> int:

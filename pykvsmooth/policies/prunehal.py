@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from .._native import ffi, lib
 from ..checks import choice, integer, integers, real
 from . import layers
+from .parameters import Parameters
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -26,8 +27,8 @@ _FLAGS = ("vote_strict", "per_image_quota", "reversible")
 MAX_COUNT = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneHal:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PruneHal(Parameters):
     """Parameters of PruneHal. Instances are immutable, compare by value, and belong to no model until a session is made.
 
     Each layer's attention to the picture is its head-mean mass per row of the picture that is still there. Where that is below
@@ -82,9 +83,6 @@ class PruneHal:
         if self.top_k is not None:
             self._set("top_k", self._check_top_k())
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
     def _check_top_k(self) -> int | tuple[int, ...]:
         if not isinstance(self.top_k, (str, bytes)) and not hasattr(self.top_k, "__len__"):
             return integer("PruneHal: top_k", self.top_k, 1, MAX_COUNT)
@@ -92,10 +90,6 @@ class PruneHal:
         if not counts:
             raise ValueError("PruneHal: top_k is empty; give the numbers of rows that stay, or None")
         return counts
-
-    def __repr__(self) -> str:
-        changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"PruneHal({', '.join(changed)})"
 
     @property
     def counts(self) -> tuple[int, ...]:
