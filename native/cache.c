@@ -342,22 +342,14 @@ int32_t kvs_cache_rewindable(const kvs_cache *cache) {
     return cache->n_past - n;
 }
 
-static int refuse_pruned(const kvs_cache *cache, int32_t n_past, kvs_error *err) {
-    kvs_fail(
-        err, KVS_E_POLICY,
-        "rewind by %d rows: PruneHal has dropped rows of pictures since, and they are not kept; rewind less, to row %d or before it, or "
-        "make the session with PruneHal(reversible=True)",
-        cache->n_past - n_past, kvs_pruned_whole(cache));
-    if (err) {
-        err->needed = (uint64_t)(cache->n_past - n_past);
-        err->available = (uint64_t)kvs_cache_rewindable(cache);
-    }
-    return KVS_E_POLICY;
-}
-
-static int refuse_rewind(const kvs_cache *cache, int32_t n_past, kvs_error *err) {
+static int refuse_rewind(const kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
     int32_t n = cache->n_past - n_past;
-    if (under_seal(cache, n_past - 1, n_past - 1))
+    if (!kvs_pruned_can_end(cache, n_past, logits))
+        kvs_fail(err, KVS_E_POLICY,
+                 "rewind by %d rows: PruneHal has dropped rows of pictures since, and they are not kept; rewind less, to row %d or before "
+                 "it, or make the session with PruneHal(reversible=True)",
+                 n, kvs_pruned_whole(cache));
+    else if (under_seal(cache, n_past - 1, n_past - 1))
         kvs_fail(err, KVS_E_POLICY,
                  "rewind by %d rows: it would end in a picture that was refined, or in a prompt that has seen it as it was before; "
                  "rewind less, or to the row in front of the picture",
@@ -375,8 +367,7 @@ static int refuse_rewind(const kvs_cache *cache, int32_t n_past, kvs_error *err)
 }
 
 int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
-    if (n_past < cache->n_past && !kvs_pruned_can_end(cache, n_past, logits)) return refuse_pruned(cache, n_past, err);
-    if (!can_end_at(cache, n_past, logits)) return refuse_rewind(cache, n_past, err);
+    if (!can_end_at(cache, n_past, logits)) return refuse_rewind(cache, n_past, logits, err);
     int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
     kvs_pruned_undo(cache, n_past);
     cache->pruned.quiet = KVS_MIN(cache->pruned.quiet, n_past);

@@ -88,6 +88,18 @@ static void free_kv(kvs_backend *be, kvs_kv *kv) {
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) be->ops->release(be, blocks[i]);
 }
 
+/* A cache of one layer, without its memory. */
+static kvs_kv one_layer(int32_t type, int32_t n_head, int32_t n_kv_head, int32_t head_dim, int32_t n_ctx) {
+    return (kvs_kv){.type = type,
+                    .n_layer = 1,
+                    .n_head = n_head,
+                    .n_kv_head = n_kv_head,
+                    .head_dim = head_dim,
+                    .n_ctx = n_ctx,
+                    .n_group = 1,
+                    .row_bytes = kvs_kv_row_bytes(type, head_dim)};
+}
+
 static bool alloc_kv(kvs_backend *be, kvs_kv *kv) {
     uint64_t store = (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
     uint64_t history = (uint64_t)kv->n_ctx * (uint64_t)kv->n_group * sizeof(float);
@@ -129,17 +141,10 @@ int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const f
     if (!good_shape(kv_type, n_head, n_head_kv, head_dim) || n_q < 1 || n_q > n_kv) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, threads, &status);
     if (!be) return status;
-    kvs_kv kv = {.type = kv_type,
-                 .n_layer = 1,
-                 .n_head = n_head,
-                 .n_kv_head = n_head_kv,
-                 .head_dim = head_dim,
-                 .n_ctx = n_kv,
-                 .n_group = 1,
-                 .exclude_self = exclude_self,
-                 .spans = (kvs_range *)(void *)spans,
-                 .n_spans = n_spans,
-                 .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
+    kvs_kv kv = one_layer(kv_type, n_head, n_head_kv, head_dim, n_kv);
+    kv.exclude_self = exclude_self;
+    kv.spans = (kvs_range *)(void *)spans;
+    kv.n_spans = n_spans;
     kvs_step step;
     kvs_row *rows = number_rows(&kv, n_kv);
     if (rows && alloc_kv(be, &kv)) {
@@ -201,16 +206,9 @@ int32_t kvs_test_score(const char *isa, int32_t threads, int32_t kv_type, const 
     if (!good_shape(kv_type, n_head, n_head_kv, head_dim) || n_kv < 1) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, threads, &status);
     if (!be) return status;
-    kvs_kv kv = {.type = kv_type,
-                 .n_layer = 1,
-                 .n_head = n_head,
-                 .n_kv_head = n_head_kv,
-                 .head_dim = head_dim,
-                 .n_ctx = n_kv,
-                 .n_group = 1,
-                 .spans = (kvs_range *)(void *)spans,
-                 .n_spans = n_spans,
-                 .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
+    kvs_kv kv = one_layer(kv_type, n_head, n_head_kv, head_dim, n_kv);
+    kv.spans = (kvs_range *)(void *)spans;
+    kv.n_spans = n_spans;
     kvs_row *rows = number_rows(&kv, n_kv);
     status = score(be, &kv, rows, q, k, maximum, scores);
     free_kv(be, &kv);
@@ -247,14 +245,7 @@ int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const
     if (!good_shape(kv_type, n_head_kv, n_head_kv, head_dim) || n < 1 || n_kv < n || n_ctx < n_kv) return KVS_E_ARGUMENT;
     kvs_backend *be = open_isa(isa, threads, &status);
     if (!be) return status;
-    kvs_kv kv = {.type = kv_type,
-                 .n_layer = 1,
-                 .n_head = n_head_kv,
-                 .n_kv_head = n_head_kv,
-                 .head_dim = head_dim,
-                 .n_ctx = n_ctx,
-                 .n_group = 1,
-                 .row_bytes = kvs_kv_row_bytes(kv_type, head_dim)};
+    kvs_kv kv = one_layer(kv_type, n_head_kv, n_head_kv, head_dim, n_ctx);
     kvs_step step;
     kvs_row *rows = number_rows(&kv, n_kv);
     kvs_move *moves = kvs_calloc((uint64_t)n_head_kv, sizeof *moves);
