@@ -2,7 +2,7 @@
 
 The plan follows from the scene alone; the words vary. A model that decodes greedily learns such captions well, and loops on
 captions whose plan is free. From left to right, because a small model that may name objects in any other order learns what is there and
-not where: its lefts and rights stay at chance. Left and right are said where they are clearly so.
+not where: its lefts and rights are little better than chance. Left and right are said where they are clearly so.
 """
 
 from __future__ import annotations
