@@ -11,12 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Pair
 
 import pykvsmooth as kvs
-from models.evidence import page, rows, runs, why
+from models.evidence import page, rows, runs, seeds, why
 from models.evidence.__main__ import Bench, search
 from models.scenes import caption, side
-from pykvsmooth.evaluate import Caption, Mention, Scored, TokenFacts
+from pykvsmooth.evaluate import Caption, EvaluationError, Mention, Scored, TokenFacts
 
 COUNT = 12
+SIBLINGS = ("PruneHal", "DSCR")
 MOVED = why.Shifts(true=[[(0.5, False)], [(0.5, False)]], invented=[[(-1.0, False)], [(-3.0, True)]])
 
 
@@ -77,7 +78,23 @@ def test_rows_differ_from_the_best_in_one_thing() -> None:
     assert rows.rows(kvs.KVSmooth(layers="0:2"), 0.31, 8)["first layer out"].resolve_layers(8) == [1]
 
 
-def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
+def test_kept_captions_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeds, "FOLDER", tmp_path / "other")
+    assert seeds.kept() == {}
+    made = [(None, right()), (kvs.KVSmooth(), runs.Run("test", tuple(told("A cat.", i, 0.5) for i in range(COUNT))))]
+    for seed in (3, 2):
+        seeds.keep(seeds.FOLDER / f"{seed}.jsonl.gz", made)
+    first, second = seeds.kept().items()
+    assert (first[0], second[0]) == (2, 3) and first[1].read_bytes() == second[1].read_bytes()
+    back = seeds.read(first[1], None, 5)
+    assert back.report.figures() == right(5).report.figures() and back.tokens == right(5).tokens
+    assert seeds.read(first[1], kvs.KVSmooth(), COUNT).captions[3].text == "A cat."
+    for policy, count in ((None, COUNT + 1), (kvs.KVSmooth(lambda_ref=0.5), 1)):
+        with pytest.raises(EvaluationError, match=r"2\.jsonl\.gz.*make it again"):
+            seeds.read(first[1], policy, count)
+
+
+def test_the_page(tmp_path: Path, tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run for each row is asked for; the plain one is right, the others name a giraffe more."""
     asked = []
 
@@ -92,14 +109,22 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair) -> None:
         **{name: (policy, right()) for name, policy in {**rows.grid(), **rows.around(kvs.KVSmooth())}.items()},
     }
     finals = {name: found[name] for name in runs.finalists(found)}
+    monkeypatch.setattr(seeds, "FOLDER", tmp_path)
     with kvs.Model(tiny_pair.text, device="cpu") as model:
-        page.write(run, lambda policy, plain: MOVED, model, found, finals, [], COUNT, tmp_path)
+        best = kvs.KVSmooth.for_model(model)
+        seeds.keep(tmp_path / "7.jsonl.gz", [(policy, run("", policy, "test", COUNT)) for policy in (None, best, kvs.KVSmooth())])
+        asked.clear()
+        others = {
+            method: {"plain": found["plain"], **{name: (p, right()) for name, p in rows.siblings()[method].items()}} for method in SIBLINGS
+        }
+        page.write(run, lambda policy, plain: MOVED, model, runs.Searched(found, finals, others), COUNT, tmp_path)
     text = (tmp_path / "evidence.md").read_text()
     plain = next(line for line in text.splitlines() if line.startswith("| plain |"))
     assert plain.startswith("| plain | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] |")
     keys = next(line for line in text.splitlines() if line.startswith("| keys only |"))
     invented = 100 * sum("giraffe" not in {t.node for t in s.objects} for s in runs.scenes("test", COUNT)) / COUNT
     assert keys.startswith(f"| keys only | {invented:.1f} [") and f"| +{invented:.1f} [" in keys
+    assert "| seed 7: plain | 0.0 [" in text and f"| seed 7: the same setting | {invented:.1f} [" in text
     assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9 + 8  # the best one is a row already; the siblings
     assert "| best | -2.000 [-3.000, -1.000] | +0.500 [+0.500, +0.500] | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] | 1.000 |" in text
     assert (tmp_path / "along.svg").stat().st_size > 1000 and (tmp_path / "trade.svg").stat().st_size > 1000
@@ -109,9 +134,12 @@ def test_search_runs_the_grid(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rows, "WINDOWS", ((0.1, 0.1),))
     monkeypatch.setattr(rows, "LAYERS", ("1:2",))
     monkeypatch.setattr(runs, "MAX_TOKENS", 6)
+    few = {"PruneHal": {"keep 0.9": kvs.PruneHal(keep=0.9)}, "DSCR": {"layers 1:": kvs.DSCR(layers="1:")}}
+    monkeypatch.setattr("models.evidence.__main__.siblings", lambda: few)
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
-        found, finals = search(Bench(model), 2, 3)
+        found, finals, others = search(Bench(model), 2, 3)
         assert kvs.KVSmooth.for_model(model) in [policy for policy, _ in finals.values()]
+    assert {method: len(tried) for method, tried in others.items()} == {"PruneHal": 2, "DSCR": 2}
     assert list(found)[:2] == ["plain", "keys and values, layers 1:2, 0.1 ± 0.1"] and len(found) == 3 + len(rows.OTHERS)
     assert all(len(run.captions) == 2 for _, run in found.values()) and all(len(run.captions) == 3 for _, run in finals.values())
 

@@ -2,7 +2,7 @@
 
 Measures the checkpoint in the box (or another) on the test scenes and writes evidence.md and its plots. python -m models.evidence
 search looks for the best setting on the development scenes, in two rounds, and prints what it finds; what is best goes into the file's
-metadata.
+metadata. python -m models.evidence seed --seed N --model FILE keeps the captions of a model that was trained with another seed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import pykvsmooth as kvs
 
-from . import page
-from .rows import around, grid
-from .runs import Asked, Found, Run, caption_scenes, finalists
+from . import page, seeds
+from .rows import around, grid, siblings
+from .runs import Asked, Found, Run, Searched, caption_scenes, finalists
 from .why import Shifts, shifts
 
 
@@ -42,8 +42,9 @@ class Bench:
         return shifts(self.model, policy, plain)
 
 
-def search(bench: Bench, count: int, final_count: int) -> tuple[Found, Found]:
-    """All settings of the grid on count development scenes, the plain model first; then the best of them on final_count."""
+def search(bench: Bench, count: int, final_count: int) -> Searched:
+    """All settings of the grid on count development scenes, the plain model first; then the best of them on final_count. The other
+    methods' settings on count scenes."""
     own = kvs.KVSmooth.for_model(bench.model)
     settings: dict[str, kvs.KVSmooth | None] = {"plain": None, **grid(), **around(own)}
     found: Found = {name: (policy, bench.run(name, policy, "development", count)) for name, policy in settings.items()}
@@ -51,27 +52,45 @@ def search(bench: Bench, count: int, final_count: int) -> tuple[Found, Found]:
     if own not in chosen.values():
         chosen["the file's own"] = own
     finals: Found = {name: (policy, bench.run(f"{name} again", policy, "development", final_count)) for name, policy in chosen.items()}
-    return found, finals
+    others: dict[str, Found] = {method: {"plain": found["plain"]} for method in siblings()}
+    for method, tried in siblings().items():
+        others[method].update(
+            {name: (policy, bench.run(f"{method}, {name}", policy, "development", count)) for name, policy in tried.items()}
+        )
+    return Searched(found, finals, others)
+
+
+def keep_seed(bench: Bench, seed: int, count: int) -> None:
+    """Captions of the test scenes by a model of another seed: plain, under the box's own setting, and as published."""
+    with kvs.Model() as box:
+        policies = (None, kvs.KVSmooth.for_model(box), kvs.KVSmooth())
+    runs = [(policy, bench.run("plain" if policy is None else repr(policy), policy, "test", count)) for policy in policies]
+    seeds.keep(seeds.FOLDER / f"{seed}.jsonl.gz", runs)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("page", "search"), default="page")
+    parser.add_argument("what", nargs="?", choices=("page", "search", "seed"), default="page")
     parser.add_argument("--model", metavar="FILE", help="a text model with its mmproj beside it (default: the box)")
-    parser.add_argument("--seeds", nargs="*", default=[], metavar="FILE", help="text models of other seeds")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the model's training, for what = seed")
     parser.add_argument("--count", type=int, default=500, help="test scenes (default: 500)")
     parser.add_argument("--search-count", type=int, default=100, help="development scenes of the search (default: 100)")
     parser.add_argument("--final-count", type=int, default=500, help="development scenes of its last round (default: 500)")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
+    if (args.what == "seed") != (args.seed is not None):
+        parser.error("seed and --seed N belong together")
     with kvs.Model(args.model) as model:
         bench = Bench(model)
-        found, finals = search(bench, args.search_count, args.final_count)
+        if args.what == "seed":
+            keep_seed(bench, args.seed, args.count)
+            return 0
+        searched = search(bench, args.search_count, args.final_count)
         if args.what == "search":
-            print(page.search_tables(found, finals))
+            print(page.search_tables(searched))
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        page.write(bench.run, bench.explain, model, found, finals, args.seeds, args.count, args.out)
+        page.write(bench.run, bench.explain, model, searched, args.count, args.out)
     print(f"{args.out / 'evidence.md'} written in {time.monotonic() - bench.begin:.0f} s", file=sys.stderr)
     return 0
 

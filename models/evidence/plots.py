@@ -40,7 +40,8 @@ def trade(plain: Run, points: dict[str, dict[str, list[tuple[float, float]]]], p
     """Precision over recall: the settings of the search by layers, and the plain captions cut by sentences."""
     figure, both = plt.subplots(1, len(points), figsize=(9.6, 4.2), sharex=True, sharey=True)
     longest = max(caption.text.count(". ") for caption in plain.captions) + 1
-    cuts = [plain.cut(n).figures() for n in range(2, longest + 1)]
+    floor = min((recall for lines in points.values() for line in lines.values() for recall, _ in line), default=0.0)
+    cuts = [cut for n in range(2, longest + 1) if (cut := plain.cut(n).figures())["recall"] > floor - 0.1]
     for axes, (title, lines) in zip(both, points.items(), strict=True):
         axes.plot([cut["recall"] for cut in cuts], [cut["precision"] for cut in cuts], "k.-", label="plain, cut by sentences")
         for name, line in lines.items():

@@ -52,19 +52,29 @@ def rows(best: kvs.KVSmooth, mean_strength: float, n_layer: int) -> dict[str, kv
     }
 
 
-def methods(model: kvs.Model, best: kvs.KVSmooth) -> dict[str, Any]:
-    """The sibling methods as published and as the bilateral preset, and what stacks of them do. The scenes are flat: DSCR has its
-    spatial term alone."""
-    published, bilateral, pruning = (kvs.DSCR.for_model(model), kvs.DSCR.bilateral(layers="2:"), kvs.PruneHal.for_model(model))
+def siblings() -> dict[str, dict[str, Any]]:
+    """What is tried of the other two methods on the development split, by method. The scenes are flat: DSCR has its spatial term alone."""
+    pruning = {f"keep {keep:g}, prunings {times}": kvs.PruneHal(keep=keep, times=times) for keep in (0.5, 0.75, 0.9) for times in (1, 3)}
+    refining = {
+        f"{kernel}, layers {layers}, gamma {gamma:g}": make(layers=layers, gamma=gamma)
+        for kernel, make in {"sum": kvs.DSCR, "product": kvs.DSCR.bilateral}.items()
+        for layers in ("2:", "5:")
+        for gamma in (0.1, 0.3)
+    }
+    return {"PruneHal": pruning, "DSCR": refining}
+
+
+def methods(model: kvs.Model, best: kvs.KVSmooth, pruning: kvs.PruneHal, refining: kvs.DSCR) -> dict[str, Any]:
+    """The sibling methods as published and as the development split likes them best, and what stacks of the latter do."""
     return {
-        "PruneHal, as published for LLaVA-1.5": pruning,
-        "PruneHal, one pruning to half": kvs.PruneHal(keep=0.5, times=1),
-        "DSCR, as published": published,
-        "DSCR, bilateral": bilateral,
+        "PruneHal, as published for LLaVA-1.5": kvs.PruneHal.for_model(model),
+        "PruneHal, best of the development split": pruning,
+        "DSCR, as published": kvs.DSCR.for_model(model),
+        "DSCR, best of the development split": refining,
         "KVSmooth + PruneHal": [best, pruning],
-        "DSCR, bilateral + KVSmooth": [bilateral, best],
-        "DSCR, bilateral + PruneHal": [bilateral, pruning],
-        "DSCR, bilateral + KVSmooth + PruneHal": [bilateral, best, pruning],
+        "DSCR + KVSmooth": [refining, best],
+        "DSCR + PruneHal": [refining, pruning],
+        "DSCR + KVSmooth + PruneHal": [refining, best, pruning],
     }
 
 

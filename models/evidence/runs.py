@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,9 +74,17 @@ class Run:
 
 
 Asked = Policy | Sequence[Policy] | None  # of a session
-Found = dict[str, "tuple[kvs.KVSmooth | None, Run]"]  # of a search: setting and what it gave, by name
+Found = dict[str, tuple[Any, Run]]  # of a search: setting and what it gave, by name; "plain" is among them
 FINALISTS = 8
 PRICE = 0.01  # of F1 that a setting may cost
+
+
+class Searched(NamedTuple):
+    """What the development split says."""
+
+    found: Found  # KVSmooth's settings
+    finals: Found  # the best of them again, on more scenes
+    siblings: dict[str, Found]  # the other methods' settings, by method
 
 
 def finalists(found: Found) -> list[str]:
