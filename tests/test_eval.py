@@ -267,6 +267,9 @@ def test_files_that_cannot_be_read(run, ten, tmp_path):
         ["sweep", "nothing=1", "--images", "x", "--truth", "t"],
         ["sweep", "window=3", "window=4", "--images", "x", "--truth", "t"],
         ["sweep", "window=3", "--images", "x", "--truth", "t", "--policy", "off"],
+        ["sweep", "keep=0.5", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
+        ["sweep", "dscr.gamma=0.5", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
+        ["sweep", "prunehal.keep=2", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
     ],
 )
 def test_usage_errors(run, argv):
@@ -288,6 +291,8 @@ def test_the_grid_of_a_sweep():
         0.95,
     ]
     assert evaluate.grid(["kvsmooth.target=k,v", "window=1:3:2"]) == [{"target": t, "window": w} for t in "kv" for w in (1, 3)]
+    assert evaluate.grid(["keep=0.5"], ["prunehal"]) == evaluate.grid(["prunehal.keep=0.5"], ["prunehal"]) == [{"keep": 0.5}]
+    assert evaluate.grid(["prunehal.keep=0.5"], ["prunehal", "kvsmooth"]) == [{"prunehal.keep": 0.5}]
     assert evaluate.grid(["layers=1:4,3:8:2"]) == [{"layers": "1:4"}, {"layers": "3:8:2"}]
     assert evaluate.grid(["lambda_fixed=None,0.5"]) == [{"lambda_fixed": None}, {"lambda_fixed": 0.5}]
 
@@ -504,6 +509,15 @@ def test_sweep(run, scenes, tmp_path):
     table = run(*argv)
     assert table.code == 0 and "lambda_ref=0.9, target=k" in table.out and "baseline: 5 of 5 are in" in table.err
     assert run(*argv, "--json").out == got.out
+
+
+def test_sweep_of_a_stack(run, scenes):
+    folder, truth = scenes
+    common = ["--images", folder, "--truth", truth, "--max-tokens", 7, "--json", "--policy", "prunehal,kvsmooth"]
+    got = run("sweep", "prunehal.keep=0.3,0.9", "kvsmooth.lambda_ref=0.5", *common, "--set", "prunehal.times=1")
+    assert [point["set"] for point in got.json["points"]] == [{"prunehal.keep": v, "kvsmooth.lambda_ref": 0.5} for v in (0.3, 0.9)]
+    alone = run("run", *common, "--set", "prunehal.times=1", "--set", "prunehal.keep=0.3", "--set", "kvsmooth.lambda_ref=0.5").json
+    assert {name: got.json["points"][0][name] for name in FIGURES} == {name: alone[name] for name in FIGURES}
 
 
 def test_plot_of_a_sweep(run, scenes, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..policies import kind
 from . import options
 from .pictures import STDIN, expand
 from .records import dumps
@@ -73,7 +74,9 @@ def _add_sweep(kinds: Any) -> None:
     parser = _parser(
         kinds, "sweep", "caption and score at many values of a parameter, beside the baseline", SWEEP_HELP + RUN_HELP + FILES_HELP
     )
-    parser.add_argument("grid", nargs="+", metavar="NAME=VALUES", help="lambda_ref=0.5:0.95:0.05 or target=k,v; several: all combinations")
+    parser.add_argument(
+        "grid", nargs="+", metavar="NAME=VALUES", help="lambda_ref=0.5:0.95:0.05 or prunehal.keep=0.5,0.9; several: all combinations"
+    )
     _add_pictures(parser)
     _add_truth(parser)
     parser.add_argument("--plot", metavar="F.png", help="draw the curves (.png, .pdf or .svg; needs matplotlib)")
@@ -143,7 +146,8 @@ def run_sweep(args: argparse.Namespace, ui: Ui) -> int:
     from .. import evaluate
     from ..evaluate import plot
 
-    settings = _settings(args)
+    changes = options.policy_changes(args, pictures=2)  # a sweep has many; a depth map is one picture's
+    settings = _settings(args, changes)
     if args.plot:
         plot.check(args.plot)
     pictures, truth = _pictures(args), _truth(args, ui)
@@ -151,7 +155,9 @@ def run_sweep(args: argparse.Namespace, ui: Ui) -> int:
     answer = options.answer_options(args)
     model = options.load_model(args, ui)
     progress = _progress(args, ui)
-    found = evaluate.sweep(model, pictures, truth, settings, parity=args.parity, progress=progress, **_common(args), **answer)
+    found = evaluate.sweep(
+        model, pictures, truth, settings, policies=changes, parity=args.parity, progress=progress, **_common(args), **answer
+    )
     ui.clear()
     _show_sweep(args, ui, found)
     if args.plot:
@@ -185,18 +191,18 @@ def _progress(args: argparse.Namespace, ui: Ui) -> Callable[[str, int, int], Non
     return progress
 
 
-def _settings(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What KVSmooth gets at each point of the grid, --set included."""
+def _settings(args: argparse.Namespace, changes: options.Changes) -> list[dict[str, Any]]:
+    """The points of the grid; what a policy does not take is known at once."""
     from .. import evaluate
-    from ..policies.kvsmooth import KVSmooth
+    from ..evaluate.sweep import changed
 
-    if args.policy != ["kvsmooth"]:
-        raise options.UsageError("a sweep is of --policy kvsmooth; the baseline is in it anyway")
-    changes = options.policy_changes(args)["kvsmooth"]
+    if not changes:
+        raise options.UsageError("a sweep needs a --policy; the baseline without one is in it anyway")
     try:
-        settings = [{**changes, **values} for values in evaluate.grid(args.grid)]
-        for one in settings:
-            KVSmooth(**one)
+        settings = evaluate.grid(args.grid, list(changes))
+        for values in settings:
+            for policy, given in changed(values, changes).items():
+                kind(policy)(**given)
     except (TypeError, ValueError) as error:
         raise options.UsageError(str(error)) from error
     return settings

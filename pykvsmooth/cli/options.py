@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
+from ..policies import KINDS, kind
 from .terminal import Ui
 
 if TYPE_CHECKING:
     from ..model import Model
 
 PROMPT = "Please describe the image in detail."
-KINDS = {"kvsmooth": "KVSmooth", "dscr": "DSCR", "prunehal": "PruneHal"}  # names on the command line -> classes of the library
 Changes = dict[str, dict[str, Any]]  # parameters that --set gives, by policy
 
 
@@ -127,7 +127,7 @@ def policy_changes(args: argparse.Namespace, pictures: int = 1) -> Changes:
             raise UsageError(f"--set {item}: write it as kvsmooth.NAME=VALUE")
         if policy not in changes:
             raise UsageError(f"--set {item}: the policy {policy!r} is not on; --policy gives {', '.join(args.policy) or 'off'}")
-        names = [field.name for field in dataclasses.fields(_kind(policy))]
+        names = [field.name for field in dataclasses.fields(kind(policy))]
         if name not in names:
             raise UsageError(f"--set {item}: {policy} has no {name!r}; it has {', '.join(names)}")
         changes[policy][name] = _value(value.strip())
@@ -135,7 +135,7 @@ def policy_changes(args: argparse.Namespace, pictures: int = 1) -> Changes:
         if "dscr" not in changes:
             raise UsageError("--depth is for the policy dscr: --policy dscr, or dscr among others")
         changes["dscr"]["depth"] = _depth(args.depth, pictures)
-    _policies_of(lambda name: _kind(name)(**changes[name]), changes)
+    _policies_of(lambda name: kind(name)(**changes[name]), changes)
     return changes
 
 
@@ -147,13 +147,6 @@ def _depth(path: str, pictures: int) -> Any:
     if pictures > 1:
         raise UsageError(f"--depth {path}: one map for {pictures} pictures; give one picture, or an ONNX model")
     return path
-
-
-def _kind(policy: str) -> Any:
-    """The class of a policy."""
-    import pykvsmooth
-
-    return getattr(pykvsmooth, KINDS[policy])
 
 
 def _policies_of(make: Callable[[str], Any], changes: Changes) -> list[Any]:
@@ -187,7 +180,7 @@ def in_options(error: object) -> str:
 
 def make_policy(args: argparse.Namespace, model: Model, changes: Changes) -> Any:
     """None, the one policy, or the list of those that --policy names, as the model asks for them."""
-    made = _policies_of(lambda name: _kind(name).for_model(model, **changes[name]), changes)
+    made = _policies_of(lambda name: kind(name).for_model(model, **changes[name]), changes)
     return made if len(made) > 1 else made[0] if made else None
 
 

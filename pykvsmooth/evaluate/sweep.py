@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
+from ..policies import kind
 from .captioning import Picture, run
 from .controls import sentence_ends, truncated
 from .errors import EvaluationError
@@ -20,6 +21,7 @@ from .score import Comparison, Report, Truth, compare, score
 
 if TYPE_CHECKING:
     from ..model import Model
+    from ..policies.stack import Policy
 
 MOST_VALUES = 1000
 
@@ -53,20 +55,20 @@ def sweep(
     settings: Sequence[Mapping[str, Any]],
     *,
     parity: bool = False,
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
     **options: Any,
 ) -> Sweep:
-    """Captions the pictures without a policy and with KVSmooth.for_model(model, **s) for each s in settings, and scores all of it.
+    """Captions the pictures without a policy and with each setting of grid(), and scores all of it.
 
-    progress(name of the setting, done, all); options: of run(), where out= lets an interrupted sweep go on.
+    policies: which are on, by name, and what each gets besides, as in {"kvsmooth": {}, "prunehal": {"keep": 0.5}} (default: KVSmooth);
+    what nobody says is as the model asks for. progress(name of the setting, done, all); options: of run(), where out= lets an
+    interrupted sweep go on.
     """
-    from ..policies.kvsmooth import KVSmooth
+    fixed = {"kvsmooth": {}} if policies is None else policies
+    stacks = [_stack(model, fixed, one) for one in settings]  # so that a bad value is known at once
 
-    policies = [KVSmooth.for_model(model, **one) for one in settings]  # so that a bad value is known at once
-    for policy in policies:
-        policy.resolve_layers(model.n_layer)
-
-    def captions(name: str, policy: KVSmooth | None) -> Any:
+    def captions(name: str, policy: Policy | Sequence[Policy] | None) -> Any:
         return run(model, pictures, policy=policy, progress=(lambda *at: progress(name, *at)) if progress else None, **options)
 
     plain = captions("baseline", None)
@@ -74,37 +76,65 @@ def sweep(
     longest = max(len(sentence_ends(caption.text)) for caption in plain)
     cuts = [(n, score(truncated(plain, n), truth, parity)) for n in range(1, longest + 1)]
     points = []
-    for values, policy in zip(settings, policies, strict=True):
+    for values, policy in zip(settings, stacks, strict=True):
         name = ", ".join(f"{name}={value}" for name, value in values.items())
         report = score(captions(name, policy), truth, parity)
         points.append(Point(dict(values), report, compare(report, baseline)))
     return Sweep(baseline, cuts, points)
 
 
-def grid(texts: Sequence[str]) -> list[dict[str, Any]]:
+def changed(values: Mapping[str, Any], policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each of the policies gets: what is given beside the grid, and a setting of grid()."""
+    found = {policy: dict(given) for policy, given in policies.items()}
+    for key, value in values.items():
+        policy, name = _owner(key, policies)
+        found[policy][name] = value
+    return found
+
+
+def _stack(model: Model, policies: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Policy | list[Policy]:
+    made: list[Policy] = [kind(policy).for_model(model, **given) for policy, given in changed(values, policies).items()]
+    for policy in made:
+        policy.resolve_layers(model.n_layer)
+    return made if len(made) > 1 else made[0]
+
+
+def grid(texts: Sequence[str], policies: Collection[str] = ("kvsmooth",)) -> list[dict[str, Any]]:
     """["lambda_ref=0.5:0.9:0.2", "target=k,v"] -> the product of the values, the last name fastest. first:last:step for numbers holds the
-    last value, too, where a step reaches it. EvaluationError for what can't be read; whether KVSmooth takes the values is not asked."""
+    last value, too, where a step reaches it. With several policies a name says whose it is: "prunehal.keep=0.3:0.9:0.2".
+    EvaluationError for what can't be read; whether the policy takes the values is not asked."""
     axes: dict[str, list[Any]] = {}
     for text in texts:
-        name, equals, values = text.partition("=")
-        name = name.strip().removeprefix("kvsmooth.")
-        if not equals or not name.isidentifier():
+        key, equals, values = text.partition("=")
+        if not equals:
             raise EvaluationError(f"{text}: write it as lambda_ref=0.5:0.95:0.05 or target=k,v")
-        if name in axes:
-            raise EvaluationError(f"{name} is there twice")
-        axes[name] = _values(name, values)
+        policy, name = _owner(key.strip(), policies)
+        key = f"{policy}.{name}" if len(policies) > 1 else name
+        if key in axes:
+            raise EvaluationError(f"{key} is there twice")
+        axes[key] = _values(policy, name, values)
     product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if len(product) > MOST_VALUES:
         raise EvaluationError(f"{len(product)} settings are too many (at most {MOST_VALUES})")
     return product
 
 
-def _values(name: str, text: str) -> list[Any]:
-    from ..policies.kvsmooth import KVSmooth
+def _owner(key: str, policies: Collection[str]) -> tuple[str, str]:
+    """ "prunehal.keep" -> ("prunehal", "keep"). Where one policy is on, its name may be missing."""
+    policy, dot, name = key.rpartition(".")
+    if not dot and len(policies) == 1:
+        (policy,) = policies
+    if policy not in policies:
+        raise EvaluationError(
+            f"{key}: say whose parameter it is, as in {next(iter(policies), 'kvsmooth')}.NAME; on are {', '.join(policies)}"
+        )
+    return policy, name
 
-    field = {field.name: field for field in dataclasses.fields(KVSmooth)}.get(name)
-    if field is None:
-        raise EvaluationError(f"kvsmooth has no {name!r}; it has {', '.join(f.name for f in dataclasses.fields(KVSmooth))}")
+
+def _values(policy: str, name: str, text: str) -> list[Any]:
+    names = [field.name for field in dataclasses.fields(kind(policy))]
+    if name not in names:
+        raise EvaluationError(f"{policy} has no {name!r}; it has {', '.join(names)}")
     parts = text.split(":")
     if name != "layers" and len(parts) == 3:  # layers are slices themselves
         return _range(text, parts)
