@@ -125,6 +125,7 @@ def test_the_page(tmp_path: Path, tiny_pair: Pair, monkeypatch: pytest.MonkeyPat
     invented = 100 * sum("giraffe" not in {t.node for t in s.objects} for s in runs.scenes("test", COUNT)) / COUNT
     assert keys.startswith(f"| keys only | {invented:.1f} [") and f"| +{invented:.1f} [" in keys
     assert "| seed 7: plain | 0.0 [" in text and f"| seed 7: the same setting | {invented:.1f} [" in text
+    assert f"other seeds, CHAIR_S: seed 7 +{invented:.1f} [" in text
     assert asked[:2] == ["plain", "best"] and len(asked) == 2 + 9 + 8  # the best one is a row already; the siblings
     assert "| best | -2.000 [-3.000, -1.000] | +0.500 [+0.500, +0.500] | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] | 1.000 |" in text
     assert (tmp_path / "along.svg").stat().st_size > 1000 and (tmp_path / "trade.svg").stat().st_size > 1000

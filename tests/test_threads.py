@@ -136,9 +136,17 @@ def test_close_while_another_thread_decodes(tiny_pair: Pair, whose: str) -> None
             model._end_ids = frozenset()
             session = model.session(n_ctx=30000)
             results: list[kvs.Result] = []
-            thread = threading.Thread(target=lambda s, r: r.append(s.generate("a dog", max_tokens=None).result()), args=(session, results))
+            decoding = threading.Event()
+
+            def decode(session: kvs.Session, results: list[kvs.Result], decoding: threading.Event) -> None:
+                stream = session.generate("a dog", max_tokens=None)
+                next(stream)
+                decoding.set()
+                results.append(stream.result())
+
+            thread = threading.Thread(target=decode, args=(session, results, decoding))
             thread.start()
-            time.sleep(0.03)
+            assert decoding.wait(60)
             (session if whose == "session" else model).close()
             thread.join(5)
             assert not thread.is_alive() and session.closed

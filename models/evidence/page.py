@@ -38,13 +38,15 @@ def write(run: Runner, explain: Explainer, model: kvs.Model, searched: Searched,
     runs = {name: smoothed if policy == best else run(name, policy, "test", count) for name, policy in _rows(model, best, smoothed).items()}
     pruning, refining = (found[winner(found)][0] for found in searched.siblings.values())
     siblings = {name: run(name, policy, "test", count) for name, policy in methods(model, best, pruning, refining).items()}
-    others = [line for seed, path in seeds.kept().items() for line in _seed(seed, path, best, count)]
+    others = {seed: [seeds.read(path, policy, count) for policy in (None, best, kvs.KVSmooth())] for seed, path in seeds.kept().items()}
     plots.along({"plain": plain, "best": smoothed}, out / "along.svg")
     plots.trade(searched.found["plain"][1], {name: _lines(searched.found, target) for target, name in TARGETS.items()}, out / "trade.svg")
     parts = [
         INTRO.format(count=count),
-        _verdict({"The best setting of the development split": smoothed, "The published one": runs[PUBLISHED]}, plain),
-        "\n".join([HEAD, "|---" * 11 + "|", _row("plain", plain), *(_row(name, one, plain) for name, one in runs.items()), *others]),
+        _verdict({"The best setting of the development split": smoothed, "The published one": runs[PUBLISHED]}, plain) + _on_seeds(others),
+        "\n".join(
+            [HEAD, "|---" * 11 + "|", _row("plain", plain), *(_row(name, one, plain) for name, one in runs.items()), *_seed_rows(others)]
+        ),
         _controls(plain, runs),
         _signals(plain, smoothed),
         _why({"best": explain(best, plain), "published": explain(kvs.KVSmooth(), plain)}),
@@ -103,13 +105,25 @@ def _row(name: str, run: Run, plain: Run | None = None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _seed(seed: int, path: Path, best: kvs.KVSmooth, count: int) -> list[str]:
-    plain, smoothed, published = (seeds.read(path, policy, count) for policy in (None, best, kvs.KVSmooth()))
-    return [
-        _row(f"seed {seed}: plain", plain),
-        _row(f"seed {seed}: the same setting", smoothed, plain),
-        _row(f"seed {seed}: as published", published, plain),
-    ]
+def _on_seeds(others: dict[int, list[Run]]) -> str:
+    if not others:
+        return ""
+    told = []
+    for seed, (plain, *smoothed) in others.items():
+        differences = [_difference(compare(run.report, plain.report), "chair_s") for run in smoothed]
+        told.append(f"seed {seed} {' and '.join(differences)}")
+    return f" The same two settings on models of other seeds, CHAIR_S: {'; '.join(told)}."
+
+
+def _seed_rows(others: dict[int, list[Run]]) -> list[str]:
+    rows = []
+    for seed, (plain, best, published) in others.items():
+        rows += [
+            _row(f"seed {seed}: plain", plain),
+            _row(f"seed {seed}: the same setting", best, plain),
+            _row(f"seed {seed}: as published", published, plain),
+        ]
+    return rows
 
 
 def _controls(plain: Run, runs: dict[str, Run]) -> str:
