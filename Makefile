@@ -17,8 +17,13 @@ demo: $(VENV)/installed ## caption six scenes with the model in the box, plain a
 evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes and write docs/evidence.md (minutes)
 	$(BIN)/python -m models.evidence
 
-test: lint $(VENV)/installed ## lint, then the whole test suite
+test: lint $(VENV)/installed inject ## lint, then the whole test suite
 	$(BIN)/pytest tests
+
+# A library whose every allocation, lock and thread the tests can refuse
+inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails once
+	$(BIN)/cmake --preset debug -G Ninja && $(BIN)/cmake --build --preset debug -j $(JOBS)
+	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
 
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
@@ -72,5 +77,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence test test-fast asan ubsan tsan emulated wheel lint format clean
+.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated wheel lint format clean
 .DEFAULT_GOAL := help

@@ -137,6 +137,7 @@ void kvs_model_get_info(const kvs_model *model, kvs_model_info *info) {
         .add_bos = kvs_tokenizer_add_bos(tok),
         .add_space_prefix = kvs_tokenizer_add_space_prefix(tok),
         .threads = model->be->threads,
+        .threads_missing = model->be->threads_missing,
         .weight_bytes = model->weight_bytes,
         .identity = model->identity,
         .mmproj_identity = model->mmproj_identity,

@@ -16,9 +16,9 @@ typedef struct kvs_ops kvs_ops;
 
 typedef struct kvs_backend { /* a device of this process; each device's own struct begins with it */
     const kvs_ops *ops;
-    char name[32];    /* "cpu", "cuda:0" */
-    char reason[224]; /* why this one, and which kernels */
-    int32_t threads;
+    char name[32];                    /* "cpu", "cuda:0" */
+    char reason[224];                 /* why this one, and which kernels */
+    int32_t threads, threads_missing; /* missing: of the default, they could not be started */
 } kvs_backend;
 
 typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a vector has rows = 1 */

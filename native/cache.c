@@ -94,12 +94,13 @@ void kvs_cache_free(kvs_cache *cache) {
     memset(cache, 0, sizeof *cache);
 }
 
-static void copy_rows(const kvs_cache *from, kvs_cache *to) {
+static bool copy_rows(const kvs_cache *from, kvs_cache *to, const int32_t *cancel) {
     const kvs_kv *src = &from->kv;
     from->be->ops->copy(from->be, to->kv.mass, src->mass, (uint64_t)from->n_past * (uint64_t)src->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < src->n_layer; layer++) {
         uint64_t bytes = (uint64_t)kvs_cache_n_rows(from, layer) * (uint64_t)src->row_bytes;
         for (int32_t head = 0; head < src->n_kv_head; head++) {
+            if (kvs_cancelled(cancel)) return false;
             from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.k, layer, head), kvs_kv_rows(src, src->k, layer, head), bytes);
             from->be->ops->copy(from->be, kvs_kv_rows(&to->kv, to->kv.v, layer, head), kvs_kv_rows(src, src->v, layer, head), bytes);
         }
@@ -112,6 +113,7 @@ static void copy_rows(const kvs_cache *from, kvs_cache *to) {
     if (src->exact_k) from->be->ops->copy(from->be, to->kv.exact_k, src->exact_k, ring * (uint64_t)src->n_kv_head);
     if (src->exact_v) from->be->ops->copy(from->be, to->kv.exact_v, src->exact_v, ring * (uint64_t)src->n_kv_head);
     if (src->exact_o) from->be->ops->copy(from->be, to->kv.exact_o, src->exact_o, ring * (uint64_t)src->n_head);
+    return true;
 }
 
 static bool copy_policies(const kvs_cache *from, kvs_cache *to) {
@@ -128,7 +130,7 @@ static bool reserve_pictures(kvs_cache *cache, int32_t n) {
     int32_t room = KVS_MAX(n, 2 * cache->room_pictures);
     uint64_t lists = cache->pruned.on ? (uint64_t)cache->kv.n_layer * (uint64_t)cache->kv.n_sets : 1;
     kvs_range *spans = kvs_calloc(lists * (uint64_t)room, sizeof *spans);
-    kvs_picture *grown = spans ? realloc(cache->pictures, (size_t)room * sizeof *grown) : NULL;
+    kvs_picture *grown = spans ? kvs_realloc(cache->pictures, (uint64_t)room, sizeof *grown) : NULL;
     if (!grown) {
         free(spans);
         return false;
@@ -160,7 +162,7 @@ static bool copy_pictures(const kvs_cache *from, kvs_cache *to) {
     return ok;
 }
 
-int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
+int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, const int32_t *cancel, kvs_error *err) {
     const kvs_kv *kv = &from->kv;
     kvs_prune_params prune = {.scope = kv->n_sets > 1 ? KVS_SCOPE_KV_HEAD : KVS_SCOPE_LAYER, .reversible = from->pruned.reversible};
     kvs_cache_shape shape = {.type = kv->type,
@@ -181,7 +183,10 @@ int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err) {
         return kvs_fail_memory(err, 0, "a copy of the policies and of what they keep");
     }
     kvs_pruned_refresh(to);
-    copy_rows(from, to);
+    if (!copy_rows(from, to, cancel)) {
+        kvs_cache_free(to);
+        return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
+    }
     size_t n = (size_t)from->n_past;
     memcpy(to->ids, from->ids, n * sizeof *to->ids);
     memcpy(to->hashes, from->hashes, n * sizeof *to->hashes);
@@ -366,10 +371,10 @@ static int refuse_rewind(const kvs_cache *cache, int32_t n_past, bool logits, kv
     return KVS_E_POLICY;
 }
 
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err) {
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, const int32_t *cancel, kvs_error *err) {
     if (!can_end_at(cache, n_past, logits)) return refuse_rewind(cache, n_past, logits, err);
     int32_t exact_from = KVS_MAX(cache->exact_from, cache->n_past - cache->kv.n_exact);
-    kvs_pruned_undo(cache, n_past);
+    if (!kvs_pruned_undo(cache, n_past, cancel)) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
     cache->pruned.quiet = KVS_MIN(cache->pruned.quiet, n_past);
     while (cache->n_turns > 0 && cache->turns[cache->n_turns - 1] > n_past) cache->n_turns--;
     cache->n_past = n_past;

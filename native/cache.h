@@ -79,8 +79,10 @@ typedef struct kvs_policy_ops { /* what a policy does not need is NULL; the firs
                        kvs_error *err);
     /* Right after the attention of a layer, generated rows only; out: attention outputs (rows of the step, n_head * head_dim). */
     void (*after_attn)(kvs_policy *policy, const kvs_span *span, int32_t layer, const kvs_rope *rope, float *out);
-    /* Once behind the last row of a prompt, the row index; inside its own begin/end. rope->table has room for any picture's rows. */
-    int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err);
+    /* Once behind the last row of a prompt, the row index; inside its own begin/end. rope->table has room for any picture's rows. It
+     * writes over rows from end_from() on; if it fails they are put back as they were. */
+    int (*end_prefill)(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, const int32_t *cancel, kvs_error *err);
+    int32_t (*end_from)(const kvs_policy *policy, const kvs_cache *cache, int32_t index); /* index + 1: over none */
     /* A generated row has run in all layers and is about to be committed. after_step does all that can fail, and may be the last that is
      * heard of it; committed does the rest. The model's lock is held, no step is open. */
     int (*after_step)(kvs_policy *policy, const kvs_span *span, kvs_error *err);
@@ -95,7 +97,7 @@ struct kvs_policy {
 
 int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *shape, kvs_error *err);
 void kvs_cache_free(kvs_cache *cache); /* the policies, too */
-int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, kvs_error *err);
+int kvs_cache_clone(const kvs_cache *from, kvs_cache *to, const int32_t *cancel, kvs_error *err);
 
 void kvs_cache_rows(const kvs_span *span, kvs_row *rows); /* rows of a span as the backend wants them: (span->n) */
 void kvs_cache_commit(const kvs_span *span);              /* the span begins where the timeline ends */
@@ -110,9 +112,10 @@ void kvs_cache_restore_exact(kvs_cache *cache);      /* after kvs_cache_touched 
 void kvs_cache_refill_exact(kvs_cache *cache);       /* from a store that is exact; what the ring lacks of the newest rows */
 void kvs_cache_touched(kvs_cache *cache, int32_t n); /* n rows beyond the end were written, committed or not */
 
-/* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. */
-int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, kvs_error *err); /* logits: they will be asked for, without a new row */
-int32_t kvs_cache_rewindable(const kvs_cache *cache);                                /* how many rows that can drop, at most */
+/* Cuts the timeline to its first n_past rows. KVS_E_POLICY where a generated row would follow whose exact predecessor is gone. logits:
+ * they will be asked for, without a new row. */
+int kvs_cache_rewind(kvs_cache *cache, int32_t n_past, bool logits, const int32_t *cancel, kvs_error *err);
+int32_t kvs_cache_rewindable(const kvs_cache *cache); /* how many rows that can drop, at most */
 bool kvs_cache_mixes(const kvs_cache *cache, uint8_t flags);
 bool kvs_cache_exact(const kvs_cache *cache, int32_t index);
 /* Where to begin to run rows again so that the rows from index on are exact, -1 where that can't be done: the values of pictures

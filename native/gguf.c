@@ -109,7 +109,7 @@ static int take_name(reader *r, uint64_t limit, char **name) {
     if (s.length == 0) return FAIL_AT(r, at, "its name is empty");
     if (s.length > limit) return FAIL_AT(r, at, "its name has %u bytes, %u are allowed", s.length, (unsigned)limit);
     const uint8_t *text = r->file->map + s.at;
-    char *copy = malloc((size_t)s.length + 1);
+    char *copy = kvs_calloc((uint64_t)s.length + 1, 1);
     if (!copy) return kvs_fail_memory(r->err, (uint64_t)s.length + 1, "a name of a GGUF file");
     for (uint32_t i = 0; i < s.length; i++) {
         copy[i] = (char)text[i];
@@ -390,7 +390,9 @@ static int map_file(kvs_gguf *f, int fd, kvs_error *err) {
         return kvs_fail_file(err, KVS_E_IO, f->path, "", EINVAL, "is no regular file: a model is mapped, not streamed");
     if (st.st_size <= 0) return kvs_fail_file(err, KVS_E_FORMAT, f->path, "", 0, "the file is empty");
     f->size = (uint64_t)st.st_size;
-    void *map = f->size > SIZE_MAX / 2 ? MAP_FAILED : mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    bool refused = f->size > SIZE_MAX / 2 || kvs_refused();
+    void *map = refused ? MAP_FAILED : mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (map == MAP_FAILED && (refused || errno == ENOMEM)) return kvs_fail_memory(err, f->size, "the address space of a model file");
     if (map == MAP_FAILED) return fail_os(f->path, errno, "mapped", err);
     f->map = map;
     return KVS_OK;
@@ -402,7 +404,10 @@ int32_t kvs_gguf_open(const char *path, kvs_gguf **out, kvs_error *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not block us */
     if (fd < 0) return fail_os(path, errno, "opened", err);
     kvs_gguf *f = kvs_calloc(1, sizeof *f);
-    int status = f && (f->path = strdup(path)) ? map_file(f, fd, err) : kvs_fail_memory(err, sizeof *f, "a GGUF file");
+    if (f) f->path = kvs_calloc(strlen(path) + 1, 1);
+    int status = f && f->path ? KVS_OK : kvs_fail_memory(err, sizeof *f, "a GGUF file");
+    if (!status) strcpy(f->path, path);
+    if (!status) status = map_file(f, fd, err);
     close(fd);
     if (!status) status = parse(f, err);
     if (status)

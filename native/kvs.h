@@ -31,7 +31,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 4 };
+enum { KVS_ABI_VERSION = 5 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -157,7 +157,7 @@ typedef struct kvs_model_info {
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
     float image_mean[3], image_std[3];
-    int32_t threads;
+    int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;
     uint64_t identity; /* hash of hyperparameters, tensor table and a sample of the weights; what a saved session is tied to */
     uint64_t mmproj_identity;
@@ -317,14 +317,23 @@ int32_t kvs_session_n_prunings(const kvs_session *session);
 int32_t kvs_session_prunings(kvs_session *session, int32_t n, kvs_pruning *prunings, kvs_error *err); /* the first n, oldest first */
 int32_t kvs_session_n_whole(const kvs_session *session); /* rows before the first that is gone for good; n_past without */
 /* Brings all dropped rows back; the answer under way is not pruned any more. KVS_E_POLICY where they were not kept. */
-int32_t kvs_session_restore(kvs_session *session, kvs_error *err);
+int32_t kvs_session_restore(kvs_session *session, int32_t *cancel, kvs_error *err);
 int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err); /* policies with queue scope "turn" start afresh */
-int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err);
+int32_t kvs_session_fork(kvs_session *session, kvs_session **out, int32_t *cancel, kvs_error *err);
 /* Drops the newest n rows. KVS_E_POLICY where exact rows are gone (err.needed, err.available): nothing has changed then. */
-int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err);
-int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err); /* temporary name, flush, rename */
+int32_t kvs_session_rewind(kvs_session *session, int32_t n, int32_t *cancel, kvs_error *err);
+/* temporary name, flush, rename; only the flush can't be cancelled */
+int32_t kvs_session_save(kvs_session *session, const char *path, int32_t *cancel, kvs_error *err);
 /* The file decides n_ctx and kv_type; the policies must equal those it was saved with (KVS_E_SESSION_FILE names the difference). */
-int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err);
+int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, int32_t *cancel,
+                         kvs_error *err);
+
+/* ---- want of memory, for tests: util.c; only in a build with KVS_INJECT ---- */
+/* From now on the n-th allocation, mapping, stream, lock or thread of the library (all threads counted together) is refused, once or
+ * with all behind it; 0 = none. */
+void kvs_test_fail_after(int64_t n, int32_t and_all_behind);
+int64_t kvs_test_calls(void);  /* of them, since then */
+int64_t kvs_test_blocks(void); /* of memory that are there now */
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */

@@ -118,7 +118,7 @@ float *kvs_load_floats(kvs_loader *ld, int32_t layer, const char *name, int64_t 
 const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
     kvs_model *m = ld->model;
     uint64_t bytes = (uint64_t)n * sizeof *host;
-    void **grown = realloc(m->owned, ((size_t)m->n_owned + 1) * sizeof *grown);
+    void **grown = kvs_realloc(m->owned, (uint64_t)m->n_owned + 1, sizeof *grown);
     if (grown) m->owned = grown;
     void *block = grown ? m->be->ops->alloc(m->be, bytes) : NULL;
     if (!block) {

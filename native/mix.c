@@ -28,9 +28,9 @@ static bool reserve(kvs_mix *mix, int64_t entries) {
     if (entries <= mix->room) return true;
     int64_t room = KVS_MAX(entries, 2 * (int64_t)mix->room);
     if (room > INT32_MAX) return false;
-    int32_t *source = realloc(mix->source, (size_t)room * sizeof *source);
+    int32_t *source = kvs_realloc(mix->source, (uint64_t)room, sizeof *source);
     if (source) mix->source = source;
-    float *weight = source ? realloc(mix->weight, (size_t)room * KVS_MIX_COLUMNS * sizeof *weight) : NULL;
+    float *weight = source ? kvs_realloc(mix->weight, (uint64_t)room, KVS_MIX_COLUMNS * sizeof *weight) : NULL;
     if (!weight) return false;
     mix->weight = weight;
     mix->room = (int32_t)room;

@@ -140,7 +140,7 @@ int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, floa
 
 static bool reserve_rows(dscr *d, int32_t n) {
     if (n <= d->room) return true;
-    kvs_row *grown = realloc(d->rows, (size_t)n * sizeof *grown);
+    kvs_row *grown = kvs_realloc(d->rows, (uint64_t)n, sizeof *grown);
     if (!grown) return false;
     d->rows = grown;
     d->room = n;
@@ -235,16 +235,26 @@ static int dscr_after_image(kvs_policy *policy, kvs_cache *cache, kvs_picture *p
     return status;
 }
 
-/* It can't be cancelled: these rows are committed, and half of a picture refined would be neither one nor the other. */
-static int dscr_end_prefill(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err) {
+static bool waits(const dscr *d, const kvs_picture *picture, int32_t index) { /* for the end of the prompt */
+    bool whole = picture->n == d->params.grid_w * d->params.grid_h;           /* a rewind may have cut it */
+    return acts_in(d, KVS_DSCR_AFTER_PREFILL) && !picture->sealed && whole && picture->first + picture->n <= index + 1;
+}
+
+static int32_t dscr_end_from(const kvs_policy *policy, const kvs_cache *cache, int32_t index) {
+    for (int32_t i = 0; i < cache->n_pictures; i++)
+        if (waits((const dscr *)policy, &cache->pictures[i], index)) return cache->pictures[i].first;
+    return index + 1;
+}
+
+static int dscr_end_prefill(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, const int32_t *cancel,
+                            kvs_error *err) {
     dscr *d = (dscr *)policy;
     int status = KVS_OK;
-    for (int32_t i = 0; i < cache->n_pictures && acts_in(d, KVS_DSCR_AFTER_PREFILL) && !status; i++) {
+    for (int32_t i = 0; i < cache->n_pictures && !status; i++) {
         kvs_picture *picture = &cache->pictures[i];
-        bool whole = picture->n == d->params.grid_w * d->params.grid_h; /* a rewind may have cut it */
-        if (picture->sealed || !whole || picture->first + picture->n > index + 1) continue;
+        if (!waits(d, picture, index)) continue;
         status = take_picture(d, picture, err);
-        if (!status) status = refine(d, cache, cache->n_past - 1, rope, NULL, err);
+        if (!status) status = refine(d, cache, cache->n_past - 1, rope, cancel, err);
         if (!status) picture->sealed = index + 1;
     }
     d->end = 0;
@@ -300,6 +310,7 @@ static const kvs_policy_ops dscr_ops = {
     .before_attn = dscr_before_attn,
     .after_image = dscr_after_image,
     .end_prefill = dscr_end_prefill,
+    .end_from = dscr_end_from,
 };
 
 static dscr *make(const kvs_dscr_params *params, int32_t n_layer) {

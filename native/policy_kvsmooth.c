@@ -117,14 +117,20 @@ static void smooth_after_attn(kvs_policy *policy, const kvs_span *span, int32_t 
 }
 
 /* smooth_prompt = last_token: nothing has looked at the last prompt row yet, so that it can be smoothed now. */
-static int smooth_end_prefill(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, kvs_error *err) {
+static int32_t smooth_end_from(const kvs_policy *policy, const kvs_cache *cache, int32_t index) {
+    (void)cache;
+    return ((const smooth *)policy)->params.smooth_last_prompt && index > 0 ? index : index + 1;
+}
+
+static int smooth_end_prefill(kvs_policy *policy, kvs_cache *cache, int32_t index, const kvs_rope *rope, const int32_t *cancel,
+                              kvs_error *err) {
     smooth *s = (smooth *)policy;
-    if (!s->params.smooth_last_prompt || index < 1) return KVS_OK;
+    if (smooth_end_from(policy, cache, index) > index) return KVS_OK;
     const kvs_ops *ops = cache->be->ops;
     kvs_span span = {.cache = cache, .index = index, .n = 1};
     kvs_row row;
     kvs_cache_rows(&span, &row);
-    kvs_step step = {.rows = &row, .n = 1};
+    kvs_step step = {.rows = &row, .n = 1, .cancel = cancel};
     set_job(s, cache, 0, index, !skipped(s, cache->ids[index]));
     ops->begin(cache->be, &step);
     for (int32_t layer = 0; layer < s->n_layer; layer++)
@@ -169,6 +175,7 @@ static const kvs_policy_ops smooth_ops = {
     .before_step = smooth_before_step,
     .after_attn = smooth_after_attn,
     .end_prefill = smooth_end_prefill,
+    .end_from = smooth_end_from,
     .mixes = smooth_mixes,
 };
 

@@ -16,7 +16,7 @@ bool kvs_event_make(kvs_cache *cache, int32_t index, int32_t n_before, int32_t n
     *event = (kvs_event){.index = index, .n_before = n_before, .n_dropped = n_dropped, .first = INT32_MAX};
     if (p->n_events == p->room) { /* for the list that it will be in */
         int32_t room = KVS_MAX(4, 2 * p->room);
-        kvs_event *grown = realloc(p->events, (size_t)room * sizeof *grown);
+        kvs_event *grown = kvs_realloc(p->events, (uint64_t)room, sizeof *grown);
         if (!grown) return false;
         p->events = grown;
         p->room = room;
@@ -69,20 +69,27 @@ void kvs_event_locate(const kvs_cache *cache, int32_t number) {
     }
 }
 
-/* Rows out, or back in, as the timeline is now. */
-static void move_rows(kvs_cache *cache, kvs_event *event, bool back) {
+static void move_layer(kvs_cache *cache, const kvs_move *moves, int32_t n, bool back) {
     kvs_backend *be = cache->be;
-    int32_t there = cache->n_past - kvs_pruned_missing(&cache->pruned, event->index); /* rows of a pruned layer with those of the event */
     kvs_step step = {0};
-    for (int32_t i = 0; i < event->n_moves; i++) event->moves[i].n_rows = there;
     be->ops->begin(be, &step);
     if (back)
-        be->ops->kv_scatter(be, &cache->kv, event->moves, event->n_moves);
+        be->ops->kv_scatter(be, &cache->kv, moves, n);
     else
-        be->ops->kv_gather(be, &cache->kv, event->moves, event->n_moves);
-    for (int32_t layer = 0; layer < cache->kv.n_layer && !back; layer++)
-        if (cache->pruned.on[layer]) be->ops->kv_trim(be, &cache->kv, layer, there - event->n_dropped);
+        be->ops->kv_gather(be, &cache->kv, moves, n);
+    if (!back) be->ops->kv_trim(be, &cache->kv, moves->layer, moves->n_rows - moves->n);
     be->ops->end(be, NULL); /* nothing in it can fail or be cancelled */
+}
+
+/* Rows out, or back in, as the timeline is now. false: cancelled, and they are where they were. */
+static bool move_rows(kvs_cache *cache, kvs_event *event, bool back, const int32_t *cancel) {
+    int32_t there = cache->n_past - kvs_pruned_missing(&cache->pruned, event->index); /* rows of a pruned layer with those of the event */
+    int32_t heads = cache->kv.n_kv_head, done = 0;
+    for (int32_t i = 0; i < event->n_moves; i++) event->moves[i].n_rows = there;
+    for (; done < event->n_moves && !kvs_cancelled(cancel); done += heads) move_layer(cache, event->moves + done, heads, back);
+    if (done == event->n_moves) return true;
+    for (done -= heads; done >= 0; done -= heads) move_layer(cache, event->moves + done, heads, !back);
+    return false;
 }
 
 static void mark_rows(kvs_cache *cache, int32_t number, const int32_t *rows) {
@@ -199,18 +206,19 @@ int32_t kvs_pruned_missing(const kvs_pruned *pruned, int32_t index) {
 
 /* ---- back and forth ---- */
 
-void kvs_pruned_lift(kvs_cache *cache) {
+bool kvs_pruned_lift(kvs_cache *cache, const int32_t *cancel) {
     kvs_pruned *p = &cache->pruned;
     kvs_event *event = &p->events[p->n_applied - 1];
-    if (event->n_dropped) move_rows(cache, event, true);
+    if (event->n_dropped && !move_rows(cache, event, true, cancel)) return false;
     p->n_applied--;
     kvs_pruned_refresh(cache);
+    return true;
 }
 
 void kvs_pruned_lower(kvs_cache *cache) {
     kvs_pruned *p = &cache->pruned;
     kvs_event *event = &p->events[p->n_applied];
-    if (event->n_dropped) move_rows(cache, event, false);
+    if (event->n_dropped) move_rows(cache, event, false, NULL);
     p->n_applied++;
     kvs_pruned_refresh(cache);
 }
@@ -232,16 +240,18 @@ static void forget_marks(kvs_cache *cache, int32_t number) {
             if (p->gone[i * cache->kv.n_ctx + j] == number) p->gone[i * cache->kv.n_ctx + j] = 0;
 }
 
-void kvs_pruned_undo(kvs_cache *cache, int32_t n_past) {
+bool kvs_pruned_undo(kvs_cache *cache, int32_t n_past, const int32_t *cancel) {
     kvs_pruned *p = &cache->pruned;
-    while (p->n_events && p->events[p->n_events - 1].index >= n_past) {
-        if (p->reversible)
-            kvs_pruned_lift(cache);
-        else
-            p->n_applied--; /* what it took is cut off now */
-        forget_marks(cache, p->n_events);
-        kvs_event_free(&p->events[--p->n_events]);
+    int32_t stay = 0;
+    while (stay < p->n_events && p->events[stay].index < n_past) stay++;
+    while (p->reversible && p->n_applied > stay && kvs_pruned_lift(cache, cancel)) {}
+    if (p->reversible && p->n_applied > stay) {
+        while (p->n_applied < p->n_events) kvs_pruned_lower(cache);
+        return false;
     }
+    p->n_applied = stay; /* what cannot come back is cut off now */
+    for (; p->n_events > stay; kvs_event_free(&p->events[--p->n_events])) forget_marks(cache, p->n_events);
+    return true;
 }
 
 int32_t kvs_pruned_whole(const kvs_cache *cache) {

@@ -61,12 +61,13 @@ void kvs_event_free(kvs_event *event);
 void kvs_event_happen(kvs_cache *cache, kvs_event *event, const int32_t *rows);
 void kvs_event_locate(const kvs_cache *cache, int32_t number); /* places of the rows of an event, from the marks */
 
-/* The newest event is taken back or done again, for rows of the timeline (n_past) as they are now. The model's lock is held. */
-void kvs_pruned_lift(kvs_cache *cache);
+/* The newest event is taken back or done again, for rows of the timeline (n_past) as they are now. The model's lock is held. false: it
+ * was cancelled, and nothing has changed. */
+bool kvs_pruned_lift(kvs_cache *cache, const int32_t *cancel);
 void kvs_pruned_lower(kvs_cache *cache);
 /* May the timeline be cut to its first n_past rows, and will logits of the last of them be asked for? */
 bool kvs_pruned_can_end(const kvs_cache *cache, int32_t n_past, bool logits);
 /* Takes back what happened behind row n_past - 1 and later, rows and marks; the lock is held if there is anything reversible. */
-void kvs_pruned_undo(kvs_cache *cache, int32_t n_past);
+bool kvs_pruned_undo(kvs_cache *cache, int32_t n_past, const int32_t *cancel); /* false: cancelled, as it was */
 int32_t kvs_pruned_whole(const kvs_cache *cache); /* rows before the first one that is gone for good; n_past if none is */
 #endif

@@ -1,6 +1,8 @@
 /* session.c - one timeline over a model: feed, step, read, fork, rewind. */
 #include "session.h"
 
+#include "keep.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -290,29 +292,33 @@ static int reserve_angles(kvs_session *s, kvs_error *err) {
 }
 
 /* The model's lock is held. */
-static int policies_end_prefill(kvs_session *s, int32_t index, kvs_error *err) {
+static int policies_end_prefill(kvs_session *s, int32_t index, const int32_t *cancel, kvs_error *err) {
     int status = reserve_angles(s, err);
     for (int32_t i = 0; i < s->cache.n_policies && !status; i++) {
         kvs_policy *policy = s->cache.policies[i];
-        if (policy->ops->end_prefill) status = policy->ops->end_prefill(policy, &s->cache, index, &s->model->text.rope, err);
+        if (policy->ops->end_prefill) status = policy->ops->end_prefill(policy, &s->cache, index, &s->model->text.rope, cancel, err);
     }
     return status;
 }
 
-/* A row of the timeline once more, as what it was; it writes what is there already. Its pass can't be cancelled (only the wait for
- * the model can): half of it would leave unsmoothed values in the cache. */
+/* A row of the timeline once more, as what it was. It writes what is there already; half of it would leave unsmoothed values. */
 static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
     uint8_t flags = cache->flags[index];
     kvs_span span = {.cache = cache, .index = index, .n = 1, .ids = &cache->ids[index], .generated = flags & KVS_ROW_GENERATED};
     kvs_row row;
     kvs_cache_rows(&span, &row);
-    kvs_pass pass = {.spans = &span, .n_spans = 1, .rows = &row, .n = 1, .logits = logits, .logits_out = &s->logits};
-    int status = kvs_model_lock(s->model, cancel, err);
+    kvs_pass pass = {.spans = &span, .n_spans = 1, .rows = &row, .n = 1, .logits = logits, .logits_out = &s->logits, .cancel = cancel};
+    kvs_keep keep;
+    int status = kvs_keep_rows(&keep, cache, index, 1, cancel, err);
     if (status) return status;
-    status = kvs_llama_pass(s->model, &pass, err);
-    if (!status && flags & KVS_ROW_ENDED) status = policies_end_prefill(s, index, err);
-    kvs_model_unlock(s->model);
+    status = kvs_model_lock(s->model, cancel, err);
+    if (!status) {
+        status = kvs_llama_pass(s->model, &pass, err);
+        if (!status && flags & KVS_ROW_ENDED) status = policies_end_prefill(s, index, cancel, err);
+        kvs_model_unlock(s->model);
+    }
+    kvs_keep_end(&keep, status != KVS_OK);
     return status;
 }
 
@@ -334,6 +340,25 @@ static int ensure_exact(kvs_session *s, int32_t from, const int32_t *cancel, kvs
     return status;
 }
 
+/* All or nothing. The model's lock is held. */
+static int end_prompt(kvs_session *s, int32_t index, const int32_t *cancel, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    int32_t first = index + 1;
+    for (int32_t i = 0; i < cache->n_policies; i++) {
+        const kvs_policy *policy = cache->policies[i];
+        if (policy->ops->end_from) first = KVS_MIN(first, policy->ops->end_from(policy, cache, index));
+    }
+    if (first > index) return KVS_OK;
+    kvs_keep keep;
+    int status = kvs_keep_rows(&keep, cache, first, index + 1 - first, cancel, err);
+    if (status) return status;
+    status = policies_end_prefill(s, index, cancel, err);
+    kvs_keep_end(&keep, status != KVS_OK);
+    for (int32_t i = 0; i < cache->n_pictures && status; i++)
+        if (cache->pictures[i].sealed == index + 1) cache->pictures[i].sealed = 0;
+    return status;
+}
+
 static int end_prefill(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     kvs_cache *cache = &s->cache;
     int32_t last = cache->n_past - 1;
@@ -344,7 +369,7 @@ static int end_prefill(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     if (!cache->n_policies) return KVS_OK;
     status = kvs_model_lock(s->model, cancel, err);
     if (!status) {
-        status = policies_end_prefill(s, last, err);
+        status = end_prompt(s, last, cancel, err);
         kvs_model_unlock(s->model);
     }
     if (status) cache->flags[last] &= (uint8_t)~KVS_ROW_ENDED;
@@ -430,9 +455,10 @@ static int run_last_again(kvs_session *s, const int32_t *cancel, kvs_error *err)
 static int run_last_unpruned(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     int status = kvs_model_lock(s->model, cancel, err);
     if (status) return status;
-    kvs_pruned_lift(&s->cache);
-    kvs_cache_refill_exact(&s->cache);
+    bool lifted = kvs_pruned_lift(&s->cache, cancel);
+    if (lifted) kvs_cache_refill_exact(&s->cache);
     kvs_model_unlock(s->model);
+    if (!lifted) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
     status = run_last_again(s, cancel, err);
     kvs_model_lock(s->model, NULL, NULL); /* without a flag it can't fail */
     kvs_pruned_lower(&s->cache);
@@ -600,10 +626,10 @@ int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err) {
     return KVS_OK;
 }
 
-static int fork_session(const kvs_session *from, kvs_session **out, kvs_error *err) {
+static int fork_session(const kvs_session *from, kvs_session **out, const int32_t *cancel, kvs_error *err) {
     kvs_session *s = kvs_calloc(1, sizeof *s);
     float *logits = kvs_calloc((uint64_t)from->model->text.n_vocab, sizeof *logits);
-    int status = s && logits ? kvs_cache_clone(&from->cache, &s->cache, err) : kvs_fail_memory(err, 0, "a session");
+    int status = s && logits ? kvs_cache_clone(&from->cache, &s->cache, cancel, err) : kvs_fail_memory(err, 0, "a session");
     if (status) {
         free(logits);
         free(s);
@@ -618,32 +644,33 @@ static int fork_session(const kvs_session *from, kvs_session **out, kvs_error *e
     return KVS_OK;
 }
 
-int32_t kvs_session_fork(kvs_session *session, kvs_session **out, kvs_error *err) {
+int32_t kvs_session_fork(kvs_session *session, kvs_session **out, int32_t *cancel, kvs_error *err) {
     *out = NULL;
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = fork_session(session, out, err);
+    status = fork_session(session, out, cancel, err);
     kvs_session_leave(session);
     return status;
 }
 
 /* Rows that come back do so through ops. */
-static int rewind_session(kvs_session *s, int32_t n_past, kvs_error *err) {
+static int rewind_session(kvs_session *s, int32_t n_past, const int32_t *cancel, kvs_error *err) {
     bool locked = s->cache.pruned.n_events > 0;
-    if (locked) kvs_model_lock(s->model, NULL, NULL);
-    int status = kvs_cache_rewind(&s->cache, n_past, true, err);
+    int status = locked ? kvs_model_lock(s->model, cancel, err) : KVS_OK;
+    if (status) return status;
+    status = kvs_cache_rewind(&s->cache, n_past, true, cancel, err);
     if (locked) kvs_model_unlock(s->model);
     return status;
 }
 
-int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err) {
+int32_t kvs_session_rewind(kvs_session *session, int32_t n, int32_t *cancel, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
     if (n < 0 || n > session->cache.n_past) {
         kvs_fail(err, KVS_E_ARGUMENT, "n: can't drop %d of %d rows", n, session->cache.n_past);
         status = KVS_E_ARGUMENT;
     } else if (n > 0) {
-        status = rewind_session(session, session->cache.n_past - n, err);
+        status = rewind_session(session, session->cache.n_past - n, cancel, err);
         if (!status) session->has_logits = false;
     }
     kvs_session_leave(session);
@@ -669,18 +696,24 @@ int32_t kvs_session_prunings(kvs_session *session, int32_t n, kvs_pruning *pruni
 
 int32_t kvs_session_n_whole(const kvs_session *session) { return kvs_pruned_whole(&session->cache); }
 
-int32_t kvs_session_restore(kvs_session *session, kvs_error *err) {
+static int restore(kvs_session *s, const int32_t *cancel, kvs_error *err) {
+    kvs_cache *cache = &s->cache;
+    if (cache->pruned.on && !cache->pruned.reversible)
+        return kvs_fail(err, KVS_E_POLICY, "restore: dropped rows were not kept; make the session with PruneHal(reversible=True)");
+    if (!cache->pruned.n_events) return KVS_OK;
+    int status = kvs_model_lock(s->model, cancel, err);
+    if (status) return status;
+    bool done = kvs_pruned_undo(cache, 0, cancel);
+    kvs_model_unlock(s->model);
+    if (!done) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
+    cache->pruned.quiet = cache->n_past;
+    return KVS_OK;
+}
+
+int32_t kvs_session_restore(kvs_session *session, int32_t *cancel, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    kvs_cache *cache = &session->cache;
-    if (cache->pruned.on && !cache->pruned.reversible)
-        status = kvs_fail(err, KVS_E_POLICY, "restore: dropped rows were not kept; make the session with PruneHal(reversible=True)");
-    else if (cache->pruned.n_events) {
-        kvs_model_lock(session->model, NULL, NULL);
-        kvs_pruned_undo(cache, 0);
-        kvs_model_unlock(session->model);
-        cache->pruned.quiet = cache->n_past;
-    }
+    status = restore(session, cancel, err);
     kvs_session_leave(session);
     return status;
 }

@@ -41,6 +41,8 @@ typedef struct stream {
     FILE *file;
     bool write, failed;
     bool memory; /* it failed for want of it */
+    bool cancelled;
+    const int32_t *cancel;
     uint64_t hash;
     const char *path;
     const kvs_backend *be;
@@ -50,6 +52,7 @@ typedef struct stream {
 
 /* One function for both directions, so that reader and writer can't drift apart. */
 static void transfer(stream *f, void *data, uint64_t bytes) {
+    if (kvs_cancelled(f->cancel)) f->failed = f->cancelled = true;
     if (f->failed || !bytes) return;
     size_t done = f->write ? fwrite(data, 1, (size_t)bytes, f->file) : fread(data, 1, (size_t)bytes, f->file);
     f->failed = done != bytes;
@@ -199,12 +202,12 @@ static void sync_folder(const char *path) {
     close(fd);
 }
 
-static int write_temporary(kvs_session *s, const char *path, const char *temporary, int fd, kvs_error *err) {
-    stream f = {.write = true, .path = path, .file = fdopen(fd, "wb")};
+static int write_temporary(kvs_session *s, const char *path, const char *temporary, int fd, const int32_t *cancel, kvs_error *err) {
+    stream f = {.write = true, .path = path, .cancel = cancel, .file = kvs_refused() ? NULL : fdopen(fd, "wb")};
     if (!f.file) {
         int code = errno;
         close(fd);
-        return io_error(err, path, code, "writing");
+        return code == ENOMEM ? kvs_fail_memory(err, 0, "saving a session") : io_error(err, path, code, "writing");
     }
     bool memory = open_buffer(&f, &s->cache);
     errno = 0;
@@ -215,6 +218,7 @@ static int write_temporary(kvs_session *s, const char *path, const char *tempora
     if (fclose(f.file) && !failed) failed = true, code = errno;
     free(f.buffer);
     if (!memory) return kvs_fail_memory(err, f.buffer_bytes, "saving a session");
+    if (f.cancelled) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
     if (!failed && rename(temporary, path)) failed = true, code = errno;
     return failed ? io_error(err, path, code ? code : EIO, "saving the session") : KVS_OK;
 }
@@ -235,7 +239,7 @@ static int open_temporary(const char *path, char *temporary, size_t size) {
     return -1;
 }
 
-static int save(kvs_session *s, const char *wanted, kvs_error *err) {
+static int save(kvs_session *s, const char *wanted, const int32_t *cancel, kvs_error *err) {
     char temporary[MAX_PATH], real[PATH_MAX];
     const char *path = realpath(wanted, real) ? real : wanted; /* a link stays a link: the file behind it is replaced */
     struct stat st;
@@ -243,7 +247,7 @@ static int save(kvs_session *s, const char *wanted, kvs_error *err) {
         return file_error(err, path, "", S_ISDIR(st.st_mode) ? "this is a folder: name a file in it" : "this is not a regular file");
     int fd = open_temporary(path, temporary, sizeof temporary);
     if (fd < 0) return io_error(err, path, errno, "saving the session");
-    int status = write_temporary(s, path, temporary, fd, err);
+    int status = write_temporary(s, path, temporary, fd, cancel, err);
     if (status)
         unlink(temporary);
     else
@@ -251,10 +255,10 @@ static int save(kvs_session *s, const char *wanted, kvs_error *err) {
     return status;
 }
 
-int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err) {
+int32_t kvs_session_save(kvs_session *session, const char *path, int32_t *cancel, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = save(session, path, err);
+    status = save(session, path, cancel, err);
     kvs_session_leave(session);
     return status;
 }
@@ -465,9 +469,10 @@ static int load(stream *f, kvs_model *model, const kvs_session_params *params, k
     return status;
 }
 
-int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
+int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, int32_t *cancel,
+                         kvs_error *err) {
     *out = NULL;
-    stream f = {.path = path};
+    stream f = {.path = path, .cancel = cancel};
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) {
@@ -479,12 +484,13 @@ int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_p
         close(fd);
         return file_error(err, path, "", "this is not a regular file");
     }
-    f.file = fdopen(fd, "rb");
+    f.file = kvs_refused() ? NULL : fdopen(fd, "rb");
     if (!f.file) {
         close(fd);
         return kvs_fail_memory(err, 0, "loading a session");
     }
     int status = load(&f, model, params, out, err);
+    if (f.cancelled) status = kvs_fail(err, KVS_E_CANCELLED, "cancelled"); /* not what the reader took it for */
     fclose(f.file);
     free(f.buffer);
     return status;

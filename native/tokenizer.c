@@ -459,7 +459,7 @@ static void emit_bytes(encoder *e, const char *bytes, uint64_t n) {
 static bool reserve(encoder *e, void **block, uint64_t n, uint64_t *room, size_t size) {
     if (n < *room) return true;
     uint64_t wanted = *room ? *room * 2 : 256;
-    void *grown = wanted < SIZE_MAX / 2 / size ? realloc(*block, (size_t)wanted * size) : NULL;
+    void *grown = kvs_realloc(*block, wanted, size);
     e->failed |= !grown;
     if (!grown) return false;
     *block = grown;

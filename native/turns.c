@@ -13,19 +13,19 @@ struct kvs_waiter { /* on the stack of its thread */
 #define CLOCK CLOCK_MONOTONIC
 static bool init_condition(pthread_cond_t *condition) {
     pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return false;
+    if (kvs_refused() || pthread_condattr_init(&attributes)) return false;
     bool done = !pthread_condattr_setclock(&attributes, CLOCK) && !pthread_cond_init(condition, &attributes);
     pthread_condattr_destroy(&attributes);
     return done;
 }
 #else
 #define CLOCK CLOCK_REALTIME
-static bool init_condition(pthread_cond_t *condition) { return !pthread_cond_init(condition, NULL); }
+static bool init_condition(pthread_cond_t *condition) { return !kvs_refused() && !pthread_cond_init(condition, NULL); }
 #endif
 
 bool kvs_turns_init(kvs_turns *turns) {
     *turns = (kvs_turns){.taken = false};
-    if (pthread_mutex_init(&turns->mutex, NULL)) return false;
+    if (kvs_refused() || pthread_mutex_init(&turns->mutex, NULL)) return false;
     if (init_condition(&turns->changed)) return true;
     pthread_mutex_destroy(&turns->mutex);
     return false;

@@ -59,12 +59,61 @@ int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what) {
     return KVS_E_MEMORY;
 }
 
+#ifdef KVS_INJECT
+#undef free
+static int64_t calls, first_to_fail, blocks;
+static bool all_behind_fail;
+
+static void *counted(void *block) {
+    if (block) __atomic_add_fetch(&blocks, 1, __ATOMIC_RELAXED);
+    return block;
+}
+
+static void uncount(const void *block) {
+    if (block) __atomic_sub_fetch(&blocks, 1, __ATOMIC_RELAXED);
+}
+
+void kvs_counted_free(void *block) {
+    uncount(block);
+    free(block);
+}
+
+bool kvs_refused(void) {
+    int64_t first = __atomic_load_n(&first_to_fail, __ATOMIC_RELAXED), call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+    bool refused = first && (call == first || (call > first && all_behind_fail));
+    if (refused) errno = ENOMEM;
+    return refused;
+}
+
+void kvs_test_fail_after(int64_t n, int32_t and_all_behind) {
+    __atomic_store_n(&first_to_fail, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&calls, 0, __ATOMIC_RELAXED);
+    all_behind_fail = and_all_behind;
+    __atomic_store_n(&first_to_fail, n, __ATOMIC_RELAXED);
+}
+
+int64_t kvs_test_calls(void) { return __atomic_load_n(&calls, __ATOMIC_RELAXED); }
+
+int64_t kvs_test_blocks(void) { return __atomic_load_n(&blocks, __ATOMIC_RELAXED); }
+#else
+static inline void *counted(void *block) { return block; }
+static inline void uncount(const void *block) { (void)block; }
+#endif
+
 bool kvs_mul_u64(uint64_t a, uint64_t b, uint64_t *product) { return !__builtin_mul_overflow(a, b, product); }
 
 void *kvs_calloc(uint64_t count, uint64_t size) {
     uint64_t bytes;
     if (!kvs_mul_u64(count, size, &bytes) || bytes > SIZE_MAX / 2) return NULL;
-    return calloc(1, bytes ? (size_t)bytes : 1);
+    return kvs_refused() ? NULL : counted(calloc(1, bytes ? (size_t)bytes : 1));
+}
+
+void *kvs_realloc(void *block, uint64_t count, uint64_t size) {
+    uint64_t bytes;
+    if (!kvs_mul_u64(count, size, &bytes) || bytes > SIZE_MAX / 2) return NULL;
+    if (kvs_refused()) return NULL;
+    void *grown = realloc(block, bytes ? (size_t)bytes : 1);
+    return block ? grown : counted(grown);
 }
 
 /* A header of 64 bytes in front of the block remembers its length; length 0 means that it came from malloc. */
@@ -72,7 +121,7 @@ enum { ALIGNMENT = 64, MMAP_FROM = 1 << 20 };
 
 void *kvs_calloc_aligned(uint64_t count, uint64_t size) {
     uint64_t bytes;
-    if (!kvs_mul_u64(count, size, &bytes) || bytes > SIZE_MAX / 2) return NULL;
+    if (!kvs_mul_u64(count, size, &bytes) || bytes > SIZE_MAX / 2 || kvs_refused()) return NULL;
     uint64_t total = bytes + ALIGNMENT;
     void *base = NULL;
     bool mapped = total >= MMAP_FROM;
@@ -84,6 +133,7 @@ void *kvs_calloc_aligned(uint64_t count, uint64_t size) {
         memset(base, 0, (size_t)total);
     }
     *(uint64_t *)base = mapped ? total : 0;
+    counted(base);
     return (char *)base + ALIGNMENT;
 }
 
@@ -91,6 +141,7 @@ void kvs_free_aligned(void *block) {
     if (!block) return;
     void *base = (char *)block - ALIGNMENT;
     uint64_t total = *(uint64_t *)base;
+    uncount(base);
     if (total)
         munmap(base, (size_t)total);
     else

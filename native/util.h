@@ -19,8 +19,21 @@ int kvs_fail_file(kvs_error *err, int code, const char *path, const char *what, 
 /* Out of memory: "needed N MiB for WHAT". */
 int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what);
 
+/* Whatever the system may refuse - memory, a mapping, a stream, a lock, a thread - asks here first (make lint checks): in a build with
+ * KVS_INJECT a test makes the n-th of them fail, with errno = ENOMEM. Such a build counts the blocks that are there, too. */
+#ifdef KVS_INJECT
+#include <stdlib.h>
+bool kvs_refused(void);
+void kvs_counted_free(void *block);
+#define free kvs_counted_free
+#else
+static inline bool kvs_refused(void) { return false; }
+#endif
+
 /* count * size bytes, zeroed; NULL on overflow or failure. Free with free(). */
 void *kvs_calloc(uint64_t count, uint64_t size);
+/* The same for a block that grows; what is new is not zeroed. On failure the old block stays. */
+void *kvs_realloc(void *block, uint64_t count, uint64_t size);
 /* The same, aligned to 64 bytes. Large blocks are not touched (zero pages of the kernel). Free with kvs_free_aligned. */
 void *kvs_calloc_aligned(uint64_t count, uint64_t size);
 void kvs_free_aligned(void *block);

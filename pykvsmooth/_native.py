@@ -218,13 +218,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def _start(job: _Job, own_thread: bool) -> None:
+    """Where no thread can be started the call is made here: it can't be interrupted then, but it works."""
     global _worker
-    if own_thread:
-        threading.Thread(target=job.run, name="pykvsmooth", daemon=True).start()
-        return
-    if _worker is None:
-        _worker = _Worker()
-    _worker.jobs.put(job)
+    try:
+        if own_thread:
+            threading.Thread(target=job.run, name="pykvsmooth", daemon=True).start()
+            return
+        if _worker is None:
+            _worker = _Worker()
+    except RuntimeError:
+        job.run()
+    else:
+        _worker.jobs.put(job)
 
 
 def native_call(call: Callable[[], T], flag: Flag, poll: Callable[[], None] | None = None) -> T:

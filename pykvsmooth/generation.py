@@ -100,7 +100,7 @@ class Generation:
     def _prefill(self, pointer: Any, plan: Plan, begin: int, parts: list[Part], rows: list[Any]) -> None:
         session = self.session
         if plan.fresh:
-            session._rewind(pointer, lib.kvs_session_n_past(pointer) - begin)
+            session._rewind(pointer, lib.kvs_session_n_past(pointer) - begin, self.flag)
             session._chat.turns = []
         check(lib.kvs_session_new_turn(pointer, self._err), self._err)
         session._feed(pointer, parts, rows, self.flag)

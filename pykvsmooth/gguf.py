@@ -13,7 +13,7 @@ from typing import Any
 from . import box
 from ._native import check, ffi, lib, new_error, string
 from .checks import c_path
-from .errors import KVSmoothError, ModelFileNotFoundError, ModelMismatchError
+from .errors import KVSmoothError, ModelFileNotFoundError, ModelMismatchError, OutOfMemoryError
 
 _log = logging.getLogger("pykvsmooth")
 
@@ -117,6 +117,8 @@ def _misfit(path: Path, metadata: dict[str, Any]) -> str:
                 lib.kvs_gguf_tensor_at(file, i, tensor)
                 if string(tensor.name) == "mm.2.weight":
                     return "" if tensor.dims[1] == width else f"made for models of width {tensor.dims[1]}, this one has {width}"
+    except OutOfMemoryError:
+        raise
     except KVSmoothError as error:
         return str(error)
     return "no LLaVA projector in it (tensor mm.2.weight)"

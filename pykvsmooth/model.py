@@ -115,6 +115,9 @@ class Model:
         self._end_ids = self._find_end_ids()
         self.load_s = time.perf_counter() - begin
         _log.info("%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+        if self._info.threads_missing:
+            wanted = self.threads + int(self._info.threads_missing)
+            _log.warning("%s: %d of %d threads could be started, the system allows no more (ulimit -u)", self.path, self.threads, wanted)
 
     # ---- facts ----
 

@@ -97,16 +97,25 @@ class Session:
         exact_rows = integer("exact_rows", exact_rows, 0, 4096)
         stack = Stack(policy)
         params, keep = _native_params(model, n_ctx, kv_type, stack, seed_of(seed), exact_rows)
-        self._adopt(model, stack, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err))
+        self._adopt(model, stack, lambda pointer, out, err: lib.kvs_session_new(pointer, params, out, err), Flag())
         del keep
 
-    def _adopt(self, model: Model, stack: Stack, make: Callable[[Any, Any, Any], int]) -> None:
-        """Fills this object with the native session that make gives."""
+    def _adopt(
+        self,
+        model: Model,
+        stack: Stack,
+        make: Callable[[Any, Any, Any], int],
+        flag: Flag,
+        check: Callable[[int, Any], None] = check,
+    ) -> None:
+        """Fills this object with the native session that make gives, if flag does not end it before."""
         err, out = new_error(), ffi.new("kvs_session **")
         pointer = model._handle.retain()
         try:
-            check(make(pointer, out, err), err)
+            check(native_call(lambda: make(pointer, out, err), flag), err)
         except BaseException:
+            if out[0] != ffi.NULL:  # it was done when the signal came
+                lib.kvs_session_free(out[0])
             model._handle.release()
             raise
         self.model = model
@@ -190,9 +199,10 @@ class Session:
 
     def reset(self) -> None:
         """Empties the timeline and forgets the conversation."""
-        with self._handle as pointer:
+        flag = Flag()
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
-            self._rewind(pointer, lib.kvs_session_n_past(pointer))
+            self._rewind(pointer, lib.kvs_session_n_past(pointer), flag)
             self._chat = _Chat()
 
     def agenerate(
@@ -411,10 +421,10 @@ class Session:
     def restore(self) -> None:
         """Brings all rows back that PruneHal has dropped. Rows that were generated meanwhile stay as they are, and the answer under way
         is not pruned any more; an answer to a prompt with a new picture is. PolicyError without reversible=True; BusyError, ClosedError."""
-        err = new_error()
-        with self._handle as pointer:
+        flag, err = Flag(), new_error()
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
-            check(lib.kvs_session_restore(pointer, err), err)
+            check(native_call(lambda: lib.kvs_session_restore(pointer, flag.pointer, err), flag), err)
 
     @property
     def n_past(self) -> int:
@@ -436,9 +446,10 @@ class Session:
 
     def fork(self) -> Session:
         """An independent copy, the sampler's state and the conversation too."""
-        with self._handle as pointer:
+        flag = Flag()
+        with self._handle.use(flag) as pointer:
             twin = object.__new__(Session)
-            twin._adopt(self.model, self._stack, lambda _, out, err: lib.kvs_session_fork(pointer, out, err))
+            twin._adopt(self.model, self._stack, lambda _, out, err: lib.kvs_session_fork(pointer, out, flag.pointer, err), flag)
             twin._chat = _Chat(list(self._chat.turns), self._chat.rows)
             twin._prompt_end = self._prompt_end
         return twin
@@ -447,18 +458,19 @@ class Session:
         """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone, or where PruneHal has dropped rows
         of a picture since that were not kept (then nothing has changed); ValueError for more rows than there are; BusyError, ClosedError.
         """
-        with self._handle as pointer:
+        flag = Flag()
+        with self._handle.use(flag) as pointer:
             self._refuse_active()
-            self._rewind(pointer, integer("n_tokens", n_tokens, 0, lib.kvs_session_n_past(pointer)))
+            self._rewind(pointer, integer("n_tokens", n_tokens, 0, lib.kvs_session_n_past(pointer)), flag)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the timeline, the cache and the sampler's state to a file, completely or not at all.
 
         Raises SessionIOError (also an OSError, with errno), OutOfMemoryError, BusyError, ClosedError, TypeError, ValueError.
         """
-        name, err = c_path("path", path), new_error()
-        with self._handle as pointer:
-            _check_file(lib.kvs_session_save(pointer, name, err), err)
+        name, flag, err = c_path("path", path), Flag(), new_error()
+        with self._handle.use(flag) as pointer:
+            _check_file(native_call(lambda: lib.kvs_session_save(pointer, name, flag.pointer, err), flag), err)
 
     @classmethod
     def load(
@@ -471,15 +483,14 @@ class Session:
         OutOfMemoryError, ClosedError, TypeError, ValueError.
         """
         _check_model(model)
-        stack, name, err = Stack(policy), c_path("path", path), new_error()
+        stack, name, flag = Stack(policy), c_path("path", path), Flag()
         params, keep = _native_params(model, 1, "f16", stack, 0, integer("exact_rows", exact_rows, 0, 4096))
 
-        def make(pointer: Any, out: Any, _: Any) -> int:
-            _check_file(lib.kvs_session_load(pointer, name, params, out, err), err)
-            return 0
+        def make(pointer: Any, out: Any, err: Any) -> int:
+            return int(lib.kvs_session_load(pointer, name, params, out, flag.pointer, err))
 
         session = object.__new__(cls)
-        session._adopt(model, stack, make)
+        session._adopt(model, stack, make, flag, _check_file)
         session._prompt_end = 0
         del keep
         return session
@@ -549,9 +560,9 @@ class Session:
         err = new_error()
         check(native_call(lambda: lib.kvs_session_end_prefill(pointer, flag.pointer, err), flag), err)
 
-    def _rewind(self, pointer: Any, n: int) -> None:
+    def _rewind(self, pointer: Any, n: int, flag: Flag) -> None:
         err = new_error()
-        check(lib.kvs_session_rewind(pointer, n, err), err)
+        check(native_call(lambda: lib.kvs_session_rewind(pointer, n, flag.pointer, err), flag), err)
         if lib.kvs_session_n_past(pointer) <= self._prompt_end:
             self._prompt_end = NO_LIMIT
 

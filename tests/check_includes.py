@@ -1,4 +1,5 @@
-"""Includes of native/ point one way: api -> session -> model, cache and policies -> backend.h <- devices. Part of `make lint`."""
+"""Includes of native/ point one way: api -> session -> model, cache and policies -> backend.h <- devices. What the system may refuse
+(memory, streams, locks, threads) is asked for where kvs_refused() has its say. Part of `make lint`."""
 
 import re
 import sys
@@ -12,7 +13,7 @@ LAYERS = [
     ["session.h", "session.c", "session_file.c"],
     ["llama.h", "llama.c", "vision.c"],
     ["model.h", "model.c", "load.h", "load.c", "vision_load.c"],
-    ["cache.h", "cache.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
+    ["cache.h", "cache.c", "keep.h", "keep.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
     ["cpu/*"],
     ["backend.h"],
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
@@ -24,6 +25,8 @@ LAYERS = [
 ]
 # Devices know the op table and below; nobody above knows a device.
 FORBIDDEN = [("cpu/*", "cache.h"), ("cpu/*", "tokenizer.h"), ("cpu/*", "gguf.h")]
+CALLS = "malloc calloc realloc reallocarray aligned_alloc posix_memalign alloca strdup strndup mmap fopen fdopen opendir CPU_ALLOC"
+REFUSABLE = re.compile(rf"\b({'|'.join(CALLS.split())}|pthread_create|pthread_\w+_init)\s*\(")
 
 
 def layer(name: str) -> int:
@@ -33,11 +36,20 @@ def layer(name: str) -> int:
     raise SystemExit(f"{name}: no layer; give it a place in {Path(__file__).name}")
 
 
+def goes_round(lines: list[str], i: int) -> bool:
+    """Neither in this line nor in the few above kvs_refused() is asked."""
+    return bool(REFUSABLE.search(lines[i])) and "kvs_refused()" not in "".join(lines[max(i - 10, 0) : i + 1])
+
+
 def main() -> int:
     bad = 0
     for path in sorted(NATIVE.rglob("*.[ch]")):
         name = str(path.relative_to(NATIVE))
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            if goes_round(lines, number - 1):
+                print(f"native/{name}:{number}: without kvs_refused() of util.h; memory comes from its kvs_calloc() and kvs_realloc()")
+                bad += 1
             found = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
             if not found:
                 continue

@@ -206,7 +206,7 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
     if (status) return status;
     kvs_cpu *cpu = kvs_calloc(1, sizeof *cpu);
     if (!cpu) return kvs_fail_memory(err, sizeof *cpu, "the CPU backend");
-    status = kvs_pool_new(threads ? threads : kvs_pool_default_threads(), &cpu->pool, err);
+    status = kvs_pool_new(threads, &cpu->pool, err);
     if (status) {
         free(cpu);
         return status;
@@ -214,6 +214,7 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
     cpu->isa = isa;
     cpu->base.ops = &cpu_ops;
     cpu->base.threads = kvs_pool_threads(cpu->pool);
+    cpu->base.threads_missing = kvs_pool_missing(cpu->pool);
     snprintf(cpu->base.name, sizeof cpu->base.name, "cpu");
     snprintf(cpu->base.reason, sizeof cpu->base.reason, "kernels: %s (%s)", isa->name, kvs_isa_why());
     *out = &cpu->base;

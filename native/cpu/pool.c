@@ -24,9 +24,9 @@ typedef struct helper {
 } helper;
 
 struct kvs_pool {
-    int32_t n_threads, n_started; /* helpers are threads 1..n_threads-1 */
-    double spin;                  /* seconds */
-    pid_t pid;                    /* a forked child has the struct but no helpers */
+    int32_t n_threads, n_wanted; /* helpers are threads 1..n_threads-1 */
+    double spin;                 /* seconds */
+    pid_t pid;                   /* a forked child has the struct but no helpers */
     helper *helpers;
     /* the loop: written by the caller while it is closed and empty, read by helpers inside */
     kvs_task fn;
@@ -168,38 +168,54 @@ static int start_helper(helper *self) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
-    int status = pthread_create(&self->id, NULL, helper_main, self);
+    int status = kvs_refused() ? EAGAIN : pthread_create(&self->id, NULL, helper_main, self);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return status;
 }
 
-int kvs_pool_new(int32_t threads, kvs_pool **out, kvs_error *err) {
-    *out = NULL;
-    if (threads < 1 || threads > MAX_THREADS)
-        return kvs_fail(err, KVS_E_ARGUMENT, "threads must be 1..%d, not %d", (int)MAX_THREADS, (int)threads);
+static bool init_locks(kvs_pool *pool) {
+    if (kvs_refused() || pthread_mutex_init(&pool->mutex, NULL)) return false;
+    if (!kvs_refused() && !pthread_cond_init(&pool->wake, NULL)) {
+        if (!kvs_refused() && !pthread_cond_init(&pool->done, NULL)) return true;
+        pthread_cond_destroy(&pool->wake);
+    }
+    pthread_mutex_destroy(&pool->mutex);
+    return false;
+}
+
+static kvs_pool *make(int32_t threads) {
     kvs_pool *pool = kvs_calloc_aligned(1, sizeof *pool);
     helper *helpers = kvs_calloc((uint64_t)threads, sizeof *helpers);
-    if (!pool || !helpers) {
+    if (!pool || !helpers || !init_locks(pool)) {
         kvs_free_aligned(pool);
         free(helpers);
-        return kvs_fail_memory(err, sizeof *pool + (uint64_t)threads * sizeof *helpers, "the thread pool");
+        return NULL;
     }
-    pool->n_threads = threads;
+    pool->n_wanted = threads;
     pool->spin = threads > kvs_pool_default_threads() ? 1e-6 : 40e-6; /* more threads than processors: spinning steals work time */
     pool->pid = getpid();
     pool->helpers = helpers;
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pthread_cond_init(&pool->done, NULL);
-    for (int32_t i = 1; i < threads; i++) {
-        helpers[i] = (helper){.pool = pool, .thread = i};
-        int status = start_helper(&helpers[i]);
-        if (status) {
+    return pool;
+}
+
+int kvs_pool_new(int32_t asked, kvs_pool **out, kvs_error *err) {
+    *out = NULL;
+    int32_t threads = asked ? asked : kvs_pool_default_threads();
+    if (threads < 1 || threads > MAX_THREADS)
+        return kvs_fail(err, KVS_E_ARGUMENT, "threads must be 1..%d, not %d", (int)MAX_THREADS, (int)threads);
+    kvs_pool *pool = make(threads);
+    if (!pool) return kvs_fail_memory(err, sizeof *pool + (uint64_t)threads * sizeof(helper), "the thread pool");
+    for (pool->n_threads = 1; pool->n_threads < threads; pool->n_threads++) {
+        helper *next = &pool->helpers[pool->n_threads];
+        *next = (helper){.pool = pool, .thread = pool->n_threads};
+        int status = start_helper(next);
+        if (status && asked) {
+            kvs_fail(err, KVS_E_DEVICE, "cannot start thread %d of %d: %s; ask for fewer threads", (int)pool->n_threads + 1, (int)threads,
+                     strerror(status));
             kvs_pool_free(pool);
-            return kvs_fail(err, KVS_E_DEVICE, "cannot start thread %d of %d: %s; ask for fewer threads", (int)i + 1, (int)threads,
-                            strerror(status));
+            return KVS_E_DEVICE;
         }
-        pool->n_started++;
+        if (status) break; /* a process at the limit of its threads works with those that it has */
     }
     *out = pool;
     return KVS_OK;
@@ -212,7 +228,7 @@ void kvs_pool_free(kvs_pool *pool) {
         atomic_store(&pool->stop, 1);
         pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->mutex);
-        for (int32_t i = 1; i <= pool->n_started; i++) pthread_join(pool->helpers[i].id, NULL);
+        for (int32_t i = 1; i < pool->n_threads; i++) pthread_join(pool->helpers[i].id, NULL);
         pthread_cond_destroy(&pool->done);
         pthread_cond_destroy(&pool->wake);
         pthread_mutex_destroy(&pool->mutex);
@@ -223,16 +239,18 @@ void kvs_pool_free(kvs_pool *pool) {
 
 int32_t kvs_pool_threads(const kvs_pool *pool) { return pool ? pool->n_threads : 1; }
 
+int32_t kvs_pool_missing(const kvs_pool *pool) { return pool->n_wanted - pool->n_threads; }
+
 /* ---- how many processors are ours ---- */
 
 static int32_t affinity_threads(void) {
 #ifdef __linux__
     for (int cpus = 1024; cpus <= 1 << 16; cpus *= 4) { /* the kernel refuses a set that is smaller than its own */
-        cpu_set_t *set = CPU_ALLOC((size_t)cpus);
-        if (!set) break;
         size_t size = CPU_ALLOC_SIZE((size_t)cpus);
+        cpu_set_t *set = kvs_calloc(1, size);
+        if (!set) break;
         int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0;
-        CPU_FREE(set);
+        free(set);
         if (count > 0) return count;
     }
 #endif
@@ -242,7 +260,7 @@ static int32_t affinity_threads(void) {
 
 #ifdef __linux__
 static bool read_line(const char *path, char *line, int size) {
-    FILE *file = fopen(path, "re");
+    FILE *file = kvs_refused() ? NULL : fopen(path, "re");
     if (!file) return false;
     bool ok = fgets(line, size, file) != NULL;
     fclose(file);
@@ -285,7 +303,7 @@ static bool names_cpu(const char *controllers) { /* "cpu,cpuacct" but not "cpuse
 }
 
 static double cgroup_quota(void) {
-    FILE *file = fopen("/proc/self/cgroup", "re");
+    FILE *file = kvs_refused() ? NULL : fopen("/proc/self/cgroup", "re");
     if (!file) return 0;
     char line[1024];
     double tightest = 0;

@@ -7,8 +7,10 @@
 typedef struct kvs_pool kvs_pool;
 typedef void (*kvs_task)(void *arg, int64_t begin, int64_t end, int32_t thread); /* work [begin, end) */
 
-int32_t kvs_pool_default_threads(void);                            /* affinity and cgroup quota (v1 and v2) */
-int kvs_pool_new(int32_t threads, kvs_pool **out, kvs_error *err); /* 1 thread: no helpers at all */
+int32_t kvs_pool_default_threads(void); /* affinity and cgroup quota (v1 and v2) */
+/* 1 thread: no helpers at all. 0: the default, or as many of it as can be started; a number that can't be had is KVS_E_DEVICE. */
+int kvs_pool_new(int32_t threads, kvs_pool **out, kvs_error *err);
+int32_t kvs_pool_missing(const kvs_pool *pool); /* of the default */
 void kvs_pool_free(kvs_pool *pool);
 int32_t kvs_pool_threads(const kvs_pool *pool);
 /* Runs fn over 0..n in pieces of grain, handed out by an atomic cursor; returns when all is done. Pieces not yet begun are
