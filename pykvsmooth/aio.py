@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar, cast
 
+from .errors import DeviceError
 from .stats import Result, Stats, Token
 from .stream import Stream
 
@@ -22,7 +23,10 @@ class _Thread:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[_Call, _Settle] | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._jobs,), name="pykvsmooth-async", daemon=True).start()
+        try:
+            threading.Thread(target=_work, args=(self._jobs,), name="pykvsmooth-async", daemon=True).start()
+        except RuntimeError as error:
+            raise DeviceError(f"an asynchronous answer needs a thread of its own, and none could be started: {error}") from error
         self.end = weakref.finalize(self, self._jobs.put, None)
         self.end.atexit = False
 

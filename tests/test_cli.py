@@ -30,13 +30,18 @@ PROMPT = "Please describe the image in detail."
 ESC = "\x1b"
 
 
-@pytest.fixture(scope="module")
-def tiny_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The pair, but answers never end by themselves: the logit of </s> is always 0, and some other token's is above that."""
-    path = tmp_path_factory.mktemp("endless") / "text.gguf"
-    path.write_bytes(Path(tiny_pair.text).read_bytes())
+def endless(path: str | Path) -> None:
+    """Answers of a random model never end by themselves: the logit of </s> is always 0, and some other token's is above that."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}
     tensors["output.weight"].data[2] = 0
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The pair, but answers never end by themselves."""
+    path = tmp_path_factory.mktemp("endless") / "text.gguf"
+    path.write_bytes(Path(tiny_pair.text).read_bytes())
+    endless(path)
     return Pair(str(path), tiny_pair.mmproj, tiny_pair.weights)
 
 

@@ -64,6 +64,8 @@ def run(argv: Sequence[str] | None) -> int:
     log = _Log(ui)
     debug = False
     try:
+        if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # until here pykvsmooth_start had it
         args = make_parser().parse_args(argv)
         ui.quiet, debug = getattr(args, "quiet", False), getattr(args, "debug", False)
         _configure(log, ui.quiet, debug)
