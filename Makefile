@@ -44,6 +44,9 @@ emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machin
 	$(BIN)/cmake --preset avx512-emulated -G Ninja && $(BIN)/cmake --build --preset avx512-emulated -j $(JOBS)
 	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
 
+soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (an hour)
+	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
+
 wheel: $(VENV)/tools ## a manylinux wheel in wheelhouse/
 	rm -rf dist wheelhouse && $(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl && $(BIN)/auditwheel show wheelhouse/*.whl
@@ -77,5 +80,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated wheel lint format clean
+.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated soak wheel lint format clean
 .DEFAULT_GOAL := help
