@@ -328,11 +328,14 @@ int32_t kvs_session_save(kvs_session *session, const char *path, int32_t *cancel
 int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, int32_t *cancel,
                          kvs_error *err);
 
-/* ---- want of memory, for tests: util.c; only in a build with KVS_INJECT ---- */
+/* ---- want of memory and cancellations, for tests: util.c; only in a build with KVS_INJECT ---- */
 /* From now on the n-th allocation, mapping, stream, lock or thread of the library (all threads counted together) is refused, once or
  * with all behind it; 0 = none. */
 void kvs_test_fail_after(int64_t n, int32_t and_all_behind);
-int64_t kvs_test_calls(void);  /* of them, since then */
+int64_t kvs_test_calls(void); /* of them, since then */
+/* From now on whoever looks at a cancel flag for the n-th time, or later, finds it set; 0 = none. */
+void kvs_test_cancel_after(int64_t n);
+int64_t kvs_test_looks(void);  /* at flags, since then */
 int64_t kvs_test_blocks(void); /* of memory that are there now */
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */

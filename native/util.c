@@ -61,7 +61,7 @@ int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what) {
 
 #ifdef KVS_INJECT
 #undef free
-static int64_t calls, first_to_fail, blocks;
+static int64_t calls, first_to_fail, looks, first_to_cancel, blocks;
 static bool all_behind_fail;
 
 static void *counted(void *block) {
@@ -93,6 +93,20 @@ void kvs_test_fail_after(int64_t n, int32_t and_all_behind) {
 }
 
 int64_t kvs_test_calls(void) { return __atomic_load_n(&calls, __ATOMIC_RELAXED); }
+
+bool kvs_cancelled(const int32_t *flag) {
+    if (!flag) return false;
+    int64_t first = __atomic_load_n(&first_to_cancel, __ATOMIC_RELAXED), look = __atomic_add_fetch(&looks, 1, __ATOMIC_RELAXED);
+    return __atomic_load_n(flag, __ATOMIC_RELAXED) != 0 || (first && look >= first);
+}
+
+void kvs_test_cancel_after(int64_t n) {
+    __atomic_store_n(&first_to_cancel, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&looks, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&first_to_cancel, n, __ATOMIC_RELAXED);
+}
+
+int64_t kvs_test_looks(void) { return __atomic_load_n(&looks, __ATOMIC_RELAXED); }
 
 int64_t kvs_test_blocks(void) { return __atomic_load_n(&blocks, __ATOMIC_RELAXED); }
 #else

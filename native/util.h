@@ -42,5 +42,9 @@ bool kvs_mul_u64(uint64_t a, uint64_t b, uint64_t *product); /* false on overflo
 uint64_t kvs_hash(uint64_t seed, const void *data, uint64_t n); /* 64-bit, not cryptographic, stable across machines of one byte order */
 double kvs_now(void);                                           /* seconds, monotonic */
 
+#ifdef KVS_INJECT
+bool kvs_cancelled(const int32_t *flag); /* a test makes the n-th look at any flag see it set */
+#else
 static inline bool kvs_cancelled(const int32_t *flag) { return flag && __atomic_load_n(flag, __ATOMIC_RELAXED) != 0; }
+#endif
 #endif

@@ -54,6 +54,15 @@ def refusing(n: int, lasting: bool) -> Iterator[None]:
         lib.kvs_test_fail_after(0, 0)
 
 
+@contextmanager
+def cancelling(n: int) -> Iterator[None]:
+    lib.kvs_test_cancel_after(n)
+    try:
+        yield
+    finally:
+        lib.kvs_test_cancel_after(0)
+
+
 def each_refusal(
     prepare: Callable[[], AbstractContextManager[Any]],
     act: Callable[[Any], Any],
@@ -351,6 +360,67 @@ def test_rows_that_run_again(stack: str, back: int) -> None:
         before = [part.tobytes() for layer in range(session.model.n_layer) for part in (*session.kv(layer), session.positions(layer))]
     after: list[Any] = []
     assert each_refusal(lambda: captioned(stack, 6, back), lambda s: s.logits().tobytes(), check) > 10
+
+
+# ---- cancellations, at each look at the flag ----
+
+
+def cancelled_at(n: int, act: Callable[[Any], Any], thing: Any) -> tuple[Any, int]:
+    with cancelling(n):
+        try:
+            outcome = act(thing)
+        except kvs.CancelledError as error:
+            outcome = error
+        return outcome, lib.kvs_test_looks()
+
+
+def some_moments(looks: int) -> list[int]:
+    """All of them if they are few, else some from the beginning, the end and in between."""
+    return sorted({*range(1, looks + 1)} if looks < 30 else {1, 2, looks, looks - 1, *np.linspace(3, looks, 20).astype(int).tolist()})
+
+
+@pytest.mark.parametrize("stack", ["stack", "kvsmooth"])
+@pytest.mark.parametrize("act", [*ACTS, "logits"])
+def test_a_cancelled_call_has_changed_nothing(act: str, stack: str) -> None:
+    if act in ("session", "tokenize", "positions"):
+        pytest.skip("takes no time")
+
+    def prepare() -> AbstractContextManager[kvs.Session]:
+        return captioned(stack, 0 if act == "end_prefill" else 6, back=3 if act == "logits" else 0)
+
+    def seen(session: kvs.Session) -> list[Any]:
+        """Without a call that ends a prompt or runs rows again."""
+        with session.fork() as twin:
+            return [session.n_past, session.n_generated, session.prunings, bits(twin)]
+
+    call = ACTS.get(act, lambda s: s.logits().tobytes())
+    with prepare() as session:
+        before = seen(session)
+        expected, looks = cancelled_at(0, call, session)
+        after = seen(session)
+    cancelled = 0
+    for n in some_moments(looks):
+        with prepare() as session:
+            outcome, _ = cancelled_at(n, call, session)
+            if isinstance(outcome, Exception):
+                cancelled += 1
+                assert act in PARTLY or seen(session) == before
+                outcome = call(session)
+            assert outcome == expected and (act in PARTLY or seen(session) == after)
+    assert cancelled or not looks or act in PARTLY
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+def test_a_cancelled_load(kind: str) -> None:
+    def load(_: object) -> int:
+        with open_model(*pair(kind), threads=2) as model:
+            return model.n_layer
+
+    expected, looks = cancelled_at(0, load, None)
+    assert looks > 20
+    for n in some_moments(looks):
+        outcome, _ = cancelled_at(n, load, None)
+        assert isinstance(outcome, kvs.CancelledError) or (outcome == expected and n >= looks)
 
 
 def test_loading_a_session(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""A server's life: other pictures, options, policies and caches for each caption; some are cancelled, some fail, some are chats. Memory stays
-flat, and no file, thread or mapping is left. KVS_SOAK=1000 (make soak); the tests run a few."""
+"""A server's life: other pictures, options, policies and caches for each caption; some are cancelled, some fail, some are chats. Memory is
+flat, and no file, thread or mapping is left; eight threads do it over one model. make soak: 1,000 captions; KVS_SOAK_SECONDS: of the
+threads, for a build with ThreadSanitizer. The tests run a few.
+"""
 
 import asyncio
 import gc
@@ -8,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from conftest import Pair
 import pykvsmooth as kvs
 
 CAPTIONS = int(os.environ.get("KVS_SOAK", 40))
+SECONDS = float(os.environ.get("KVS_SOAK_SECONDS", 2))
 PICTURES = 100
 WORDS = "the a of in on man dog cat red blue big small table street car tree".split()
 GRID = {"layers": "1:", "coord_norm": "patch"}
@@ -158,3 +162,24 @@ def test_nothing_grows(life: Life) -> None:
     print(f"resident {first / 1048576:.2f} -> {last / 1048576:.2f} MiB ({100 * (last / first - 1):+.2f} %), {before} -> {after}")
     assert after == before
     assert CAPTIONS < 200 or last < 1.01 * first, sizes
+
+
+def test_eight_threads(life: Life, tmp_path: Path) -> None:
+    end, errors = time.monotonic() + SECONDS, []
+
+    def live(number: int) -> Life:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        own = Life(life.model, np.random.default_rng([number, int(life.rng.integers(1 << 30))]), folder)
+        while time.monotonic() < end and not errors:
+            try:
+                own.any()
+            except BaseException as error:
+                errors.append(error)
+                raise
+        return own
+
+    with ThreadPoolExecutor(8) as pool:
+        done = sum((own.done for own in pool.map(live, range(8))), Counter())
+    print(f"\n{done.total()} in {SECONDS:.0f} s by eight threads: {dict(done)}")
+    assert done.total() >= 8
