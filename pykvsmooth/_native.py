@@ -178,7 +178,7 @@ class _Job:
 
     def wait(self, poll: Callable[[], None] | None = None) -> None:
         while not self.finished:
-            self.done.acquire(timeout=0.05)  # a timeout, because not every platform lets a signal end the wait
+            self.done.acquire(timeout=0.02)  # a timeout, because not every platform lets a signal end the wait
             if poll is not None:
                 poll()
 
@@ -236,7 +236,7 @@ def native_call(call: Callable[[], T], flag: Flag, poll: Callable[[], None] | No
     """Runs a long native call that polls flag. In the main thread Ctrl-C (any exception of a signal handler) sets the flag,
     waits until the call has ended, and goes on as usual; in other threads it is a plain call.
 
-    poll, if given, is called in the calling thread every 50 ms and at the end; an exception of it ends the call, too.
+    poll, if given, is called in the calling thread every 20 ms and at the end; an exception of it ends the call, too.
     """
     if poll is None and threading.current_thread() is not threading.main_thread():
         return call()

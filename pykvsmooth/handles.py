@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ._native import Flag, lib
-from .errors import BusyError, CancelledError, ClosedError, KVSmoothError
+from .errors import BusyError, CancelledError, ClosedError, KVSmoothError, OutOfMemoryError
 
 CLOSE_SECONDS = 10.0  # how long close() waits for a cancelled call of another thread
 
@@ -64,8 +64,9 @@ class ModelHandle:
     def __enter__(self) -> Any:
         return self.retain()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.release()
+        _check_memory(error)
 
 
 def _free_session(pointer: Any, model: ModelHandle, pid: int) -> None:
@@ -96,6 +97,12 @@ class _User:
         return frame is None
 
 
+def _check_memory(error: BaseException | None) -> None:
+    """Also what NumPy or Python itself could not have is an OutOfMemoryError."""
+    if isinstance(error, MemoryError) and not isinstance(error, OutOfMemoryError):
+        raise OutOfMemoryError(f"out of memory: {error or 'Python could not have what it asked for'}") from error
+
+
 class _LongUse:
     """What SessionHandle.use() gives."""
 
@@ -110,6 +117,7 @@ class _LongUse:
         self._handle._leave()
         if self._handle._closing and isinstance(error, CancelledError):
             raise ClosedError("the session was closed during the call") from error
+        _check_memory(error)
 
 
 class SessionHandle:
@@ -139,8 +147,9 @@ class SessionHandle:
     def __enter__(self) -> Any:
         return self._enter(_User(threading.get_ident(), sys._getframe(1), None))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._leave()
+        _check_memory(error)
 
     def _enter(self, user: _User) -> Any:
         _check_process(self._pid, "session")

@@ -257,9 +257,9 @@ class Model:
             return known, True
         info = self._vision_info()
         pixels = np.ascontiguousarray(picture.pixels, np.float32)
-        rows = np.empty((info.n_image, info.n_embd), np.float32)
-        err, source, target = new_error(), ffi.from_buffer("float[]", pixels), ffi.from_buffer("float[]", rows)
         with self._handle as model:
+            rows = np.empty((info.n_image, info.n_embd), np.float32)
+            err, source, target = new_error(), ffi.from_buffer("float[]", pixels), ffi.from_buffer("float[]", rows)
             check(native_call(lambda: lib.kvs_encode_image(model, source, 1, target, flag.pointer, err), flag), err)
         self._images.put(picture.digest, rows)
         return rows, False

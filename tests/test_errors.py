@@ -237,6 +237,26 @@ def test_empty_selection_of_layers_names_the_depth(model: kvs.Model) -> None:
             model.session(policy=kvs.KVSmooth(layers=layers))
 
 
+def test_what_numpy_can_not_have(session: kvs.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pykvsmooth import session as module
+
+    def refuse(*_: object) -> None:
+        raise MemoryError("Unable to allocate 3 PiB")
+
+    session.feed([1, 5])
+    monkeypatch.setattr(module.np, "empty", refuse)
+    for use in (
+        lambda: session.kv(0),
+        lambda: session.positions(0),
+        lambda: session.entropies(),
+        lambda: session.model.encode_image(IMAGE),
+    ):
+        with pytest.raises(kvs.OutOfMemoryError, match="out of memory: Unable to allocate 3 PiB"):
+            use()
+    monkeypatch.undo()
+    assert session.kv(0)[0].shape[1] == 2
+
+
 def test_a_cache_that_can_not_be_had(model: kvs.Model) -> None:
     with tiny_memory(model) as wanted, pytest.raises(kvs.OutOfMemoryError) as caught:
         wanted()

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ class Life:
                 twin.feed([5, 6], generated=True)
             session.save(self.folder / "session")
             kvs.Session.load(self.model, self.folder / "session", policy=session.policy).close()
-            session.rewind(1)
-            session.logits()
+            with suppress(kvs.PolicyError):  # rows of a picture are gone for good
+                session.rewind(1)
+                session.logits()
 
     def wrong(self) -> None:
         with self.session() as session, pytest.raises((ValueError, TypeError, kvs.KVSmoothError)):
