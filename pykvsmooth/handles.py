@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
-from ._native import Flag, lib
+from ._native import Flag, ffi, lib
 from .errors import BusyError, CancelledError, ClosedError, KVSmoothError, OutOfMemoryError
 
 CLOSE_SECONDS = 10.0  # how long close() waits for a cancelled call of another thread
@@ -29,15 +29,31 @@ def _check_process(pid: int, what: str) -> None:
         )
 
 
-class ModelHandle:
-    """A kvs_model and how many use it: the Model itself, its sessions, and calls that run. Freed when the last one is gone."""
+def _free_model(cell: Any, pid: int) -> None:
+    pointer, cell[0] = cell[0], ffi.NULL
+    if pointer != ffi.NULL and os.getpid() == pid:
+        lib.kvs_model_free(pointer)
 
-    def __init__(self, pointer: Any) -> None:
-        self.pointer = pointer
+
+class ModelHandle:
+    """A kvs_model and how many use it: the Model itself, its sessions, and calls that run. Freed when the last one is gone, and at the
+    latest when the collector finds that nobody can use it: an exception of a signal may strike anywhere.
+
+    It exists before its model does: cell is where kvs_model_load puts that.
+    """
+
+    def __init__(self) -> None:
+        self.cell = ffi.new("kvs_model **")
         self.closed = False
         self._users = 1
         self._pid = os.getpid()
         self._lock = threading.RLock()  # reentrant: the collector may run a finalizer inside
+        self._free = weakref.finalize(self, _free_model, self.cell, self._pid)
+        self._free.atexit = False  # a thread may still be inside at exit; the process takes its memory with it
+
+    @property
+    def pointer(self) -> Any:
+        return self.cell[0]
 
     def retain(self) -> Any:
         _check_process(self._pid, "model")
@@ -51,8 +67,8 @@ class ModelHandle:
         with self._lock:
             self._users -= 1
             last = self._users == 0
-        if last and os.getpid() == self._pid:
-            lib.kvs_model_free(self.pointer)
+        if last:
+            self._free()
 
     def close(self) -> None:
         with self._lock:
@@ -69,9 +85,11 @@ class ModelHandle:
         _check_memory(error)
 
 
-def _free_session(pointer: Any, model: ModelHandle, pid: int) -> None:
+def _free_session(cell: Any, model: ModelHandle, pid: int) -> None:
+    pointer, cell[0] = cell[0], ffi.NULL
     if os.getpid() == pid:
-        lib.kvs_session_free(pointer)
+        if pointer != ffi.NULL:
+            lib.kvs_session_free(pointer)
         model.release()
 
 
@@ -124,18 +142,19 @@ class SessionHandle:
     """A kvs_session, for one thread at a time: BusyError for the second. `with handle as pointer` is for short calls, `with
     handle.use(flag) as pointer` for those that flag ends; close() in another thread sets it, and the call is then a ClosedError.
 
-    model must have been retained for it; the reference is given back when the session is freed.
+    It exists before its session does: cell is where the native function puts that. ClosedError for a closed model.
     """
 
-    def __init__(self, pointer: Any, model: ModelHandle) -> None:
-        self._pointer = pointer
+    def __init__(self, model: ModelHandle) -> None:
+        self.cell = ffi.new("kvs_session **")
         self._model = model
         self._pid = os.getpid()
         self._lock = threading.RLock()  # reentrant: a signal handler may close the session inside
         self._user: _User | None = None
         self._closing = False
-        self._free = weakref.finalize(self, _free_session, pointer, model, self._pid)
-        self._free.atexit = False  # a thread may still be inside at exit; the process takes its memory with it
+        model.retain()
+        self._free = weakref.finalize(self, _free_session, self.cell, model, self._pid)
+        self._free.atexit = False  # as of the model
 
     @property
     def closed(self) -> bool:
@@ -157,7 +176,7 @@ class SessionHandle:
         if self._closing or self._model.closed:
             self._leave()
             raise ClosedError("the session is closed" if self._closing else "the session's model is closed")
-        return self._pointer
+        return self.cell[0]
 
     def _leave(self) -> None:
         self._user = None

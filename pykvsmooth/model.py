@@ -104,9 +104,7 @@ class Model:
         self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
         found = gguf.find_mmproj(self.path, self.metadata, mmproj)
         self.mmproj, self._no_vision = found.path, found.reason
-        self._handle = ModelHandle(_load(self.path, self.mmproj, device, n_threads, progress))
-        self._finalizer = weakref.finalize(self, self._handle.close)
-        self._finalizer.atexit = False
+        self._handle = _load(self.path, self.mmproj, device, n_threads, progress)
         self._info = ffi.new("kvs_model_info *")
         self._info.struct_size = ffi.sizeof("kvs_model_info")
         lib.kvs_model_get_info(self._handle.pointer, self._info)
@@ -370,8 +368,8 @@ def _check_device(device: Any, gpu_layers: Any) -> None:
         raise errors.DeviceError("gpu_layers: this build has no GPU backend; leave gpu_layers away")
 
 
-def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None) -> Any:
-    flag, permille, err, out = Flag(), Flag(), new_error(), ffi.new("kvs_model **")
+def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None) -> ModelHandle:
+    flag, permille, err, handle = Flag(), Flag(), new_error(), ModelHandle()
     names = [ffi.new("char[]", c_path("path", name)) if name else ffi.NULL for name in (path, mmproj, device)]
     params = ffi.new("kvs_model_params *")
     params.struct_size = ffi.sizeof("kvs_model_params")
@@ -385,12 +383,11 @@ def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Ca
     try:
         report()
         if not flag:
-            check(native_call(lambda: lib.kvs_model_load(params, out, err), flag, report if progress is not None else None), err)
+            check(native_call(lambda: lib.kvs_model_load(params, handle.cell, err), flag, report if progress is not None else None), err)
             report()
         if flag:  # also if the last report, after the end, said so
             raise errors.CancelledError(f"{path}: loading was cancelled by progress()")
     except BaseException:
-        if out[0] != ffi.NULL:
-            lib.kvs_model_free(out[0])
+        handle.close()
         raise
-    return out[0]
+    return handle

@@ -109,20 +109,18 @@ class Session:
         check: Callable[[int, Any], None] = check,
     ) -> None:
         """Fills this object with the native session that make gives, if flag does not end it before."""
-        err, out = new_error(), ffi.new("kvs_session **")
-        pointer = model._handle.retain()
+        err = new_error()
+        self._handle = SessionHandle(model._handle)
         try:
-            check(native_call(lambda: make(pointer, out, err), flag), err)
+            check(native_call(lambda: make(model._handle.pointer, self._handle.cell, err), flag), err)
         except BaseException:
-            if out[0] != ffi.NULL:  # it was done when the signal came
-                lib.kvs_session_free(out[0])
-            model._handle.release()
+            self._handle.close()
             raise
+        pointer = self._handle.cell[0]
         self.model = model
         self._stack = stack
-        self._handle = SessionHandle(out[0], model._handle)
-        self.n_ctx: int = lib.kvs_session_n_ctx(out[0])
-        self.kv_type = next(name for name, number in KV_TYPES.items() if number == lib.kvs_session_kv_type(out[0]))
+        self.n_ctx: int = lib.kvs_session_n_ctx(pointer)
+        self.kv_type = next(name for name, number in KV_TYPES.items() if number == lib.kvs_session_kv_type(pointer))
         self._layers = stack.telemetry_layers(model.n_layer)
         self._per_head = stack.prunehal is not None and stack.prunehal.index_scope == "kv_head"
         self._chat = _Chat()
