@@ -418,7 +418,7 @@ class Session:
 
     def restore(self) -> None:
         """Brings all rows back that PruneHal has dropped. Rows that were generated meanwhile stay as they are, and the answer under way
-        is not pruned any more; an answer to a prompt with a new picture is. PolicyError without reversible=True; BusyError, ClosedError."""
+        is not pruned any more; an answer to a prompt with a new picture is. Ctrl-C ends it, and nothing has changed. PolicyError without reversible=True; BusyError, ClosedError."""
         flag, err = Flag(), new_error()
         with self._handle.use(flag) as pointer:
             self._refuse_active()
@@ -443,7 +443,7 @@ class Session:
             return int(lib.kvs_session_bytes(pointer))
 
     def fork(self) -> Session:
-        """An independent copy, the sampler's state and the conversation too."""
+        """An independent copy, the sampler's state and the conversation too. OutOfMemoryError, BusyError, ClosedError; Ctrl-C ends it."""
         flag = Flag()
         with self._handle.use(flag) as pointer:
             twin = object.__new__(Session)
@@ -454,7 +454,7 @@ class Session:
 
     def rewind(self, n_tokens: int) -> None:
         """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone, or where PruneHal has dropped rows
-        of a picture since that were not kept (then nothing has changed); ValueError for more rows than there are; BusyError, ClosedError.
+        of a picture since that were not kept (then nothing has changed, and so it is after Ctrl-C); ValueError for more rows than there are; BusyError, ClosedError.
         """
         flag = Flag()
         with self._handle.use(flag) as pointer:
@@ -462,7 +462,7 @@ class Session:
             self._rewind(pointer, integer("n_tokens", n_tokens, 0, lib.kvs_session_n_past(pointer)), flag)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the timeline, the cache and the sampler's state to a file, completely or not at all.
+        """Writes the timeline, the cache and the sampler's state to a file, completely or not at all, also if Ctrl-C ends it.
 
         Raises SessionIOError (also an OSError, with errno), OutOfMemoryError, BusyError, ClosedError, TypeError, ValueError.
         """
