@@ -418,7 +418,10 @@ class Session:
 
     def restore(self) -> None:
         """Brings all rows back that PruneHal has dropped. Rows that were generated meanwhile stay as they are, and the answer under way
-        is not pruned any more; an answer to a prompt with a new picture is. Ctrl-C ends it, and nothing has changed. PolicyError without reversible=True; BusyError, ClosedError."""
+        is not pruned any more; an answer to a prompt with a new picture is. Ctrl-C ends it, and nothing has changed.
+
+        PolicyError without reversible=True; BusyError, ClosedError.
+        """
         flag, err = Flag(), new_error()
         with self._handle.use(flag) as pointer:
             self._refuse_active()
@@ -453,8 +456,10 @@ class Session:
         return twin
 
     def rewind(self, n_tokens: int) -> None:
-        """Drops the newest n_tokens rows, exactly. PolicyError where the exact rows for it are gone, or where PruneHal has dropped rows
-        of a picture since that were not kept (then nothing has changed, and so it is after Ctrl-C); ValueError for more rows than there are; BusyError, ClosedError.
+        """Drops the newest n_tokens rows, exactly. Ctrl-C ends it, and nothing has changed.
+
+        PolicyError where the exact rows for it are gone, or where PruneHal has dropped rows of a picture since that were not kept (then
+        nothing has changed); ValueError for more rows than there are; BusyError, ClosedError.
         """
         flag = Flag()
         with self._handle.use(flag) as pointer:
