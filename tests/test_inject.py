@@ -219,10 +219,15 @@ def fresh(policy: Any = None) -> Iterator[kvs.Session]:
 
 @cache
 def file_of(stack: str, n: int) -> Path:
-    """A session behind a caption of n tokens."""
+    """A session behind a caption of n tokens; 0: a prompt that has not ended yet."""
     path = Path(FILES.name) / f"{stack}-{n}"
     with fresh(STACKS[stack]) as session:
-        caption(session, n)
+        if n:
+            caption(session, n)
+        else:
+            session.feed([1, 5])
+            session.feed_image(IMAGE)
+            session.feed([6, 7])
         session.save(path)
     return path
 
