@@ -81,6 +81,7 @@ int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_erro
         return kvs_fail_memory(err, 0, "a lock");
     }
     int status = load(params, model, err);
+    if (status != KVS_E_MEMORY && (kvs_text_check(model, err) || kvs_vision_check(model, err))) status = KVS_E_FORMAT;
     if (status)
         kvs_model_free(model);
     else

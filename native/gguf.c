@@ -1,15 +1,12 @@
 #include "gguf.h"
 
+#include "mapped.h"
 #include "quant.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "GGUF values are read as they lie in memory: this needs a little-endian machine"
@@ -51,7 +48,8 @@ typedef struct by_name {
 } by_name;
 
 struct kvs_gguf {
-    char *path;
+    kvs_mapped *mapped;
+    const char *path;
     const uint8_t *map;
     uint64_t size;
     int32_t version;
@@ -378,39 +376,27 @@ static int parse(kvs_gguf *f, kvs_error *err) {
     return status ? status : place_tensors(&r);
 }
 
-static int fail_os(const char *path, int code, const char *verb, kvs_error *err) {
-    return kvs_fail_file(err, KVS_E_IO, path, "", code, "cannot be %s: %s; check the path and its permissions", verb, strerror(code));
-}
-
-static int map_file(kvs_gguf *f, int fd, kvs_error *err) {
-    struct stat st;
-    if (fstat(fd, &st)) return fail_os(f->path, errno, "examined", err);
-    if (S_ISDIR(st.st_mode)) return kvs_fail_file(err, KVS_E_IO, f->path, "", EISDIR, "is a folder; give the GGUF file in it");
-    if (!S_ISREG(st.st_mode))
-        return kvs_fail_file(err, KVS_E_IO, f->path, "", EINVAL, "is no regular file: a model is mapped, not streamed");
-    if (st.st_size <= 0) return kvs_fail_file(err, KVS_E_FORMAT, f->path, "", 0, "the file is empty");
-    f->size = (uint64_t)st.st_size;
-    void *map = f->size > SIZE_MAX / 2 ? MAP_FAILED : mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED) return fail_os(f->path, errno, "mapped", err);
-    f->map = map;
-    return KVS_OK;
-}
-
 int32_t kvs_gguf_open(const char *path, kvs_gguf **out, kvs_error *err) {
     if (!path || !out) return kvs_fail(err, KVS_E_ARGUMENT, "kvs_gguf_open needs a path and a place for the result");
     *out = NULL;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not block us */
-    if (fd < 0) return fail_os(path, errno, "opened", err);
     kvs_gguf *f = kvs_calloc(1, sizeof *f);
-    int status = f && (f->path = strdup(path)) ? map_file(f, fd, err) : kvs_fail_memory(err, sizeof *f, "a GGUF file");
-    close(fd);
-    if (!status) status = parse(f, err);
+    if (!f) return kvs_fail_memory(err, sizeof *f, "a GGUF file");
+    int status = kvs_mapped_open(path, &f->mapped, err);
+    if (!status) {
+        f->path = kvs_mapped_path(f->mapped);
+        f->map = kvs_mapped_data(f->mapped);
+        f->size = kvs_mapped_size(f->mapped);
+        status = parse(f, err);
+        if (status != KVS_E_MEMORY && kvs_mapped_check(f->mapped, err)) status = KVS_E_FORMAT; /* that is what was wrong */
+    }
     if (status)
         kvs_gguf_free(f);
     else
         *out = f;
     return status;
 }
+
+int32_t kvs_gguf_check(const kvs_gguf *f, kvs_error *err) { return kvs_mapped_check(f->mapped, err); }
 
 void kvs_gguf_free(kvs_gguf *f) {
     if (!f) return;
@@ -423,8 +409,7 @@ void kvs_gguf_free(kvs_gguf *f) {
     free(f->tensors);
     free(f->key_order);
     free(f->tensor_order);
-    if (f->map) munmap((void *)(uintptr_t)f->map, (size_t)f->size);
-    free(f->path);
+    kvs_mapped_close(f->mapped);
     free(f);
 }
 

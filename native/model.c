@@ -302,6 +302,12 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     return KVS_OK;
 }
 
+int kvs_text_check(const kvs_model *model, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < model->n_parts && !status; i++) status = kvs_gguf_check(model->parts[i], err);
+    return status;
+}
+
 void kvs_text_unload(kvs_model *model) {
     if (model->text.rope.table) model->be->ops->release(model->be, model->text.rope.table);
     for (int32_t i = 0; i < model->n_owned; i++) model->be->ops->release(model->be, model->owned[i]);

@@ -92,6 +92,9 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
 void kvs_vision_unload(kvs_model *model);
 void kvs_text_unload(kvs_model *model);
 
+/* KVS_E_FORMAT once a file of the model has shrunk or changed: what was computed with it since the last call is not to be used. */
+int kvs_text_check(const kvs_model *model, kvs_error *err);
+int kvs_vision_check(const kvs_model *model, kvs_error *err); /* KVS_OK without an mmproj */
 /* Room for a pass of rows rows (and logits of logit_rows of them); the lock is held. */
 int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_error *err);
 /* Waits for this thread's turn, but not beyond a cancellation: KVS_OK or KVS_E_CANCELLED. */

@@ -312,6 +312,8 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     return KVS_OK;
 }
 
+int kvs_vision_check(const kvs_model *model, kvs_error *err) { return model->mmproj ? kvs_gguf_check(model->mmproj, err) : KVS_OK; }
+
 void kvs_vision_unload(kvs_model *model) {
     free(model->vision.layers);
     model->vision = (kvs_vision){0};
