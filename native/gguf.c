@@ -88,11 +88,13 @@ static int take(reader *r, void *value, uint64_t n) {
     return KVS_OK;
 }
 
+static const char *room(const reader *r) { return r->end < r->file->size ? "the 256 MiB that metadata may have" : "the file"; }
+
 static int take_span(reader *r, span *s) {
     uint64_t length, at = r->at;
     int status = take(r, &length, 8);
     if (status) return status;
-    if (length > r->end - r->at) return FAIL_AT(r, at, "a string of %llu bytes does not fit into the file", (unsigned long long)length);
+    if (length > r->end - r->at) return FAIL_AT(r, at, "a string of %llu bytes does not fit into %s", (unsigned long long)length, room(r));
     *s = (span){(uint32_t)r->at, (uint32_t)length}; /* fits: end is MAX_METADATA at most */
     r->at += length;
     return KVS_OK;
@@ -130,7 +132,7 @@ static int check_bools(const reader *r, uint64_t at, uint64_t n) {
 
 static int take_strings(reader *r, meta *k, uint64_t count) {
     if (count > (r->end - r->at) / 8)
-        return FAIL_AT(r, k->at, "an array of %llu strings does not fit into the file", (unsigned long long)count);
+        return FAIL_AT(r, k->at, "an array of %llu strings does not fit into %s", (unsigned long long)count, room(r));
     k->strings = kvs_calloc(count, sizeof *k->strings);
     if (!k->strings) return kvs_fail_memory(r->err, count * sizeof *k->strings, "an array of strings");
     for (uint64_t i = 0; i < count; i++) {
@@ -154,8 +156,8 @@ static int take_array(reader *r, meta *k) {
         status = take_strings(r, k, count);
     } else {
         if (count > (r->end - r->at) / value_bytes[element])
-            return FAIL_AT(r, at, "an array of %llu elements of type %s does not fit into the file", (unsigned long long)count,
-                           value_names[element]);
+            return FAIL_AT(r, at, "an array of %llu elements of type %s does not fit into %s", (unsigned long long)count,
+                           value_names[element], room(r));
         if (element == KVS_GGUF_BOOL) status = check_bools(r, r->at, count);
         r->at += count * value_bytes[element];
     }
@@ -262,9 +264,9 @@ static int place_tensor(reader *r, tensor *t, uint64_t alignment, uint64_t data_
     if (t->relative % alignment)
         return FAIL_AT(r, t->at, "its offset %llu is not a multiple of the alignment %llu", (unsigned long long)t->relative,
                        (unsigned long long)alignment);
-    uint64_t size = r->file->size, room = data_start < size ? size - data_start : 0;
+    uint64_t size = r->file->size, left = data_start < size ? size - data_start : 0;
     uint64_t bytes = t->info.bytes < 0 ? 1 : (uint64_t)t->info.bytes;
-    if (t->relative > room || bytes > room - t->relative)
+    if (t->relative > left || bytes > left - t->relative)
         return FAIL_AT(r, t->at,
                        "its data (%llu bytes at offset %llu of the data) goes beyond the end of the file, which has %llu bytes: "
                        "is the download complete?",
@@ -322,10 +324,10 @@ static int fail_magic(const reader *r) {
 }
 
 static int check_count(const reader *r, uint64_t at, uint64_t count, uint64_t min_bytes, const char *kind) {
-    uint64_t room = (r->end - r->at) / min_bytes;
-    if (count > room)
-        return FAIL_AT(r, at, "the header counts %llu %s, but the file has room for %llu at most", (unsigned long long)count, kind,
-                       (unsigned long long)room);
+    uint64_t most = (r->end - r->at) / min_bytes;
+    if (count > most)
+        return FAIL_AT(r, at, "the header counts %llu %s, but %s has room for %llu at most", (unsigned long long)count, kind, room(r),
+                       (unsigned long long)most);
     if (count > MAX_ENTRIES) return FAIL_AT(r, at, "the header counts %llu %s, more than %d", (unsigned long long)count, kind, MAX_ENTRIES);
     return KVS_OK;
 }

@@ -229,7 +229,7 @@ static void load_rope(kvs_loader *ld) {
     for (int32_t i = 0; i < rope->n_rot / 2 && !ld->status; i++) {
         float exponent = (float)(2 * i) / (float)rope->n_rot, factor = factors ? factors[i] : 1.0f;
         inv_freq[i] = 1.0f / (float)pow((double)base, (double)exponent) / factor / scaling;
-        if (!(factor > 0) || !isfinite(inv_freq[i])) {
+        if (!(factor > 0) || !isfinite(factor) || !isfinite(inv_freq[i])) {
             kvs_found t = kvs_load_find(ld, "rope_freqs.weight");
             if (t.file) kvs_load_fail(ld, &t, "its value %d is %g: a frequency can't be divided by it", i, (double)factor);
         }
