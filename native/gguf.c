@@ -420,6 +420,7 @@ void kvs_gguf_prefetch(const kvs_gguf *f) { /* a hint: failure changes nothing b
 }
 
 const char *kvs_gguf_path(const kvs_gguf *f) { return f->path; }
+uint64_t kvs_gguf_size(const kvs_gguf *f) { return f->size; }
 int32_t kvs_gguf_version(const kvs_gguf *f) { return f->version; }
 int64_t kvs_gguf_n_keys(const kvs_gguf *f) { return f->n_keys; }
 int64_t kvs_gguf_n_tensors(const kvs_gguf *f) { return f->n_tensors; }

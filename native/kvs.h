@@ -35,7 +35,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 4 };
+enum { KVS_ABI_VERSION = 5 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -51,7 +51,8 @@ enum kvs_status {
     KVS_E_SESSION_FILE = 10,
     KVS_E_ARGUMENT = 11, /* a value out of range */
     KVS_E_IO = 12,       /* the operating system said no: errno in err.offset */
-    KVS_E_NUMERIC = 13   /* logits that are not finite */
+    KVS_E_NUMERIC = 13,  /* logits that are not finite */
+    KVS_E_LIMIT = 14     /* more than a limit of kvs_model_params allows: err.what names it, err.needed, err.available (bytes) */
 };
 
 typedef struct kvs_error {
@@ -156,6 +157,8 @@ typedef struct kvs_model_params {
     const char *device;      /* NULL or "auto" | "cpu" | "cuda" | "cuda:N" */
     int32_t *cancel;         /* may be NULL */
     int32_t *progress;       /* may be NULL; set to 0..1000 while loading */
+    uint64_t model_bytes;    /* limit of all its files together; 0 = none */
+    uint64_t cache_bytes;    /* limit of the caches of all its sessions together; 0 = the memory of the machine */
 } kvs_model_params;
 typedef struct kvs_model_info {
     uint32_t struct_size;

@@ -293,6 +293,7 @@ static uint64_t hash_hyperparameters(const kvs_vision *v) {
 
 int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err) {
     int status = kvs_gguf_open(path, &model->mmproj, err);
+    if (!status) status = kvs_model_count_file(model, model->mmproj, err);
     if (status) return status;
     kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .cancel = cancel, .err = err};
     kvs_vision *v = &model->vision;
