@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30 };
+enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30, MAX_TENSORS = 1 << 17 };
 
 /* ---- files ---- */
 
@@ -54,6 +54,9 @@ static int check_parts(const kvs_model *model, kvs_error *err) {
     int64_t n = 0;
     for (int32_t i = 0; i < model->n_parts; i++) {
         n += kvs_gguf_n_tensors(model->parts[i]);
+        if (n > MAX_TENSORS) /* each is looked for in all other parts */
+            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(model->parts[i]), "", -1, "the parts hold more than %d tensors",
+                                 MAX_TENSORS);
         for (int64_t j = 0; j < kvs_gguf_n_tensors(model->parts[i]); j++) {
             kvs_gguf_tensor t;
             kvs_gguf_tensor_at(model->parts[i], j, &t);

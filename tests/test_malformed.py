@@ -226,6 +226,25 @@ def test_a_vocabulary_of_another_size_than_the_embedding(tmp_path: Path) -> None
     refused_text(tmp_path, f, code=lib.KVS_E_FORMAT, match="[32, 260], but the hyperparameters ask for [32, 300]", what="token_embd.weight")
 
 
+def test_a_projector_wider_than_any(tmp_path: Path) -> None:
+    """Its hidden width stands nowhere but in the shapes of its tensors."""
+    match = "has 65537 rows, at most 65536 make sense here"
+    refused_pair(tmp_path, gw.mmproj(inner=65537), code=lib.KVS_E_FORMAT, match=match, what="mm.0.weight")
+
+
+def test_more_tensors_than_any_model_has(tmp_path: Path) -> None:
+    """In parts, each name is looked for in all others."""
+    n = 70_000
+    for i in range(2):
+        f = File(keys=gw.text().keys if i == 0 else {}, n_tensors=n)
+        f.keys |= {"split.no": (U16, i), "split.count": (U16, 2)}
+        data = f.header() + b"".join(gw.string(f"{i}.{j}") + struct.pack("<IQIQ", 1, 1, 0, 32 * j) for j in range(n))
+        with open(tmp_path / f"m-{i + 1:05}-of-00002.gguf", "wb") as file:
+            file.write(data)
+            file.truncate(len(data) + 32 * (n + 1))
+    refused(load, tmp_path / "m-00001-of-00002.gguf", code=lib.KVS_E_FORMAT, match="the parts hold more than 131072 tensors")
+
+
 def test_tokenizers_say_where(tmp_path: Path) -> None:
     """Every refusal of a vocabulary has the place of the key."""
     for key, kind, value, match in (
