@@ -97,8 +97,10 @@ static void unlock(void) { pthread_mutex_unlock(&slots_mutex); }
 
 static slot *take_slot(const void *data, uint64_t size) {
     lock();
-    if (!page_bytes) pthread_atfork(lock, unlock, unlock); /* a child may load a model of its own */
-    page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
+    if (!page_bytes) {
+        page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
+        pthread_atfork(lock, unlock, unlock); /* a child may load a model of its own */
+    }
     install_handler();
     slot *s = atomic_load(&slots);
     while (s && atomic_load(&s->end)) s = s->next;
