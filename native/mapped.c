@@ -50,7 +50,8 @@ static slot *find_slot(uintptr_t address) {
     return NULL;
 }
 
-/* Zeros from the missing page to the end of the mapping: one call, however much is gone, and what is still there is of no use any more. */
+/* Zeros from the missing page to the end of the mapping: one call, however much is gone, and what is still there is of no use any more.
+ * The only mapping that does not ask kvs_refused(): without it there is no way back. */
 static bool fill(uintptr_t address) {
     slot *s = find_slot(address);
     if (!s) return false;
