@@ -2,9 +2,9 @@
 #include "llama.h"
 #include "session.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 int32_t kvs_abi_version(void) { return KVS_ABI_VERSION; }
 
@@ -80,7 +80,11 @@ int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_erro
         free(model);
         return kvs_fail_memory(err, 0, "a lock");
     }
+    model->max_file_bytes = params->model_bytes;
+    model->max_cache_bytes =
+        params->cache_bytes ? params->cache_bytes : (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     int status = load(params, model, err);
+    if (status != KVS_E_MEMORY && (kvs_text_check(model, err) || kvs_vision_check(model, err))) status = KVS_E_FORMAT;
     if (status)
         kvs_model_free(model);
     else

@@ -1,15 +1,12 @@
 #include "gguf.h"
 
+#include "mapped.h"
 #include "quant.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "GGUF values are read as they lie in memory: this needs a little-endian machine"
@@ -51,7 +48,8 @@ typedef struct by_name {
 } by_name;
 
 struct kvs_gguf {
-    char *path;
+    kvs_mapped *mapped;
+    const char *path;
     const uint8_t *map;
     uint64_t size;
     int32_t version;
@@ -90,11 +88,13 @@ static int take(reader *r, void *value, uint64_t n) {
     return KVS_OK;
 }
 
+static const char *room(const reader *r) { return r->end < r->file->size ? "the 256 MiB that metadata may have" : "the file"; }
+
 static int take_span(reader *r, span *s) {
     uint64_t length, at = r->at;
     int status = take(r, &length, 8);
     if (status) return status;
-    if (length > r->end - r->at) return FAIL_AT(r, at, "a string of %llu bytes does not fit into the file", (unsigned long long)length);
+    if (length > r->end - r->at) return FAIL_AT(r, at, "a string of %llu bytes does not fit into %s", (unsigned long long)length, room(r));
     *s = (span){(uint32_t)r->at, (uint32_t)length}; /* fits: end is MAX_METADATA at most */
     r->at += length;
     return KVS_OK;
@@ -132,7 +132,7 @@ static int check_bools(const reader *r, uint64_t at, uint64_t n) {
 
 static int take_strings(reader *r, meta *k, uint64_t count) {
     if (count > (r->end - r->at) / 8)
-        return FAIL_AT(r, k->at, "an array of %llu strings does not fit into the file", (unsigned long long)count);
+        return FAIL_AT(r, k->at, "an array of %llu strings does not fit into %s", (unsigned long long)count, room(r));
     k->strings = kvs_calloc(count, sizeof *k->strings);
     if (!k->strings) return kvs_fail_memory(r->err, count * sizeof *k->strings, "an array of strings");
     for (uint64_t i = 0; i < count; i++) {
@@ -156,8 +156,8 @@ static int take_array(reader *r, meta *k) {
         status = take_strings(r, k, count);
     } else {
         if (count > (r->end - r->at) / value_bytes[element])
-            return FAIL_AT(r, at, "an array of %llu elements of type %s does not fit into the file", (unsigned long long)count,
-                           value_names[element]);
+            return FAIL_AT(r, at, "an array of %llu elements of type %s does not fit into %s", (unsigned long long)count,
+                           value_names[element], room(r));
         if (element == KVS_GGUF_BOOL) status = check_bools(r, r->at, count);
         r->at += count * value_bytes[element];
     }
@@ -264,9 +264,9 @@ static int place_tensor(reader *r, tensor *t, uint64_t alignment, uint64_t data_
     if (t->relative % alignment)
         return FAIL_AT(r, t->at, "its offset %llu is not a multiple of the alignment %llu", (unsigned long long)t->relative,
                        (unsigned long long)alignment);
-    uint64_t size = r->file->size, room = data_start < size ? size - data_start : 0;
+    uint64_t size = r->file->size, left = data_start < size ? size - data_start : 0;
     uint64_t bytes = t->info.bytes < 0 ? 1 : (uint64_t)t->info.bytes;
-    if (t->relative > room || bytes > room - t->relative)
+    if (t->relative > left || bytes > left - t->relative)
         return FAIL_AT(r, t->at,
                        "its data (%llu bytes at offset %llu of the data) goes beyond the end of the file, which has %llu bytes: "
                        "is the download complete?",
@@ -324,10 +324,10 @@ static int fail_magic(const reader *r) {
 }
 
 static int check_count(const reader *r, uint64_t at, uint64_t count, uint64_t min_bytes, const char *kind) {
-    uint64_t room = (r->end - r->at) / min_bytes;
-    if (count > room)
-        return FAIL_AT(r, at, "the header counts %llu %s, but the file has room for %llu at most", (unsigned long long)count, kind,
-                       (unsigned long long)room);
+    uint64_t most = (r->end - r->at) / min_bytes;
+    if (count > most)
+        return FAIL_AT(r, at, "the header counts %llu %s, but %s has room for %llu at most", (unsigned long long)count, kind, room(r),
+                       (unsigned long long)most);
     if (count > MAX_ENTRIES) return FAIL_AT(r, at, "the header counts %llu %s, more than %d", (unsigned long long)count, kind, MAX_ENTRIES);
     return KVS_OK;
 }
@@ -378,44 +378,27 @@ static int parse(kvs_gguf *f, kvs_error *err) {
     return status ? status : place_tensors(&r);
 }
 
-static int fail_os(const char *path, int code, const char *verb, kvs_error *err) {
-    return kvs_fail_file(err, KVS_E_IO, path, "", code, "cannot be %s: %s; check the path and its permissions", verb, strerror(code));
-}
-
-static int map_file(kvs_gguf *f, int fd, kvs_error *err) {
-    struct stat st;
-    if (fstat(fd, &st)) return fail_os(f->path, errno, "examined", err);
-    if (S_ISDIR(st.st_mode)) return kvs_fail_file(err, KVS_E_IO, f->path, "", EISDIR, "is a folder; give the GGUF file in it");
-    if (!S_ISREG(st.st_mode))
-        return kvs_fail_file(err, KVS_E_IO, f->path, "", EINVAL, "is no regular file: a model is mapped, not streamed");
-    if (st.st_size <= 0) return kvs_fail_file(err, KVS_E_FORMAT, f->path, "", 0, "the file is empty");
-    f->size = (uint64_t)st.st_size;
-    bool refused = f->size > SIZE_MAX / 2 || kvs_refused();
-    void *map = refused ? MAP_FAILED : mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED && (refused || errno == ENOMEM)) return kvs_fail_memory(err, f->size, "the address space of a model file");
-    if (map == MAP_FAILED) return fail_os(f->path, errno, "mapped", err);
-    f->map = map;
-    return KVS_OK;
-}
-
 int32_t kvs_gguf_open(const char *path, kvs_gguf **out, kvs_error *err) {
     if (!path || !out) return kvs_fail(err, KVS_E_ARGUMENT, "kvs_gguf_open needs a path and a place for the result");
     *out = NULL;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not block us */
-    if (fd < 0) return fail_os(path, errno, "opened", err);
     kvs_gguf *f = kvs_calloc(1, sizeof *f);
-    if (f) f->path = kvs_calloc(strlen(path) + 1, 1);
-    int status = f && f->path ? KVS_OK : kvs_fail_memory(err, sizeof *f, "a GGUF file");
-    if (!status) strcpy(f->path, path);
-    if (!status) status = map_file(f, fd, err);
-    close(fd);
-    if (!status) status = parse(f, err);
+    if (!f) return kvs_fail_memory(err, sizeof *f, "a GGUF file");
+    int status = kvs_mapped_open(path, &f->mapped, err);
+    if (!status) {
+        f->path = kvs_mapped_path(f->mapped);
+        f->map = kvs_mapped_data(f->mapped);
+        f->size = kvs_mapped_size(f->mapped);
+        status = parse(f, err);
+        if (status != KVS_E_MEMORY && kvs_mapped_check(f->mapped, err)) status = KVS_E_FORMAT; /* that is what was wrong */
+    }
     if (status)
         kvs_gguf_free(f);
     else
         *out = f;
     return status;
 }
+
+int32_t kvs_gguf_check(const kvs_gguf *f, kvs_error *err) { return kvs_mapped_check(f->mapped, err); }
 
 void kvs_gguf_free(kvs_gguf *f) {
     if (!f) return;
@@ -428,8 +411,7 @@ void kvs_gguf_free(kvs_gguf *f) {
     free(f->tensors);
     free(f->key_order);
     free(f->tensor_order);
-    if (f->map) munmap((void *)(uintptr_t)f->map, (size_t)f->size);
-    free(f->path);
+    kvs_mapped_close(f->mapped);
     free(f);
 }
 
@@ -438,6 +420,7 @@ void kvs_gguf_prefetch(const kvs_gguf *f) { /* a hint: failure changes nothing b
 }
 
 const char *kvs_gguf_path(const kvs_gguf *f) { return f->path; }
+uint64_t kvs_gguf_size(const kvs_gguf *f) { return f->size; }
 int32_t kvs_gguf_version(const kvs_gguf *f) { return f->version; }
 int64_t kvs_gguf_n_keys(const kvs_gguf *f) { return f->n_keys; }
 int64_t kvs_gguf_n_tensors(const kvs_gguf *f) { return f->n_tensors; }

@@ -6,6 +6,7 @@
 #include "util.h"
 
 const char *kvs_gguf_path(const kvs_gguf *file);
+uint64_t kvs_gguf_size(const kvs_gguf *file); /* bytes of the file */
 void kvs_gguf_prefetch(const kvs_gguf *file); /* asks the system to read ahead; returns at once */
 
 /* Metadata by key. Each returns KVS_OK, or KVS_E_FORMAT with file, key and offset in err when the key has another type, is

@@ -17,7 +17,11 @@
  * Threads.   A model may be used from many threads at once. A session belongs to one thread at a time; a second one gets
  *            KVS_E_BUSY. A cancel flag (int32_t, 0 at first) may be set from any thread with kvs_flag_set; long calls
  *            poll it every few milliseconds and return KVS_E_CANCELLED with the session as it was before the call.
- * Output.    Nothing is printed, no signal handler is installed, no file descriptor is kept but those of model files.
+ * Output.    Nothing is printed, no file descriptor is kept but those of model files.
+ * Signals.   Model files are mapped. So that one that shrinks, or whose disk fails, does not end the process, the first one that is opened
+ *            installs a handler for SIGBUS: a missing page of ours becomes zeros, the call that read it ends in KVS_E_FORMAT, and so does
+ *            every later one with that file; any other SIGBUS goes on to the handler that was there before. One that is installed
+ *            later must pass on what is not its own. Threads that call must not block SIGBUS. KVS_SIGBUS=0 in the environment: no handler.
  */
 #ifndef KVS_H
 #define KVS_H
@@ -47,7 +51,8 @@ enum kvs_status {
     KVS_E_SESSION_FILE = 10,
     KVS_E_ARGUMENT = 11, /* a value out of range */
     KVS_E_IO = 12,       /* the operating system said no: errno in err.offset */
-    KVS_E_NUMERIC = 13   /* logits that are not finite */
+    KVS_E_NUMERIC = 13,  /* logits that are not finite */
+    KVS_E_LIMIT = 14     /* more than a limit of kvs_model_params allows: err.what names it, err.needed, err.available (bytes) */
 };
 
 typedef struct kvs_error {
@@ -130,6 +135,8 @@ typedef struct kvs_gguf_tensor {
     int64_t bytes;   /* -1 for an unknown type */
 } kvs_gguf_tensor;
 int32_t kvs_gguf_open(const char *path, kvs_gguf **out, kvs_error *err); /* one file; parts of a split model one by one */
+/* KVS_E_FORMAT: the file has shrunk, changed, or could not be read since it was opened; what it gave may be zeros. */
+int32_t kvs_gguf_check(const kvs_gguf *file, kvs_error *err);
 void kvs_gguf_free(kvs_gguf *file);
 int32_t kvs_gguf_version(const kvs_gguf *file);
 int64_t kvs_gguf_n_keys(const kvs_gguf *file);
@@ -150,6 +157,8 @@ typedef struct kvs_model_params {
     const char *device;      /* NULL or "auto" | "cpu" | "cuda" | "cuda:N" */
     int32_t *cancel;         /* may be NULL */
     int32_t *progress;       /* may be NULL; set to 0..1000 while loading */
+    uint64_t model_bytes;    /* limit of all its files together; 0 = none */
+    uint64_t cache_bytes;    /* limit of the caches of all its sessions together; 0 = the memory of the machine */
 } kvs_model_params;
 typedef struct kvs_model_info {
     uint32_t struct_size;

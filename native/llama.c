@@ -114,7 +114,8 @@ static void output_rows(kvs_model *model, const kvs_pass *pass) {
 
 int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     const kvs_ops *ops = model->be->ops;
-    int status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
+    int status = kvs_text_check(model, err);
+    if (!status) status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
     if (status) return status;
     for (int32_t s = 0; s < pass->n_spans; s++) before_step(&pass->spans[s]);
     kvs_step step = {.rows = pass->rows, .n = pass->n, .cancel = pass->cancel};
@@ -127,6 +128,7 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     }
     if (pass->logits) output_rows(model, pass);
     status = ops->end(model->be, err);
+    if (kvs_text_check(model, err)) status = KVS_E_FORMAT; /* zeros in place of weights are the cause of whatever came of it */
     for (int32_t s = 0; s < pass->n_spans && !status; s++) status = after_step(&pass->spans[s], err);
     for (int32_t s = 0; s < pass->n_spans && !status && pass->logits; s++) {
         int64_t vocab = model->text.n_vocab;

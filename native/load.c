@@ -2,6 +2,7 @@
 
 #include "quant.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -129,13 +130,28 @@ const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
     return m->owned[m->n_owned++] = block;
 }
 
+/* Vectors are small enough to be read at load; in matrices a value that is not finite is found by the pass that meets it. */
+static void check_finite(kvs_loader *ld, const kvs_found *t, const float *x) {
+    for (int64_t i = 0; i < t->info.dims[0]; i++) {
+        if (isfinite(x[i])) continue;
+        kvs_found at = *t;
+        at.info.offset += i * (t->info.bytes / t->info.dims[0]);
+        kvs_load_fail(ld, &at, "its value %lld is %g: norms and biases must be finite", (long long)i, (double)x[i]);
+        return;
+    }
+}
+
 void kvs_load_vector(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *name, int64_t cols, bool optional) {
     kvs_found t = find_loadable(ld, layer, name, optional);
     if (t.file) check_shape(ld, &t, (kvs_shape){1, cols, optional});
     if (!t.file || ld->status) return;
     kvs_load_bind(ld, w, &t, 1, t.info.dims[0]);
-    if (t.info.type == KVS_TYPE_F32) return;
+    if (t.info.type == KVS_TYPE_F32) {
+        check_finite(ld, &t, kvs_gguf_tensor_data(t.file, t.index));
+        return;
+    }
     float *host = widen(ld, &t);
+    if (host) check_finite(ld, &t, host);
     if (host) *w = (kvs_weight){.type = KVS_TYPE_F32, .rows = 1, .cols = w->cols, .row_bytes = 4 * w->cols};
     if (host) w->data = kvs_load_own(ld, host, w->cols);
     free(host);

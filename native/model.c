@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30 };
+enum { MAX_EMBD = 1 << 16, MAX_FF = 1 << 20, MAX_HEADS = 1024, MAX_CTX_TRAIN = 1 << 30, MAX_TENSORS = 1 << 17 };
 
 /* ---- files ---- */
 
@@ -41,6 +41,7 @@ static int open_part(kvs_model *model, const char *path, uint32_t i, uint32_t co
                              "part %u of %u of this split model is missing: all parts belong in one folder", i + 1, count);
     if (status) return status;
     model->n_parts = (int32_t)i + 1;
+    if ((status = kvs_model_count_file(model, model->parts[i], err))) return status;
     if ((status = read_split(model->parts[i], &no, &parts, err))) return status;
     if (no != i || parts != count)
         return kvs_fail_file(err, KVS_E_FORMAT, path, "split.no", kvs_gguf_key_offset(model->parts[i], "split.no"),
@@ -53,6 +54,9 @@ static int check_parts(const kvs_model *model, kvs_error *err) {
     int64_t n = 0;
     for (int32_t i = 0; i < model->n_parts; i++) {
         n += kvs_gguf_n_tensors(model->parts[i]);
+        if (n > MAX_TENSORS) /* each is looked for in all other parts */
+            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(model->parts[i]), "", -1, "the parts hold more than %d tensors",
+                                 MAX_TENSORS);
         for (int64_t j = 0; j < kvs_gguf_n_tensors(model->parts[i]); j++) {
             kvs_gguf_tensor t;
             kvs_gguf_tensor_at(model->parts[i], j, &t);
@@ -76,6 +80,7 @@ static int open_parts(kvs_model *model, const char *path, kvs_error *err) {
     int status = kvs_gguf_open(path, &model->parts[0], err);
     if (status) return status;
     model->n_parts = 1;
+    if ((status = kvs_model_count_file(model, model->parts[0], err))) return status;
     const kvs_gguf *first = model->parts[0];
     if ((status = read_split(first, &no, &count, err)) || (count == 1 && no == 0)) return status;
     if (count > KVS_MAX_PARTS)
@@ -229,7 +234,7 @@ static void load_rope(kvs_loader *ld) {
     for (int32_t i = 0; i < rope->n_rot / 2 && !ld->status; i++) {
         float exponent = (float)(2 * i) / (float)rope->n_rot, factor = factors ? factors[i] : 1.0f;
         inv_freq[i] = 1.0f / (float)pow((double)base, (double)exponent) / factor / scaling;
-        if (!(factor > 0) || !isfinite(inv_freq[i])) {
+        if (!(factor > 0) || !isfinite(factor) || !isfinite(inv_freq[i])) {
             kvs_found t = kvs_load_find(ld, "rope_freqs.weight");
             if (t.file) kvs_load_fail(ld, &t, "its value %d is %g: a frequency can't be divided by it", i, (double)factor);
         }
@@ -302,6 +307,12 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     return KVS_OK;
 }
 
+int kvs_text_check(const kvs_model *model, kvs_error *err) {
+    int status = KVS_OK;
+    for (int32_t i = 0; i < model->n_parts && !status; i++) status = kvs_gguf_check(model->parts[i], err);
+    return status;
+}
+
 void kvs_text_unload(kvs_model *model) {
     if (model->text.rope.table) model->be->ops->release(model->be, model->text.rope.table);
     for (int32_t i = 0; i < model->n_owned; i++) model->be->ops->release(model->be, model->owned[i]);
@@ -367,6 +378,34 @@ int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_err
     }
     return KVS_OK;
 }
+
+/* ---- limits ---- */
+
+static int fail_limit(kvs_error *err, const char *limit, uint64_t needed, uint64_t allowed) {
+    kvs_fail(err, KVS_E_LIMIT, "%s: %.1f MiB are needed, %.1f MiB are allowed", limit, (double)needed / 1048576.0,
+             (double)allowed / 1048576.0);
+    if (!err) return KVS_E_LIMIT;
+    snprintf(err->what, sizeof err->what, "%s", limit);
+    err->needed = needed, err->available = allowed;
+    return KVS_E_LIMIT;
+}
+
+int kvs_model_count_file(kvs_model *model, const kvs_gguf *file, kvs_error *err) {
+    uint64_t total = model->file_bytes + kvs_gguf_size(file); /* sizes of files are below 2^63 */
+    if (model->max_file_bytes && total > model->max_file_bytes) return fail_limit(err, "model_bytes", total, model->max_file_bytes);
+    model->file_bytes = total;
+    return KVS_OK;
+}
+
+int kvs_model_count_cache(kvs_model *model, uint64_t bytes, kvs_error *err) {
+    uint64_t total = __atomic_add_fetch(&model->cache_bytes, bytes, __ATOMIC_RELAXED);
+    if (total <= model->max_cache_bytes) return KVS_OK;
+    kvs_model_uncount_cache(model, bytes);
+    uint64_t others = total - bytes, left = others < model->max_cache_bytes ? model->max_cache_bytes - others : 0;
+    return fail_limit(err, "cache_bytes", bytes, left);
+}
+
+void kvs_model_uncount_cache(kvs_model *model, uint64_t bytes) { __atomic_sub_fetch(&model->cache_bytes, bytes, __ATOMIC_RELAXED); }
 
 /* ---- lock ---- */
 

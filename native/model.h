@@ -76,6 +76,8 @@ struct kvs_model {
     void **owned;    /* (n_owned) [dev] blocks: vectors widened to F32, rope.inv_freq; released by kvs_text_unload */
     int32_t n_owned;
     uint64_t weight_bytes, identity, mmproj_identity;
+    uint64_t file_bytes, cache_bytes; /* so far; of caches: atomic */
+    uint64_t max_file_bytes, max_cache_bytes;
 };
 
 /* A weight by name, its type and shape asserted: rows x cols, 0 = any. Absent: optional gives data = NULL, else KVS_E_FORMAT. Looks in all parts.
@@ -92,6 +94,13 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
 void kvs_vision_unload(kvs_model *model);
 void kvs_text_unload(kvs_model *model);
 
+/* KVS_E_FORMAT once a file of the model has shrunk or changed: what was computed with it since the last call is not to be used. */
+int kvs_text_check(const kvs_model *model, kvs_error *err);
+int kvs_vision_check(const kvs_model *model, kvs_error *err); /* KVS_OK without an mmproj */
+/* Counts a file that was opened, or a cache that was made: KVS_E_LIMIT if that is too much (then it is not counted). */
+int kvs_model_count_file(kvs_model *model, const kvs_gguf *file, kvs_error *err);
+int kvs_model_count_cache(kvs_model *model, uint64_t bytes, kvs_error *err);
+void kvs_model_uncount_cache(kvs_model *model, uint64_t bytes);
 /* Room for a pass of rows rows (and logits of logit_rows of them); the lock is held. */
 int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_error *err);
 /* Waits for this thread's turn, but not beyond a cancellation: KVS_OK or KVS_E_CANCELLED. */

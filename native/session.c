@@ -5,7 +5,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { DEFAULT_EXACT_ROWS = 32, MAX_EXACT_ROWS = 4096, MAX_CTX = 1 << 20, MAX_BATCH = 256 };
 
@@ -25,16 +24,12 @@ static int bad_argument(kvs_error *err, const char *what, const char *message) {
 
 /* ---- make and free ---- */
 
-static int check_params(const kvs_model *model, const kvs_session_params *p, kvs_error *err) {
+static int check_params(const kvs_session_params *p, kvs_error *err) {
     if (p->struct_size != sizeof *p) return bad_argument(err, "struct_size", "kvs_session_params of another version");
     if (p->n_ctx < 1 || p->n_ctx > MAX_CTX) return bad_argument(err, "n_ctx", "must be in 1..1048576");
     if (p->kv_type != KVS_TYPE_F32 && p->kv_type != KVS_TYPE_F16 && p->kv_type != KVS_TYPE_Q8_0)
         return bad_argument(err, "kv_type", "must be F16, F32 or Q8_0");
     if (p->exact_rows < 0 || p->exact_rows > MAX_EXACT_ROWS) return bad_argument(err, "exact_rows", "must be in 0..4096");
-    const kvs_text *t = &model->text;
-    double bytes = 2.0 * t->n_layer * t->n_head_kv * (double)p->n_ctx * (double)kvs_kv_row_bytes(p->kv_type, t->head_dim);
-    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    if (bytes > memory) return kvs_fail_memory(err, (uint64_t)bytes, "the KV cache; a smaller n_ctx or kv_type needs less");
     return KVS_OK;
 }
 
@@ -69,9 +64,15 @@ static int add_policies(kvs_session *s, const kvs_session_params *params, kvs_er
     return status;
 }
 
+static int count(kvs_session *s, kvs_error *err) {
+    int status = kvs_model_count_cache(s->model, s->cache.bytes, err);
+    if (!status) s->counted = s->cache.bytes;
+    return status;
+}
+
 int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
     *out = NULL;
-    int status = check_params(model, params, err);
+    int status = check_params(params, err);
     if (!status && params->prune) status = kvs_policy_prunehal_check(params->prune, model->text.n_layer, err);
     if (status) return status;
     kvs_session *s = kvs_calloc(1, sizeof *s);
@@ -85,6 +86,7 @@ int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_s
     s->logits = logits;
     kvs_cache_shape shape = cache_shape(model, params);
     status = kvs_cache_init(&s->cache, model->be, &shape, err);
+    if (!status) status = count(s, err);
     if (!status) status = add_policies(s, params, err);
     if (status) {
         kvs_session_free(s);
@@ -102,6 +104,7 @@ int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_
 
 void kvs_session_free(kvs_session *session) {
     if (!session) return;
+    kvs_model_uncount_cache(session->model, session->counted);
     kvs_cache_free(&session->cache);
     free(session->logits);
     free(session);
@@ -637,6 +640,10 @@ static int fork_session(const kvs_session *from, kvs_session **out, const int32_
     }
     s->model = from->model;
     s->logits = logits;
+    if ((status = count(s, err))) {
+        kvs_session_free(s);
+        return status;
+    }
     memcpy(logits, from->logits, (size_t)from->model->text.n_vocab * sizeof *logits);
     s->has_logits = from->has_logits;
     s->rng = from->rng;

@@ -10,7 +10,8 @@ struct kvs_session {
     float *logits; /* (n_vocab) host, of the last row */
     bool has_logits;
     kvs_rng rng;
-    int32_t busy; /* atomic: a thread is inside */
+    int32_t busy;     /* atomic: a thread is inside */
+    uint64_t counted; /* bytes of its cache, towards the model's limit */
 };
 
 int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err);

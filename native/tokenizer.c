@@ -164,7 +164,7 @@ static const piece *match_special(const special_set *special, const char *text, 
 /* ---- loading ---- */
 
 static int fail_key(const kvs_gguf *file, const char *key, kvs_error *err, const char *message) {
-    return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "%s", message);
+    return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key), "%s", message);
 }
 
 static int check_model(const kvs_gguf *file, kvs_error *err) {
@@ -173,7 +173,7 @@ static int check_model(const kvs_gguf *file, kvs_error *err) {
     int rc = kvs_gguf_get_string(file, key, NULL, name, sizeof name, err);
     if (rc) return rc;
     if (!strcmp(name, "llama")) return KVS_OK;
-    return kvs_fail_file(err, KVS_E_UNSUPPORTED, kvs_gguf_path(file), key, -1,
+    return kvs_fail_file(err, KVS_E_UNSUPPORTED, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key),
                          "tokenizer \"%s\" is not supported; what loads: \"llama\" (SentencePiece)", name);
 }
 
@@ -204,7 +204,8 @@ static int load_pieces(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *err)
     int rc = kvs_gguf_get_array(file, key, 's', NULL, &index, &count, err);
     if (rc) return rc;
     if (count < 1 || count > MAX_VOCAB)
-        return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "%lld tokens; 1 to %d can be", (long long)count, MAX_VOCAB);
+        return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key), "%lld tokens; 1 to %d can be",
+                             (long long)count, MAX_VOCAB);
     tok->n_vocab = (int32_t)count;
     uint64_t n = (uint64_t)count;
     tok->at = kvs_calloc(n + 1, sizeof *tok->at);
@@ -217,7 +218,8 @@ static int load_pieces(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *err)
 
 static int check_count(const kvs_gguf *file, const char *key, int64_t count, const kvs_tokenizer *tok, kvs_error *err) {
     if (count == tok->n_vocab) return KVS_OK;
-    return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "%lld entries for %d tokens", (long long)count, tok->n_vocab);
+    return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key), "%lld entries for %d tokens",
+                         (long long)count, tok->n_vocab);
 }
 
 static int load_scores(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *err) {
@@ -228,7 +230,8 @@ static int load_scores(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *err)
     for (int32_t i = 0; !rc && i < tok->n_vocab; i++) {
         tok->scores[i] = (float)kvs_gguf_float(file, index, i);
         if (!isfinite(tok->scores[i]))
-            rc = kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "the score of token %d is not a finite number", i);
+            rc = kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key),
+                               "the score of token %d is not a finite number", i);
     }
     return rc;
 }
@@ -270,10 +273,11 @@ static int load_kinds(const kvs_gguf *file, kvs_tokenizer *tok, kvs_error *err) 
     for (int32_t i = 0; !rc && i < tok->n_vocab; i++) {
         int64_t kind = kvs_gguf_int(file, index, i);
         if (kind < 0 || kind > KVS_TOKEN_BYTE)
-            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "token %d has type %lld; 0 to 6 are known", i,
-                                 (long long)kind);
+            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key),
+                                 "token %d has type %lld; 0 to 6 are known", i, (long long)kind);
         if (kind == KVS_TOKEN_BYTE && byte_value(piece_text(tok, i), piece_length(tok, i)) < 0)
-            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, -1, "token %d is a byte, but its text is not <0xNN>", i);
+            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), key, kvs_gguf_key_offset(file, key),
+                                 "token %d is a byte, but its text is not <0xNN>", i);
         tok->kinds[i] = kind ? (uint8_t)kind : KVS_TOKEN_NORMAL; /* 0: left undefined by the writer */
     }
     return rc;
@@ -351,7 +355,8 @@ static int check_coverage(const kvs_gguf *file, const kvs_tokenizer *tok, kvs_er
     if (tok->unk >= 0) return KVS_OK;
     for (int i = 0; i < 256; i++)
         if (tok->byte_ids[i] < 0)
-            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), "tokenizer.ggml.tokens", -1,
+            return kvs_fail_file(err, KVS_E_FORMAT, kvs_gguf_path(file), "tokenizer.ggml.tokens",
+                                 kvs_gguf_key_offset(file, "tokenizer.ggml.tokens"),
                                  "there is neither an unknown token nor one for byte 0x%02X", i);
     return KVS_OK;
 }

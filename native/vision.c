@@ -99,15 +99,17 @@ static int run(tower *t, const float *patches, const int32_t *ids, float *embedd
     for (int32_t i = 0; i < v->n_layer; i++) block(t, &v->layers[i]);
     project(t);
     int status = ops->end(t->model->be, err);
+    if (kvs_vision_check(t->model, err)) status = KVS_E_FORMAT;
     if (!status) ops->download(t->model->be, embeddings, t->out, (uint64_t)v->n_image * (uint64_t)v->mm2.rows * sizeof(float));
     return status;
 }
 
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err) {
+    int status = kvs_vision_check(model, err);
+    if (status) return status;
     tower t = {.model = model, .v = &model->vision, .n = model->vision.n_image + 1};
     float *patches = kvs_calloc((uint64_t)t.v->n_image, (uint64_t)t.v->patch_embd.cols * sizeof *patches);
     int32_t *ids = kvs_calloc((uint64_t)t.n, sizeof *ids);
-    int status = KVS_OK;
     if (!patches || !ids || !allocate(&t)) {
         status = kvs_fail_memory(err, (uint64_t)t.n * (uint64_t)(6 * t.v->n_embd + t.v->n_ff + t.v->mm2.rows) * sizeof(float),
                                  "an image encode");

@@ -251,15 +251,25 @@ static void load_layer(kvs_loader *ld, const kvs_vision *v, kvs_vision_layer *l,
     load_ffn(ld, v, l, i);
 }
 
+/* The two widths that no hyperparameter bounds. */
+static void check_widths(kvs_loader *ld, const kvs_vision *v) {
+    const char *path = kvs_gguf_path(ld->files[0]);
+    if (ld->status) return;
+    if (v->mm0.rows > MAX_FF)
+        ld->status = kvs_fail_file(ld->err, KVS_E_FORMAT, path, "mm.0.weight", -1, "has %lld rows, at most %d make sense here",
+                                   (long long)v->mm0.rows, MAX_FF);
+    else if (v->mm2.rows != ld->model->text.n_embd)
+        ld->status = kvs_fail_file(ld->err, KVS_E_MISMATCH, path, "mm.2.weight", -1,
+                                   "this mmproj gives rows of %lld values, the text model %.120s wants %d: they are not of one pair",
+                                   (long long)v->mm2.rows, base_name(kvs_gguf_path(ld->model->parts[0])), ld->model->text.n_embd);
+}
+
 static void load_projector(kvs_loader *ld, kvs_vision *v) {
     kvs_load_matrix(ld, &v->mm0, KVS_NO_LAYER, "mm.0.weight", (kvs_shape){0, v->n_embd, false});
-    kvs_load_vector(ld, &v->mm0_bias, KVS_NO_LAYER, "mm.0.bias", v->mm0.rows, false);
     kvs_load_matrix(ld, &v->mm2, KVS_NO_LAYER, "mm.2.weight", (kvs_shape){0, v->mm0.rows, false});
+    check_widths(ld, v);
+    kvs_load_vector(ld, &v->mm0_bias, KVS_NO_LAYER, "mm.0.bias", v->mm0.rows, false);
     kvs_load_vector(ld, &v->mm2_bias, KVS_NO_LAYER, "mm.2.bias", v->mm2.rows, false);
-    if (ld->status || v->mm2.rows == ld->model->text.n_embd) return;
-    ld->status = kvs_fail_file(ld->err, KVS_E_MISMATCH, kvs_gguf_path(ld->files[0]), "mm.2.weight", -1,
-                               "this mmproj gives rows of %lld values, the text model %.120s wants %d: they are not of one pair",
-                               (long long)v->mm2.rows, base_name(kvs_gguf_path(ld->model->parts[0])), ld->model->text.n_embd);
 }
 
 /* Of no use to LLaVA's features: blocks that do not run, the norm behind the last one, CLIP's text half. */
@@ -293,6 +303,7 @@ static uint64_t hash_hyperparameters(const kvs_vision *v) {
 
 int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, kvs_error *err) {
     int status = kvs_gguf_open(path, &model->mmproj, err);
+    if (!status) status = kvs_model_count_file(model, model->mmproj, err);
     if (status) return status;
     kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .cancel = cancel, .err = err};
     kvs_vision *v = &model->vision;
@@ -311,6 +322,8 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     model->has_vision = true;
     return KVS_OK;
 }
+
+int kvs_vision_check(const kvs_model *model, kvs_error *err) { return model->mmproj ? kvs_gguf_check(model->mmproj, err) : KVS_OK; }
 
 void kvs_vision_unload(kvs_model *model) {
     free(model->vision.layers);

@@ -23,7 +23,10 @@ from .errors import (
     ContextOverflowError,
     DeviceError,
     ImageError,
+    ImageLimitError,
     KVSmoothError,
+    LimitError,
+    MemoryLimitError,
     ModelFileError,
     ModelFileNotFoundError,
     ModelFormatError,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from .aio import AsyncStream
     from .batch import Batch
     from .depth_onnx import DepthModelError, OnnxDepth
+    from .limits import Limits
     from .model import Model
     from .policies.dscr import DSCR
     from .policies.kvsmooth import KVSmooth
@@ -64,8 +68,12 @@ __all__ = [
     "DepthModelError",
     "DeviceError",
     "ImageError",
+    "ImageLimitError",
     "KVSmooth",
     "KVSmoothError",
+    "LimitError",
+    "Limits",
+    "MemoryLimitError",
     "Model",
     "ModelFileError",
     "ModelFileNotFoundError",
@@ -96,6 +104,7 @@ _HOMES = {
     "AsyncStream": "aio",
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
+    "Limits": "limits",
     "Model": "model",
     "DepthModelError": "depth_onnx",
     "OnnxDepth": "depth_onnx",

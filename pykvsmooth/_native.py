@@ -124,6 +124,8 @@ def make_exception(code: int, err: Any) -> Exception:
         return errors.OutOfMemoryError(message, needed, available)
     if code == lib.KVS_E_SESSION_FILE:
         return errors.SessionFileError(message, path, what, offset)
+    if code == lib.KVS_E_LIMIT:
+        return (errors.MemoryLimitError if what == "cache_bytes" else errors.LimitError)(message, what, needed, available)
     simple = {
         lib.KVS_E_DEVICE: errors.DeviceError,
         lib.KVS_E_BUSY: errors.BusyError,

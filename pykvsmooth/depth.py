@@ -63,8 +63,10 @@ def _read_gray(name: str) -> Any:
     """Values as they are in the file: load_image would make eight bits of them."""
     from PIL import Image, UnidentifiedImageError
 
+    from .images import readable_formats
+
     try:
-        with Image.open(name) as picture:
+        with Image.open(name, formats=readable_formats()) as picture:
             if picture.width * picture.height > MAX_VALUES:
                 raise ImageError(f"{name}: {picture.width} x {picture.height} is more than {MAX_VALUES:,} pixels; make it smaller first")
             picture.load()

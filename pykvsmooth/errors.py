@@ -14,7 +14,10 @@ __all__ = [
     "ContextOverflowError",
     "DeviceError",
     "ImageError",
+    "ImageLimitError",
     "KVSmoothError",
+    "LimitError",
+    "MemoryLimitError",
     "ModelFileError",
     "ModelFileNotFoundError",
     "ModelFormatError",
@@ -114,6 +117,32 @@ class OutOfMemoryError(KVSmoothError, MemoryError):
         super().__init__(message)
         self.needed = needed
         self.free = free
+
+
+class LimitError(KVSmoothError, ValueError):
+    """Something is larger than the Limits of the model allow. The message says how to raise the limit.
+
+    Attributes: limit (its name in Limits), value, allowed (in the unit of that limit).
+    """
+
+    def __init__(self, message: str, limit: str = "", value: int = 0, allowed: int = 0) -> None:
+        super().__init__(f"{message}; to allow more: Model(..., limits=Limits({limit}=...))" if limit else message)
+        self.limit = limit
+        self.value = value
+        self.allowed = allowed
+
+
+class ImageLimitError(LimitError, ImageError):
+    """A picture has more pixels or bytes than the Limits allow."""
+
+
+class MemoryLimitError(LimitError, OutOfMemoryError):
+    """A session needs more memory than the Limits leave. Also has needed and free, as every OutOfMemoryError."""
+
+    def __init__(self, message: str, limit: str = "", value: int = 0, allowed: int = 0) -> None:
+        super().__init__(message, limit, value, allowed)
+        self.needed = value
+        self.free = allowed
 
 
 class DeviceError(KVSmoothError, RuntimeError):

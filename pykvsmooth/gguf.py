@@ -22,11 +22,12 @@ MAX_ARRAY = 1024  # longer arrays (the vocabulary) are left out of metadata
 
 @contextmanager
 def open_file(path: str) -> Iterator[Any]:
-    """A kvs_gguf for reading. ModelFormatError for what is none."""
+    """A kvs_gguf for reading. ModelFormatError for what is none, and if the file changes meanwhile."""
     err, out = new_error(), ffi.new("kvs_gguf **")
     check(lib.kvs_gguf_open(c_path("path", path), out, err), err)
     try:
         yield out[0]
+        check(lib.kvs_gguf_check(out[0], err), err)
     finally:
         lib.kvs_gguf_free(out[0])
 

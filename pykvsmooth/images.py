@@ -20,39 +20,41 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checks import choice
 from .errors import ImageError
+from .limits import Limits
 from .prompt import MODES
 
 ImageLike = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, "np.ndarray[Any, Any]"]
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean in 8 bits: what transparent pixels show
-MAX_PIXELS = 89_478_485  # Pillow's own warning mark: 256 MiB of RGB
-MAX_BYTES = 512 << 20  # of a stream, which has no size to look up first
 STRIP_PIXELS = 8 << 20  # that are laid out at once; see _pad
 
+_STANDARD = Limits()
 _REFUSED_FORMATS = {"EPS"}  # Pillow would start Ghostscript on a stranger's PostScript
 _BROKEN_EXIF = (OSError, SyntaxError, LookupError, TypeError, ValueError, AttributeError, struct.error)
 _log = logging.getLogger("pykvsmooth")
 
 
-def load_image(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(image: ImageLike, *, limits: Limits = _STANDARD) -> Image.Image:
     """Any picture as an upright RGB image of 8 bits: a path, bytes, a file object, a PIL image or an HWC uint8 array.
 
     EXIF turns are applied, alpha is laid over CLIP's mean colour, of an animation the first frame is taken. 16-bit gray
     becomes round(v / 257); the wide modes I and F are read as 0..1 (F only), 0..255 or 0..65535, the smallest range that
-    holds every value. Pictures over ``max_pixels`` are refused before they are decoded.
+    holds every value. Pictures over ``limits.image_pixels`` or
+    ``limits.image_bytes`` are an ImageLimitError before they are decoded.
     """
     if isinstance(image, Image.Image):
         name = f"PIL image {image.width} x {image.height} {image.mode}"
-        return _guard(name, lambda: _to_rgb(image, name, max_pixels))
+        return _guard(name, lambda: _to_rgb(image, name, limits))
     if isinstance(image, np.ndarray):
-        return _from_array(image, max_pixels)
+        return _from_array(image, limits)
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = bytes(image)
-        return _decode(io.BytesIO(data), f"<{len(data)} bytes>", data[:64], max_pixels)
+        limits.check_bytes(f"<{len(data)} bytes>", len(data))
+        return _decode(io.BytesIO(data), f"<{len(data)} bytes>", data[:64], limits)
     if isinstance(image, (str, os.PathLike)):
-        return _from_path(os.fspath(image), max_pixels)
+        return _from_path(os.fspath(image), limits)
     if hasattr(image, "read"):
-        return _from_stream(image, str(getattr(image, "name", "<file object>")), max_pixels)
+        return _from_stream(image, str(getattr(image, "name", "<file object>")), limits)
     raise TypeError(f"image must be a path, bytes, a file object, a PIL image or a uint8 array, not {type(image).__name__}")
 
 
@@ -83,7 +85,7 @@ def preprocess(
 # ---- sources ----
 
 
-def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
+def _from_path(path: str | bytes, limits: Limits) -> Image.Image:
     plain = os.fsdecode(path)
     name = plain if plain and plain.isprintable() else repr(plain)
     scheme = name.split(":", 1)[0].lower()
@@ -91,13 +93,15 @@ def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name[:100]}: addresses are not fetched; download the picture and give its path or bytes")
     try:
         with open(path, "rb") as file:
-            kind = os.fstat(file.fileno()).st_mode
+            found = os.fstat(file.fileno())
+            kind = found.st_mode
             if stat.S_ISREG(kind):
+                limits.check_bytes(name, found.st_size)
                 head = file.read(64)
                 file.seek(0)
-                return _decode(file, name, head, max_pixels)
+                return _decode(file, name, head, limits)
             if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
-                return _from_stream(file, name, max_pixels)
+                return _from_stream(file, name, limits)
     except ImageError:
         raise
     except IsADirectoryError:
@@ -112,21 +116,20 @@ def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
     raise ImageError(f"{name}: is a device, not a file; give a picture file")
 
 
-def _from_stream(stream: Any, name: str, max_pixels: int) -> Image.Image:
+def _from_stream(stream: Any, name: str, limits: Limits) -> Image.Image:
     try:
-        data = stream.read(MAX_BYTES + 1)
+        data = stream.read(limits.image_bytes + 1)
     except UnicodeDecodeError:
         data = ""
     except (OSError, ValueError) as error:  # ValueError: it is closed
         raise ImageError(f"{name}: can't be read: {error}; open it anew, with mode 'rb'") from error
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"{name}: the file object gives {type(data).__name__}, not bytes; open it with mode 'rb'")
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{name}: more than {MAX_BYTES >> 20} MiB came and no end; give a picture file")
-    return _decode(io.BytesIO(data), name, bytes(data[:64]), max_pixels)
+    limits.check_bytes(name, len(data))  # what has come so far
+    return _decode(io.BytesIO(data), name, bytes(data[:64]), limits)
 
 
-def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> Image.Image:
+def _from_array(array: np.ndarray[Any, Any], limits: Limits) -> Image.Image:
     name = f"array {array.shape} {array.dtype}"
     if array.dtype != np.uint8:
         hint = (
@@ -143,26 +146,31 @@ def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: not (height, width) or (height, width, 1 | 3 | 4); {hint}")
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels")
-    return _guard(name, lambda: _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, max_pixels))
+    return _guard(name, lambda: _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, limits))
 
 
 # ---- decoding ----
 
 
-def _decode(file: IO[bytes], name: str, head: bytes, max_pixels: int) -> Image.Image:
+def _decode(file: IO[bytes], name: str, head: bytes, limits: Limits) -> Image.Image:
     if not head:
         raise ImageError(f"{name}: is empty; give a picture file")
-    Image.init()
-    formats = [f for f in Image.ID if f not in _REFUSED_FORMATS]
+    formats = readable_formats()
 
     def decode() -> Image.Image:
         with Image.open(file, formats=formats) as picture:
-            return _to_rgb(picture, name, max_pixels)
+            return _to_rgb(picture, name, limits)
 
     try:
         return _guard(name, decode)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: {_what_instead(head)}") from None
+
+
+def readable_formats() -> list[str]:
+    """Names of Pillow's formats, but for those that start other programs."""
+    Image.init()
+    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
 
 
 def _guard(name: str, decode: Any) -> Image.Image:
@@ -198,12 +206,11 @@ def _what_instead(head: bytes) -> str:
     return f"not a picture that Pillow can read, or damaged (it starts with {head[:8].hex(' ')}); save it as PNG or JPEG"
 
 
-def _to_rgb(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(picture: Image.Image, name: str, limits: Limits) -> Image.Image:
     width, height = picture.size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: has no pixels ({width} x {height})")
-    if width * height > max_pixels:  # before load(): this is what stops a decompression bomb
-        raise ImageError(f"{name}: {width} x {height} is more than {max_pixels:,} pixels; make it smaller first")
+    limits.check_pixels(name, width, height)  # before load(): this is what stops a decompression bomb
     picture.load()
     picture = _upright(picture, name)
     if picture.mode == "F" or picture.mode.startswith("I"):

@@ -20,6 +20,7 @@ from . import errors, gguf
 from ._native import Flag, check, ffi, lib, native_call, new_error, string
 from .checks import c_path, integer, integers, shown, utf8
 from .handles import ModelHandle, refuse_pickle
+from .limits import Limits
 from .prompt import Picture, read_picture
 
 if TYPE_CHECKING:
@@ -80,12 +81,16 @@ class Model:
     PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
     "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
-    returning False cancels the load.
+    returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits().
+
+    The files are mapped, not copied: they load at once, and processes share their memory. So they must stay as they are while the model
+    is in use; put another file in place of one by renaming. One that shrinks or is written to ends the call that noticed, and every
+    later one, in a ModelFormatError; the session is as it was before.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
 
     Raises ModelFormatError (path, what, offset), ModelFileError (also an OSError), UnsupportedModelError, ModelMismatchError, DeviceError,
-    OutOfMemoryError, CancelledError; TypeError and ValueError for wrong arguments.
+    LimitError, OutOfMemoryError, CancelledError; TypeError and ValueError for wrong arguments.
     """
 
     def __init__(
@@ -96,15 +101,18 @@ class Model:
         gpu_layers: int | Literal["auto"] = "auto",
         threads: int | None = None,
         progress: Callable[[float], Any] | None = None,
+        *,
+        limits: Limits | None = None,
     ) -> None:
         begin = time.perf_counter()
         self.path = gguf.model_path(path)
         _check_device(device, gpu_layers)
+        self.limits = _limits(limits)
         n_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
         self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
         found = gguf.find_mmproj(self.path, self.metadata, mmproj)
         self.mmproj, self._no_vision = found.path, found.reason
-        self._handle = _load(self.path, self.mmproj, device, n_threads, progress)
+        self._handle = _load(self.path, self.mmproj, device, n_threads, progress, self.limits)
         self._info = ffi.new("kvs_model_info *")
         self._info.struct_size = ffi.sizeof("kvs_model_info")
         lib.kvs_model_get_info(self._handle.pointer, self._info)
@@ -208,8 +216,9 @@ class Model:
 
     def tokenize(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of text. special: names of control tokens in it ("</s>") become those tokens, otherwise they are plain text.
-        TypeError, ValueError for what is no text, or holds a lone surrogate."""
+        TypeError, ValueError for what is no text, or holds a lone surrogate; LimitError for more than limits.prompt_chars."""
         data = utf8("text", text)
+        self.limits.check_text("text", text)
         capacity = len(data) + 8
         with self._handle as model:
             while True:
@@ -289,7 +298,8 @@ class Model:
         kv_type: "f16", "f32" or "q8_0". policy: None, one, or a list. seed: of the sampler; None draws one. exact_rows: rows that
         rewind can drop exactly under smoothing, up to 4096 (0 = 32).
 
-        Raises PolicyError (a policy that does not fit the model), OutOfMemoryError (needed, free), ClosedError, TypeError, ValueError.
+        Raises PolicyError (a policy that does not fit the model), OutOfMemoryError (needed, free; MemoryLimitError beyond
+        limits.cache_bytes), ClosedError, TypeError, ValueError.
         """
         from .session import Session
 
@@ -368,13 +378,22 @@ def _check_device(device: Any, gpu_layers: Any) -> None:
         raise errors.DeviceError("gpu_layers: this build has no GPU backend; leave gpu_layers away")
 
 
-def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None) -> ModelHandle:
+def _limits(limits: Any) -> Limits:
+    if limits is None:
+        return Limits()
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits(...) or None, not {type(limits).__name__}")
+    return limits
+
+
+def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None, limits: Limits) -> ModelHandle:
     flag, permille, err, handle = Flag(), Flag(), new_error(), ModelHandle()
     names = [ffi.new("char[]", c_path("path", name)) if name else ffi.NULL for name in (path, mmproj, device)]
     params = ffi.new("kvs_model_params *")
     params.struct_size = ffi.sizeof("kvs_model_params")
     params.text_path, params.mmproj_path, params.device = names
     params.threads, params.cancel, params.progress = threads, flag.pointer, permille.pointer
+    params.model_bytes, params.cache_bytes = limits.model_bytes, limits.cache_bytes or 0
 
     def report() -> None:
         if progress is not None and progress(permille.pointer[0] / 1000) is False:

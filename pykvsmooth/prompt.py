@@ -53,7 +53,7 @@ def read_picture(model: Model, image: ImageLike, mode: str, depth: Callable[[Any
     from .images import load_image, preprocess  # here, because Pillow is slow to import and text does without
 
     info = model._vision_info()
-    loaded = load_image(image)
+    loaded = load_image(image, limits=model.limits)
     pixels = preprocess(loaded, info.image_size, mode, tuple(info.image_mean), tuple(info.image_std))
     return Picture(pixels, digest_of(pixels, mode), depth(loaded) if depth else None)
 

@@ -162,7 +162,7 @@ class Session:
         not part of it. seed: of this answer; None goes on with the session's. logprobs: so many top_logprobs per token, up to 20.
 
         Arguments, pictures and room are checked here, work begins with the first token. Raises ImageError, UnsupportedModelError (a
-        picture for a text-only model), ContextOverflowError (needed, n_ctx), BusyError, ClosedError, TypeError, ValueError.
+        picture for a text-only model), ContextOverflowError (needed, n_ctx), LimitError, BusyError, ClosedError, TypeError, ValueError.
         """
         options = Options(
             max_tokens=max_tokens,
@@ -256,9 +256,10 @@ class Session:
         self, message: str, image: Any, images: Sequence[ImageLike] | None, mode: str, system: str | None, template: str | None, chat: bool
     ) -> Request:
         """Checks what can be checked at no cost."""
-        utf8("message" if chat else "prompt", message)
-        if system is not None:
-            utf8("system", system)
+        texts = {"message" if chat else "prompt": message} | ({} if system is None else {"system": system})
+        for name, text in texts.items():
+            utf8(name, text)
+            self.model.limits.check_text(name, text)
         choice("mode", mode, MODES)
         if image is not None and images is not None:
             raise ValueError("give image or images, not both")

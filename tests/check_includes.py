@@ -19,7 +19,7 @@ LAYERS = [
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
     ["gguf.h", "gguf.c"],
     ["quant.h", "quant.c", "strength.h", "mix.h", "mix.c"],
-    ["turns.h", "turns.c"],
+    ["turns.h", "turns.c", "mapped.h", "mapped.c"],
     ["util.h", "util.c"],
     ["kvs.h"],
 ]

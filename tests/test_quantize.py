@@ -265,6 +265,10 @@ def test_the_native_call_refuses_too() -> None:
         err = new_error()
         assert lib.kvs_encode(lib.KVS_TYPE_Q8_0, values, rows, cols, out, err) == lib.KVS_E_ARGUMENT
         assert b"cols" in ffi.string(err.message)
+    for rows, cols in ((1 << 58, 32), (1 << 62, 64), ((1 << 63) - 1, (1 << 63) - 32)):
+        err = new_error()
+        assert lib.kvs_encode(lib.KVS_TYPE_Q8_0, values, rows, cols, out, err) == lib.KVS_E_ARGUMENT
+        assert f"rows: {rows} rows of {cols} values are more than there can be" in ffi.string(err.message).decode()
     values[100] = math.nan
     err = new_error()
     assert lib.kvs_encode(lib.KVS_TYPE_Q8_0, values, 2, 128, out, err) == lib.KVS_E_ARGUMENT

@@ -406,10 +406,13 @@ int32_t kvs_encode(int32_t type, const float *values, int64_t rows, int64_t cols
     if (rows < 0 || cols < 0 || cols % traits->block)
         return kvs_fail(err, KVS_E_ARGUMENT, "cols: rows of %lld values are not whole %s blocks of %d", (long long)cols, traits->name,
                         traits->block);
+    int64_t n;
+    if (__builtin_mul_overflow(rows, cols, &n) || n > INT64_MAX / (int64_t)sizeof *values)
+        return kvs_fail(err, KVS_E_ARGUMENT, "rows: %lld rows of %lld values are more than there can be", (long long)rows, (long long)cols);
     int status = kvs_isa_choose(NULL, &isa, err);
     if (status) return status;
     float limit = largest(type);
-    if (!all_fit(values, rows * cols, limit)) {
+    if (!all_fit(values, n, limit)) {
         int64_t i = 0;
         while (all_fit(values + i, 1, limit)) i++;
         kvs_fail(err, KVS_E_ARGUMENT, "%s holds finite values up to %g, not %g", traits->name, (double)limit, (double)values[i]);
@@ -417,9 +420,9 @@ int32_t kvs_encode(int32_t type, const float *values, int64_t rows, int64_t cols
         return KVS_E_ARGUMENT;
     }
     if (plain)
-        encode_floats(type, values, rows * cols, out);
+        encode_floats(type, values, n, out);
     else
-        encode_blocks(type, isa->rows, values, rows * cols, out);
+        encode_blocks(type, isa->rows, values, n, out);
     return KVS_OK;
 }
 

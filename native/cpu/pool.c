@@ -163,10 +163,11 @@ bool kvs_pool_run(kvs_pool *pool, kvs_task fn, void *arg, int64_t n, int64_t gra
     return !atomic_load_explicit(&pool->skipped, memory_order_relaxed);
 }
 
-/* Signals are the business of the process that we are a guest in: helpers take none. */
+/* Signals are the business of the process that we are a guest in: helpers take none, but those of a page of a model file that is gone. */
 static int start_helper(helper *self) {
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_BLOCK, &all, &before);
     int status = kvs_refused() ? EAGAIN : pthread_create(&self->id, NULL, helper_main, self);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
