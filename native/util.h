@@ -18,6 +18,8 @@ int kvs_fail_file(kvs_error *err, int code, const char *path, const char *what, 
     __attribute__((format(printf, 6, 7)));
 /* Out of memory: "needed N MiB for WHAT". */
 int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what);
+/* A value that can't be gone on with: "where: value: reason". */
+int kvs_fail_numeric(kvs_error *err, const char *where, float value, const char *reason);
 
 /* count * size bytes, zeroed; NULL on overflow or failure. Free with free(). */
 void *kvs_calloc(uint64_t count, uint64_t size);
