@@ -4,11 +4,13 @@
  * and never reads through them. Shapes are row-major. Activations are float32.
  *
  * Ops between begin and end return nothing: a failure or a cancellation makes the rest of the step do nothing, and end()
- * reports it. One step at a time per backend: the caller holds the model's lock from begin to end. */
+ * reports it, the first one of them. One step at a time per backend: the caller holds the model's lock from begin to end. */
 #ifndef KVS_BACKEND_H
 #define KVS_BACKEND_H
 #include "mix.h"
 #include "util.h"
+
+#include <float.h>
 
 enum { KVS_MAX_HEAD_DIM = 512 }; /* loaders refuse more: kernels have room for so many on their stacks */
 
@@ -69,10 +71,16 @@ typedef struct kvs_row { /* one new row of a step */
     int32_t index, pos;  /* it sees the places up to its own: kvs_kv_place */
 } kvs_row;
 
+typedef struct kvs_fault { /* where finite() first found a value that may not be */
+    int32_t place, row;    /* as it was called there */
+    float value;           /* the first such value of the row */
+} kvs_fault;
+
 typedef struct kvs_step {
     const kvs_row *rows; /* host memory, valid until end */
     int32_t n;
     const int32_t *cancel; /* polled every few milliseconds; may be NULL */
+    kvs_fault *fault;      /* filled by end() when it gives KVS_E_NUMERIC; NULL where finite() is not called */
 } kvs_step;
 
 typedef struct kvs_smooth_job {      /* KVSmooth on one generated row of a step, methods.md A.2 steps 4 and 6 */
@@ -126,7 +134,7 @@ struct kvs_ops {
     void (*upload)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*download)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
-    /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY or KVS_E_DEVICE, and fills err */
+    /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
     int (*end)(kvs_backend *be, kvs_error *err);
     /* dense; n rows each */
@@ -139,6 +147,8 @@ struct kvs_ops {
     void (*add)(kvs_backend *be, float *y, const float *x, int64_t n);  /* y += x */
     void (*gate)(kvs_backend *be, float *g, const float *u, int64_t n); /* g = silu(g) u */
     void (*unary)(kvs_backend *be, int32_t kind, float *x, int64_t n);  /* kvs_unary, in place */
+    /* A value of x (n, cols) beyond limit in magnitude, or NaN, fails the step: its place, a name of the caller's, and the first such row */
+    void (*finite)(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
     /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim) */
     void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
     void (*attn_full)(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
@@ -165,6 +175,9 @@ static inline int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0
     return type == KVS_TYPE_F32   ? 4 * (int64_t)head_dim
            : type == KVS_TYPE_F16 ? 2 * (int64_t)head_dim
                                   : 34 * (((int64_t)head_dim + 31) / 32);
+}
+static inline float kvs_kv_limit(int32_t type) { /* the largest magnitude that a row of the cache holds */
+    return type == KVS_TYPE_F32 ? FLT_MAX : type == KVS_TYPE_F16 ? 65504.0f : 127 * 65504.0f;
 }
 static inline uint8_t *kvs_kv_rows(const kvs_kv *kv, uint8_t *base, int32_t layer, int32_t head) { /* base: kv->k or kv->v */
     return base + ((int64_t)layer * kv->n_kv_head + head) * kv->n_ctx * kv->row_bytes;

@@ -51,7 +51,7 @@ enum kvs_status {
     KVS_E_SESSION_FILE = 10,
     KVS_E_ARGUMENT = 11, /* a value out of range */
     KVS_E_IO = 12,       /* the operating system said no: errno in err.offset */
-    KVS_E_NUMERIC = 13,  /* logits that are not finite */
+    KVS_E_NUMERIC = 13,  /* values that are not finite, or more than the cache can hold: err.what says where they began */
     KVS_E_LIMIT = 14     /* more than a limit of kvs_model_params allows: err.what names it, err.needed, err.available (bytes) */
 };
 
@@ -357,6 +357,8 @@ int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, 
                       int32_t n_rot);
 int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y,
                        int64_t n); /* silu_mul, gelu, gelu_tanh, gelu_quick, add */
+/* x (n, cols): KVS_OK, or KVS_E_NUMERIC with the first row that has a value beyond limit, and that value */
+int32_t kvs_test_finite(const char *isa, int32_t threads, const float *x, int32_t n, int32_t cols, float limit, int32_t *row, float *value);
 /* q (n_q, n_head, head_dim) at positions n_kv - n_q + i against k, v (n_kv, n_head_kv, head_dim) stored as kv_type; causal */
 int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
                       int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, float *out, float *entropy);

@@ -18,6 +18,10 @@ typedef struct kvs_pass {
 /* The model's lock is held. Nothing is committed; on failure the cache rows beyond n_past are undefined. */
 int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err);
 
+/* A residual stream beyond this is as good as not finite: the squares of a norm's run of 256 values would overflow, and its row be 0. */
+#define KVS_MAX_RESIDUAL 5e17f
+#define KVS_BAD_WEIGHTS  "weights there are not finite, or so large that float32 overflows; the file is damaged"
+
 /* vision.c: pixels (3, S, S) -> embeddings (n_image, n_embd), host memory; the lock is held */
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err);
 #endif

@@ -1,9 +1,11 @@
-/* session_file.c - a session on disk: written to a temporary name, flushed, renamed; checksummed, tied to its model.
+/* session_file.c - a session on disk: written to a temporary name, flushed, renamed; checksummed, tied to its model. What a killed
+ * process leaves half written, the next one removes that saves to the same path.
  *
  * Layout, little-endian: header (struct below, with a checksum of its own), timeline, cache rows by layer and head, history,
  * ring of exact rows, logits, and a 64-bit checksum over all of it. */
 #include "session.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -11,6 +13,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -190,13 +193,17 @@ static void write_all(stream *f, kvs_session *s) {
     transfer(f, &sum, sizeof sum);
 }
 
-/* The rename lasts only when its folder is on the disk, too. A folder that can't be opened is no reason to fail: the data are safe. */
-static void sync_folder(const char *path) {
+static int open_folder(const char *path) {
     char folder[MAX_PATH];
     snprintf(folder, sizeof folder, "%s", path);
     char *slash = strrchr(folder, '/');
     if (slash) slash[slash == folder] = 0;
-    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
+    return open(slash ? folder : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+/* The rename lasts only when its folder is on the disk, too. A folder that can't be opened is no reason to fail: the data are safe. */
+static void sync_folder(const char *path) {
+    int fd = open_folder(path);
     if (fd < 0) return;
     fsync(fd);
     close(fd);
@@ -213,14 +220,50 @@ static int write_temporary(kvs_session *s, const char *path, const char *tempora
     errno = 0;
     if (memory) write_all(&f, s);
     int code = errno;
-    bool failed = f.failed || fflush(f.file) || fsync(fileno(f.file));
+    bool failed = !memory || f.failed || fflush(f.file) || fsync(fileno(f.file)) || rename(temporary, path);
     if (failed && errno) code = errno;
-    if (fclose(f.file) && !failed) failed = true, code = errno;
+    fclose(f.file); /* and the lock goes, which must last until the rename; all that could fail has been flushed */
     free(f.buffer);
     if (!memory) return kvs_fail_memory(err, f.buffer_bytes, "saving a session");
     if (f.cancelled) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
-    if (!failed && rename(temporary, path)) failed = true, code = errno;
     return failed ? io_error(err, path, code ? code : EIO, "saving the session") : KVS_OK;
+}
+
+/* NAME.PID-NUMBER.tmp */
+static bool is_temporary(const char *entry, const char *name) {
+    size_t n = strlen(name);
+    if (strncmp(entry, name, n) || entry[n] != '.') return false;
+    const char *pid = entry + n + 1, *dash = pid + strspn(pid, "0123456789");
+    if (dash == pid || *dash != '-') return false;
+    const char *end = dash + 1 + strspn(dash + 1, "0123456789");
+    return end > dash + 1 && !strcmp(end, ".tmp");
+}
+
+/* Goes if nobody writes it any more: a writer holds its lock from before the first byte until the rename. */
+static void remove_abandoned(int folder, const char *entry) {
+    int fd = openat(folder, entry, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) return;
+    struct stat st;
+    if (!fstat(fd, &st) && S_ISREG(st.st_mode) && !flock(fd, LOCK_EX | LOCK_NB)) unlinkat(folder, entry, 0);
+    close(fd);
+}
+
+/* What processes left that were killed while they saved to this very path. */
+static void remove_all_abandoned(const char *path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    int fd = open_folder(path);
+    DIR *folder = fd < 0 ? NULL : fdopendir(fd);
+    if (fd >= 0 && !folder) close(fd);
+    for (struct dirent *entry; folder && (entry = readdir(folder));)
+        if (is_temporary(entry->d_name, name)) remove_abandoned(fd, entry->d_name);
+    if (folder) closedir(folder);
+}
+
+/* Locked, unless the file system has no locks. Somebody who cleans up may have taken the new file for an abandoned one. */
+static bool lock_temporary(int fd) {
+    struct stat st;
+    if (flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) return false;
+    return !fstat(fd, &st) && st.st_nlink > 0;
 }
 
 /* A new file beside the wanted one, so that the rename stays inside one file system. The number tells savers of one process apart. */
@@ -234,7 +277,8 @@ static int open_temporary(const char *path, char *temporary, size_t size) {
             return -1;
         }
         int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd >= 0 || errno != EEXIST) return fd;
+        if (fd >= 0 ? lock_temporary(fd) : errno != EEXIST) return fd;
+        if (fd >= 0) close(fd);
     }
     return -1;
 }
@@ -245,6 +289,7 @@ static int save(kvs_session *s, const char *wanted, const int32_t *cancel, kvs_e
     struct stat st;
     if (!stat(path, &st) && !S_ISREG(st.st_mode))
         return file_error(err, path, "", S_ISDIR(st.st_mode) ? "this is a folder: name a file in it" : "this is not a regular file");
+    remove_all_abandoned(path);
     int fd = open_temporary(path, temporary, sizeof temporary);
     if (fd < 0) return io_error(err, path, errno, "saving the session");
     int status = write_temporary(s, path, temporary, fd, cancel, err);
@@ -268,8 +313,8 @@ int32_t kvs_session_save(kvs_session *session, const char *path, int32_t *cancel
 static int check_header(const header *h, const kvs_model *model, const char *path, kvs_error *err) {
     if (memcmp(h->magic, "KVSSESS", 8)) return file_error(err, path, "magic", "this is not a saved session");
     if (h->version != FILE_VERSION || h->header_bytes != sizeof *h)
-        return kvs_fail_file(err, KVS_E_SESSION_FILE, path, "version", -1, "saved by another version (%u, this one reads %d)", h->version,
-                             FILE_VERSION);
+        return kvs_fail_file(err, KVS_E_SESSION_FILE, path, "version", -1, "saved by %s version (format %u, this one reads %d)",
+                             h->version > FILE_VERSION ? "a newer" : "another", h->version, FILE_VERSION);
     if (h->check != header_check(h)) return file_error(err, path, "header", "the file is damaged");
     if (h->identity != model->identity) return file_error(err, path, "model", "saved with another text model");
     if (h->mmproj_identity != model->mmproj_identity) return file_error(err, path, "mmproj", "saved with another mmproj, or with none");

@@ -1,6 +1,7 @@
 #include "util.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,6 +58,12 @@ int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what) {
     kvs_fail(err, KVS_E_MEMORY, "out of memory: %.1f MiB needed for %s", (double)needed / 1048576.0, what);
     if (err) err->needed = needed;
     return KVS_E_MEMORY;
+}
+
+int kvs_fail_numeric(kvs_error *err, const char *where, float value, const char *reason) {
+    kvs_fail(err, KVS_E_NUMERIC, "%s: %g: %s", where, (double)(value == value ? value : fabsf(value)), reason);
+    if (err) snprintf(err->what, sizeof err->what, "%s", where);
+    return KVS_E_NUMERIC;
 }
 
 #ifdef KVS_INJECT

@@ -18,6 +18,8 @@ int kvs_fail_file(kvs_error *err, int code, const char *path, const char *what, 
     __attribute__((format(printf, 6, 7)));
 /* Out of memory: "needed N MiB for WHAT". */
 int kvs_fail_memory(kvs_error *err, uint64_t needed, const char *what);
+/* A value that can't be gone on with: "where: value: reason". */
+int kvs_fail_numeric(kvs_error *err, const char *where, float value, const char *reason);
 
 /* Whatever the system may refuse - memory, a mapping, a stream, a lock, a thread - asks here first (make lint checks): in a build with
  * KVS_INJECT a test makes the n-th of them fail, with errno = ENOMEM. Such a build counts the blocks that are there, too. */

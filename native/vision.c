@@ -26,6 +26,19 @@ static void cut_patches(const kvs_vision *v, const float *pixels, float *patches
             }
 }
 
+/* What finite() is told: the embedding, each block, the projector. */
+enum { AT_EMBEDDING, AT_BLOCKS };
+
+static int fail_numeric(const kvs_vision *v, const kvs_fault *fault, kvs_error *err) {
+    char name[64] = "the embedding of the vision tower";
+    int32_t block = fault->place - AT_BLOCKS;
+    if (block == v->n_layer)
+        snprintf(name, sizeof name, "the picture's rows behind the projector (mm)");
+    else if (block >= 0)
+        snprintf(name, sizeof name, "block %d of %d of the vision tower (v.blk.%d)", block + 1, v->n_layer, block);
+    return kvs_fail_numeric(err, name, fault->value, KVS_BAD_WEIGHTS);
+}
+
 static bool allocate(tower *t) {
     const kvs_ops *ops = t->model->be->ops;
     uint64_t row = (uint64_t)t->n * sizeof(float), width = (uint64_t)t->v->n_embd;
@@ -92,13 +105,20 @@ static void project(const tower *t) {
 static int run(tower *t, const float *patches, const int32_t *ids, float *embeddings, const int32_t *cancel, kvs_error *err) {
     const kvs_ops *ops = t->model->be->ops;
     const kvs_vision *v = t->v;
-    kvs_step step = {.cancel = cancel};
+    kvs_fault fault;
+    kvs_step step = {.cancel = cancel, .fault = &fault};
     ops->begin(t->model->be, &step);
     ops->upload(t->model->be, t->patches, patches, (uint64_t)v->n_image * (uint64_t)v->patch_embd.cols * sizeof(float));
     embed(t, ids);
-    for (int32_t i = 0; i < v->n_layer; i++) block(t, &v->layers[i]);
+    ops->finite(t->model->be, t->x, t->n, v->n_embd, KVS_MAX_RESIDUAL, AT_EMBEDDING);
+    for (int32_t i = 0; i < v->n_layer; i++) {
+        block(t, &v->layers[i]);
+        ops->finite(t->model->be, t->x, t->n, v->n_embd, KVS_MAX_RESIDUAL, AT_BLOCKS + i);
+    }
     project(t);
+    ops->finite(t->model->be, t->out, v->n_image, (int32_t)v->mm2.rows, KVS_MAX_RESIDUAL, AT_BLOCKS + v->n_layer);
     int status = ops->end(t->model->be, err);
+    if (status == KVS_E_NUMERIC) status = fail_numeric(v, &fault, err);
     if (kvs_vision_check(t->model, err)) status = KVS_E_FORMAT;
     if (!status) ops->download(t->model->be, embeddings, t->out, (uint64_t)v->n_image * (uint64_t)v->mm2.rows * sizeof(float));
     return status;

@@ -126,13 +126,14 @@ def make_exception(code: int, err: Any) -> Exception:
         return errors.SessionFileError(message, path, what, offset)
     if code == lib.KVS_E_LIMIT:
         return (errors.MemoryLimitError if what == "cache_bytes" else errors.LimitError)(message, what, needed, available)
+    if code == lib.KVS_E_NUMERIC:
+        return errors.NumericError(message, what)
     simple = {
         lib.KVS_E_DEVICE: errors.DeviceError,
         lib.KVS_E_BUSY: errors.BusyError,
         lib.KVS_E_CANCELLED: errors.CancelledError,
         lib.KVS_E_POLICY: errors.PolicyError,
         lib.KVS_E_ARGUMENT: ValueError,
-        lib.KVS_E_NUMERIC: errors.NumericError,
     }
     return simple.get(code, errors.KVSmoothError)(message)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ._native import Flag
 from .checks import choice, integer
-from .errors import BusyError, CancelledError, ClosedError
+from .errors import BusyError, CancelledError, ClosedError, NumericError
 from .handles import CLOSE_SECONDS, refuse_pickle
 from .options import AnswerOptions, Options, RequestOptions, refuse_unknown
 from .prompt import MODES
@@ -209,7 +209,18 @@ class Batch:
         try:
             self._step_together(ids)
         except Exception as error:
+            if isinstance(error, NumericError) and len(ids) > 1:
+                self._step_alone(ids)
+                return
             for index in ids:
+                self._fail(index, error)
+
+    def _step_alone(self, ids: dict[int, int]) -> None:
+        """One's numbers have ended the joint step, which has changed nothing: whose were they?"""
+        for index, id in ids.items():
+            try:
+                self._step_together({index: id})
+            except Exception as error:
                 self._fail(index, error)
 
     def _step_together(self, ids: dict[int, int]) -> None:

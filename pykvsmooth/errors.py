@@ -184,7 +184,15 @@ class PolicyError(KVSmoothError, ValueError):
 
 
 class NumericError(KVSmoothError, ArithmeticError):
-    """The model gave logits that are not finite: damaged weights, or an overflow."""
+    """A computation gave values that are not finite, or larger than the cache can hold: damaged weights, or an overflow. The session
+    is as it was before the call.
+
+    Attributes: what (where they began: "layer 3 of 8 (blk.2)").
+    """
+
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class CancelledError(KVSmoothError):

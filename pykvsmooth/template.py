@@ -6,9 +6,7 @@ does: every piece gets SentencePiece's space in front, BOS stands once at the ve
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -68,7 +66,11 @@ class Vicuna:
 
 class Jinja:
     """A model's own tokenizer.chat_template, in jinja2's sandbox. Templates for text (content is a string) and for parts (content is
-    a list of typed parts) are told apart by a trial."""
+    a list of typed parts) are told apart by a trial.
+
+    A template comes with a file of a stranger, so it is bounded (sandbox.py): 64 Ki characters of source; a second of processor time for
+    a rendering; values of at most 1 Mi characters and 16 Mi of them in all, plus a multiple of the conversation; the filters and string
+    methods that chat templates use. Whatever is beyond that, or fails in any way, is a TemplateError."""
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
         self._names = {"bos_token": bos, "eos_token": eos}
@@ -108,7 +110,7 @@ class Jinja:
         try:
             return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
         except Exception as error:  # a template is a program of the model's maker: whatever it raises is about the template
-            raise TemplateError(f"the model's chat template fails: {error}; use template='vicuna' or template=None") from error
+            raise TemplateError(f"the model's chat template fails: {_reason(error)}; use template='vicuna' or template=None") from error
 
 
 _jinja = lru_cache(maxsize=8)(Jinja)  # compiling takes as long as dozens of tokens of a small model
@@ -120,29 +122,22 @@ def _as_parts(content: Any) -> list[dict[str, str]]:
 
 def _compile(source: str) -> Any:
     try:
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from .sandbox import Compiled
     except ImportError:
         raise TemplateError(
             "the model has a chat template of its own, which needs jinja2: pip install 'pykvsmooth[chat]', "
             "or choose template='vicuna' or template=None"
         ) from None
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"the chat template is not valid: {error}; use template='vicuna' or template=None") from error
+        return Compiled(source)
+    except Exception as error:  # also what Python's own compiler and the stack's limit have to say
+        raise TemplateError(f"the chat template is not valid: {_reason(error)}; use template='vicuna' or template=None") from error
+
+
+def _reason(error: Exception) -> str:
+    """A template can raise errors with messages of its own."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _is_vicuna(source: str) -> bool:

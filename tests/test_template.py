@@ -85,6 +85,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("llama2", None)
     with pytest.raises(TypeError):
         choose(3, None)  # type: ignore[arg-type]
+    monkeypatch.delitem(sys.modules, "pykvsmooth.sandbox", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were not installed
     with pytest.raises(TemplateError, match=r"pykvsmooth\[chat\]"):
         choose("auto", PLAIN)

@@ -46,11 +46,13 @@ static void cpu_begin(kvs_backend *be, const kvs_step *step) {
 static int cpu_end(kvs_backend *be, kvs_error *err) {
     kvs_cpu *cpu = (kvs_cpu *)be;
     int status = cpu->status;
+    if (status == KVS_E_NUMERIC && cpu->step->fault) *cpu->step->fault = cpu->fault;
     cpu->step = NULL;
     cpu->cancel = NULL;
     cpu->status = KVS_OK;
     if (status == KVS_E_CANCELLED) return kvs_fail(err, status, "cancelled");
     if (status == KVS_E_MEMORY) return kvs_fail(err, status, "out of memory: no room for the working space of a step");
+    if (status == KVS_E_NUMERIC) return kvs_fail(err, status, "values that are not finite");
     if (status) return kvs_fail(err, status, "a step failed on the CPU (status %d)", status);
     return KVS_OK;
 }
@@ -158,6 +160,35 @@ static void cpu_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) {
     run(be, unary_piece, &args, n, 2);
 }
 
+typedef struct finite_args {
+    const kvs_rowops *ops;
+    const float *x;
+    int64_t cols;
+    float limit;
+    int64_t first; /* bad row, atomic; n = none */
+} finite_args;
+
+static void finite_rows(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    finite_args *a = arg;
+    (void)thread;
+    int64_t row = begin;
+    while (row < end && a->ops->within(a->x + row * a->cols, a->limit, a->cols)) row++;
+    int64_t first = __atomic_load_n(&a->first, __ATOMIC_RELAXED);
+    while (row < end && row < first && !__atomic_compare_exchange_n(&a->first, &first, row, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
+static void cpu_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (kvs_cpu_stopped(cpu)) return;
+    finite_args args = {cpu->isa->rows, x, cols, limit, n};
+    kvs_cpu_loop(cpu, finite_rows, &args, n, KVS_MAX(4 * PIECE / KVS_MAX(cols, 1), 1));
+    if (cpu->status || args.first == n) return;
+    const float *value = x + args.first * cols;
+    while (fabsf(*value) <= limit) value++;
+    cpu->status = KVS_E_NUMERIC;
+    cpu->fault = (kvs_fault){place, (int32_t)args.first, *value};
+}
+
 /* ---- open and close ---- */
 
 static void cpu_close(kvs_backend *be) {
@@ -186,6 +217,7 @@ static const kvs_ops cpu_ops = {
     .add = cpu_add,
     .gate = cpu_gate,
     .unary = cpu_unary,
+    .finite = cpu_finite,
     .attn = kvs_cpu_attn,
     .attn_full = kvs_cpu_attn_full,
     .kv_put = kvs_cpu_kv_put,

@@ -53,6 +53,7 @@ typedef struct kvs_rowops {
     void (*add)(float *y, const float *x, int64_t n);
     void (*gate)(float *g, const float *u, int64_t n);
     void (*unary)(int32_t kind, float *x, int64_t n);
+    bool (*within)(const float *x, float limit, int64_t n); /* |x| <= limit, all of them; NaN is not */
     void (*attn)(const kvs_attn_task *task);
     void (*store)(int32_t type, void *row, const float *x, int32_t head_dim); /* one cache row of one head */
     void (*load)(int32_t type, const void *row, float *x, int32_t head_dim);  /* and back */
@@ -82,6 +83,7 @@ typedef struct kvs_cpu {
     const kvs_step *step; /* between begin and end */
     const int32_t *cancel;
     int32_t status;  /* first failure of the step, KVS_OK so far */
+    kvs_fault fault; /* where it is KVS_E_NUMERIC */
     void *x_scratch; /* prepared activations of a matmul, grown as needed (matmul.c) */
     uint64_t x_scratch_bytes;
     float *thread_scratch; /* of all threads, grown as needed: kvs_cpu_scratch */

@@ -148,6 +148,12 @@ static void unary(int32_t kind, float *x, int64_t n) { /* one loop each, so that
         activate_all(KVS_GELU_QUICK, x, n);
 }
 
+static bool within(const float *x, float limit, int64_t n) {
+    int32_t beyond = 0;
+    for (int64_t i = 0; i < n; i++) beyond |= !(fabsf(x[i]) <= limit);
+    return !beyond;
+}
+
 /* ---- cache rows ---- */
 
 static void store_f16(uint8_t *row, const float *x, int32_t n) {
@@ -227,6 +233,7 @@ const kvs_rowops ROWOPS = {
     .add = add,
     .gate = gate,
     .unary = unary,
+    .within = within,
     .attn = attn,
     .store = store,
     .weigh = weigh,

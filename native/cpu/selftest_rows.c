@@ -81,6 +81,22 @@ int32_t kvs_test_unary(const char *isa, const char *op, float *x, const float *y
     return known ? status : KVS_E_ARGUMENT;
 }
 
+int32_t kvs_test_finite(const char *isa, int32_t threads, const float *x, int32_t n, int32_t cols, float limit, int32_t *row,
+                        float *value) {
+    int status;
+    kvs_backend *be = open_isa(isa, threads, &status);
+    if (!be) return status;
+    kvs_fault fault = {0};
+    kvs_step step = {.fault = &fault};
+    be->ops->begin(be, &step);
+    be->ops->finite(be, x, n, cols, limit, 1);
+    be->ops->finite(be, x, n, cols, 0, 2); /* what comes after the first one is not looked at */
+    status = finish(be);
+    *row = fault.row;
+    *value = fault.value;
+    return fault.place == 2 ? KVS_OK : status;
+}
+
 /* ---- a cache of one layer ---- */
 
 static void free_kv(kvs_backend *be, kvs_kv *kv) {

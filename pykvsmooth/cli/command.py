@@ -11,13 +11,14 @@ import contextlib
 import logging
 import os
 import signal
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import KVSmoothError
 from . import caption, chat, convert, demo, depth, evaluate, info, inspect, quantize
-from .escape import escaped
+from .escape import escaped, one_line
 from .main import INTERRUPTED
 from .options import UsageError, in_options
 from .terminal import Ui
@@ -35,6 +36,12 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Arguments may be names of files that a shell found."""
+        super().error(one_line(message))
+
+
 class _Log(logging.Handler):
     """Lines above a bar, as all that is said."""
 
@@ -43,11 +50,11 @@ class _Log(logging.Handler):
         self._ui = ui
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._ui.err.print(escaped(self.format(record)), soft_wrap=True)
+        self._ui.err.print((escaped if record.exc_info else one_line)(self.format(record)), soft_wrap=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pykvsmooth", description="Captions with fewer invented objects, from quantized LLaVA checkpoints, on this machine."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
@@ -81,9 +88,12 @@ def run(argv: Sequence[str] | None) -> int:
         ui.error(f"{error} (pykvsmooth {args.command} --help)")
         return 2
     except Exception as error:
-        if debug:
+        if debug and argv is not None:
             raise
-        ui.error(_sentence(error))
+        if debug:
+            ui.err.write(escaped(traceback.format_exc()))  # the message may quote a file
+        else:
+            ui.error(_sentence(error))
         return _flushed(ui, 1)
     finally:
         with contextlib.suppress(OSError):

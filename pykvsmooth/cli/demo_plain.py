@@ -9,7 +9,7 @@ from .. import box
 from ..errors import KVSmoothError
 from ..model import Model
 from ..policies.kvsmooth import KVSmooth
-from .escape import escaped
+from .escape import escaped, one_line
 from .judge import CAUTION, Tally, headline, judge
 
 PROMPT = "Please describe the image in detail."
@@ -23,7 +23,7 @@ def run() -> int:
     try:
         return _demo(scenes)
     except KVSmoothError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 

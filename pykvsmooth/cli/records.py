@@ -12,6 +12,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KVSmoothError
+from .escape import escaped_json
 
 if TYPE_CHECKING:
     from ..stats import Result, Token
@@ -42,8 +43,8 @@ def caption_record(name: str, result: Result, settings: dict[str, Any]) -> dict[
 
 
 def dumps(record: dict[str, Any]) -> str:
-    """One line; NaN and infinities become null, which JSON has instead."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    """One line of characters that may be shown anywhere; NaN and infinities become null, which JSON has instead."""
+    return escaped_json(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
