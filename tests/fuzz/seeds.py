@@ -78,7 +78,7 @@ def mmproj(n_layer: int = 1, **options: int) -> File:
 
 def quantized(kind: str) -> File:
     """A text model of one layer with all matrices of that type."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     rng, width = np.random.default_rng(2), max(block, EMBD)
     f = text(1, embd=width, ff=width, heads=max(2, width // 16))
     del f.tensors["output.weight"]  # tied
