@@ -164,6 +164,7 @@ def work() -> None:
     picture = np.arange(30 * 20 * 3, dtype=np.uint8).reshape(30, 20, 3)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         paths = [Path(folder, "text.gguf"), Path(folder, "mmproj.gguf")]
+        print("[]", flush=True)  # ready: what comes now is timed
         for line in sys.stdin:
             done, files, options = mutant(int(line), pairs)
             for path, data in zip(paths, files, strict=True):
@@ -193,10 +194,10 @@ class Worker:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (ends with the worker)
         command = [sys.executable, __file__, "--work"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
-        self.seed, self.since = -1, time.monotonic()
+        self.seed, self.since = -1, float("inf")  # it has to start first
 
     def give(self, seed: int) -> None:
-        self.seed, self.since = seed, time.monotonic()
+        self.seed = seed
         self.process.stdin.write(b"%d\n" % seed)
         self.process.stdin.flush()
 
@@ -233,8 +234,13 @@ def run(first: int, n: int, n_workers: int, limit: float) -> int:
             if not line:
                 lost(worker, "DEATH")
                 continue
+            worker.since = time.monotonic()
+            if line == b"[]\n":
+                continue
             _, done, where, verdict = json.loads(line)
             counts[f"{done}: {where}: {verdict.split(':')[0]}"] += 1
+            if sum(counts.values()) % 500 == 0:
+                print(f"{sum(counts.values())} of {n}", file=sys.stderr, flush=True)
             if verdict.startswith("FOREIGN"):
                 bad.append(f"seed {worker.seed}: {done}: {where}: {verdict}")
                 print(bad[-1], file=sys.stderr, flush=True)
@@ -260,7 +266,7 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one mutant; the first one of a worker includes its start")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one mutant")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

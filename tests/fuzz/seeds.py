@@ -152,25 +152,31 @@ def mmproj_seeds() -> dict[str, bytes]:
     half = mmproj()
     for t in half.tensors.values():
         t.kind, t.data = gw.TYPE_F16, np.frombuffer(t.data, "<f4").astype("<f2").tobytes()
-    tiles = {
+    refused = {
         "merge": with_keys(mmproj(), clip__vision__mm_patch_merge_type=(STRING, "spatial_unpad")),
         "pinpoints": with_keys(mmproj(), clip__vision__image_grid_pinpoints=(ARRAY, (I32, [336, 672]))),
         "projector": with_keys(mmproj(), clip__projector_type=(STRING, "ldpv2")),
         "features": with_keys(mmproj(), clip__vision__feature_layer=(ARRAY, (I32, [1, 1]))),
+        "deep": with_keys(mmproj(), clip__vision__feature_layer=(ARRAY, (I32, [9]))),
+        "wide": mmproj(out=EMBD + 4),
+        "patches": mmproj(),
     }
+    refused["patches"].tensors["v.patch_embd.weight"] = Tensor((PATCH, PATCH, 3, 5))
     return {
         name: f.to_bytes()
-        for name, f in {"sound": mmproj(), "legacy": legacy, "two": two, "flat": flat, "renamed": renamed, "f16": half, **tiles}.items()
+        for name, f in {"sound": mmproj(), "legacy": legacy, "two": two, "flat": flat, "renamed": renamed, "f16": half, **refused}.items()
     }
 
 
-def split(f: File) -> tuple[bytes, bytes]:
-    """A text model in two parts."""
+def split(f: File, shared: int = 0, promised: int = 0, **keys: tuple[int, object]) -> bytes:
+    """A text model in two parts, of which so many tensors are in both; what it promises, and keys of the first part, may be lies."""
     names = list(f.tensors)
-    first = with_keys(File(dict(f.keys), {name: f.tensors[name] for name in names[:5]}), split__no=(U16, 0), split__count=(U16, 2))
-    with_keys(first, split__tensors__count=(I32, len(names)))
+    first = with_keys(
+        File(dict(f.keys), {name: f.tensors[name] for name in names[: 5 + shared]}), split__no=(U16, 0), split__count=(U16, 2)
+    )
+    with_keys(first, split__tensors__count=(I32, len(names) + promised), **keys)
     second = File({"split.no": (U16, 1), "split.count": (U16, 2)}, {name: f.tensors[name] for name in names[5:]})
-    return first.to_bytes(), second.to_bytes()
+    return join(0, first.to_bytes(), b"", second.to_bytes())
 
 
 def model_seeds() -> dict[str, bytes]:
@@ -185,10 +191,14 @@ def model_seeds() -> dict[str, bytes]:
     }
     biased.tensors["rope_freqs.weight"] = Tensor((2,), data=gw.floats(1, 2))
     biased.tensors["blk.0.attn_rot_embd"] = Tensor((4,))
-    for name, f in {"linear": linear, "biased": biased}.items():
+    yarn = with_keys(text(1), llama__rope__scaling__type=(STRING, "yarn"))
+    still = text(1)
+    still.tensors["rope_freqs.weight"] = Tensor((2,))
+    for name, f in {"linear": linear, "biased": biased, "yarn": yarn, "still": still}.items():
         seeds[name] = join(0, f.to_bytes(), b"", b"")
-    first, second = split(text(1))
-    seeds["split"] = join(0, first, b"", second)
+    seeds |= {"swapped": join(0, image, sound, b""), "split": split(text(1)), "split-twice": split(text(1), shared=1)}
+    seeds |= {"split-promise": split(text(1), promised=1), "split-second": split(text(1), split__no=(U16, 1))}
+    seeds |= {f"split-{n}": split(text(1), split__count=(U16, n)) for n in (3, 100)}
     for kind in LOADS:
         if gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0] <= 32:
             seeds["type-" + kind] = join(1, quantized(kind).to_bytes(), b"", b"")
