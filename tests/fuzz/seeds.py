@@ -214,6 +214,8 @@ def session_seeds(folder: Path) -> dict[str, bytes]:
         for options, kind in SESSION_OPTIONS:
             with model.session(n_ctx=40, kv_type=kind, policy=policies(options), seed=1) as session:
                 list(session.generate("a dog", image=picture if options else None, max_tokens=4, template=None))
+                if options == 15:  # a second turn
+                    list(session.chat("a dog", max_tokens=2, template=None))
                 session.save(folder / "saved")
             seeds[f"policies-{options}-{kind}"] = join(options, (folder / "saved").read_bytes())
     return seeds
