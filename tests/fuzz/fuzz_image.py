@@ -1,0 +1,32 @@
+"""Any bytes as a picture: python tests/fuzz/fuzz_image.py [-max_total_time=60] tests/corpus/image (with atheris, else without coverage)."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+
+from fuzz.drive import instrumented, main
+
+with instrumented():
+    from pykvsmooth.errors import ImageError
+    from pykvsmooth.images import load_image, preprocess
+
+MAX_PIXELS = 1 << 16  # more is legal, and slow
+
+
+def try_one(data: bytes) -> None:
+    """ImageError is the only error that bytes may give."""
+    with suppress(ImageError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = load_image(data, max_pixels=MAX_PIXELS)
+        assert picture.mode == "RGB"
+        for mode in ("pad", "crop", "stretch"):
+            assert preprocess(picture, 14, mode).shape == (3, 14, 14)
+
+
+if __name__ == "__main__":
+    main(try_one)
