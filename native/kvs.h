@@ -31,7 +31,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 4 };
+enum { KVS_ABI_VERSION = 5 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -325,6 +325,25 @@ int32_t kvs_session_rewind(kvs_session *session, int32_t n, kvs_error *err);
 int32_t kvs_session_save(kvs_session *session, const char *path, kvs_error *err); /* temporary name, flush, rename */
 /* The file decides n_ctx and kv_type; the policies must equal those it was saved with (KVS_E_SESSION_FILE names the difference). */
 int32_t kvs_session_load(kvs_model *model, const char *path, const kvs_session_params *params, kvs_session **out, kvs_error *err);
+
+/* ---- what this machine can do at best, to hold speeds against: cpu/measure.c ---- */
+enum kvs_roof {
+    KVS_ROOF_READ = 0,  /* bytes read from memory, in pages of the ordinary size */
+    KVS_ROOF_READ_HUGE, /* in huge pages, where the kernel has them */
+    KVS_ROOF_F32,       /* operations; a multiply-add is two */
+    KVS_ROOF_INT8,
+    KVS_ROOF_BF16, /* AVX512-BF16 */
+    KVS_ROOF_AMX_INT8,
+    KVS_ROOF_AMX_BF16,
+    KVS_ROOF_KINDS
+};
+typedef struct kvs_roofs kvs_roofs;
+/* Loops of the kernels that KVS_CPU chooses, on a pool of threads (0: as many as are allowed). bytes: of the buffer that is read, from
+ * 1 to 2^40: several times the cache. It is there from the first measurement of its kind until the end. One thread at a time. */
+int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err);
+void kvs_roofs_free(kvs_roofs *roofs);
+/* Runs for so long, up to 10 seconds: bytes or operations per second, of all threads. KVS_E_DEVICE: this machine has no such unit. */
+int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);
 
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
