@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import KVSmoothError
-from . import caption, chat, convert, demo, depth, evaluate, info, inspect, quantize
+from . import bench, caption, chat, convert, demo, depth, evaluate, info, inspect, quantize
 from .escape import escaped
 from .main import INTERRUPTED
 from .options import UsageError, in_options
@@ -52,9 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="caption | chat | convert | quantize | depth | demo | eval | inspect | info"
+        dest="command", required=True, metavar="caption | chat | convert | quantize | depth | demo | eval | bench | inspect | info"
     )
-    for module in (caption, chat, convert, quantize, depth, demo, evaluate, inspect, info):
+    for module in (caption, chat, convert, quantize, depth, demo, evaluate, bench, inspect, info):
         module.add_parser(commands)
     return parser
 
