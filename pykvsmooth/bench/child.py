@@ -64,23 +64,23 @@ def package_env() -> dict[str, str]:
 
 def _watch(process: subprocess.Popen[Any], deadline: float) -> tuple[float | None, int]:
     """(when it ended or None if it did not, its peak memory)"""
-    ended: list[float] = []
+    ended, over = list[float](), threading.Event()  # join() would take an interrupted wait for the thread's end
 
     def wait() -> None:
         process.wait()
         ended.append(time.perf_counter())
+        over.set()
 
-    peak, waiter = 0, threading.Thread(target=wait, daemon=True)
+    peak = 0
     try:
-        waiter.start()
-        while not ended and time.perf_counter() < deadline:
-            waiter.join(LOOK)
+        threading.Thread(target=wait, daemon=True).start()
+        while not over.wait(LOOK) and time.perf_counter() < deadline:
             peak = max(peak, peak_bytes(process.pid))
         return (ended[0] if ended else None), peak
     finally:
         if not ended:
             process.kill()
-            waiter.join()
+            over.wait()
 
 
 def _text(file: IO[bytes]) -> str:

@@ -27,7 +27,7 @@ def draw(bench: Bench, path: str) -> None:
         _sessions(sessions, [f for f in mine if f.what == "sessions"], measured, _threads(threads), colour)
     _shares(share, measured, colours)
     depth.set(xlabel="rows in the cache", ylabel="ms per token", title="time per token", xlim=(0, None), ylim=(0, None))
-    share.set(xlabel="% of what was measured beside it", title="share of the roof", xlim=(0, 100))
+    share.set(xlabel="% of what was measured beside it", title="share of the roof")
     sessions.set(xlabel="sessions that step together", ylabel="times the tokens of one", title="many sessions", ylim=(0, None))
     for axes in (depth, share, sessions):
         axes.grid(alpha=0.3)
@@ -64,6 +64,8 @@ def _shares(axes: Any, measured: Sequence[Figure], colours: dict[int, str]) -> N
         seen.add(figure.threads)
         ends = [[100 * (share.median - share.min)], [100 * (share.max - share.median)]]
         axes.barh(i, 100 * share.median, xerr=ends, color=colours[figure.threads], capsize=3, height=0.7, label=label)
+    axes.axvline(100, color="black", linewidth=1)
+    axes.set_xlim(0, max(105, axes.get_xlim()[1]))
     axes.set_yticks(range(len(bars)), names, fontsize=7)
     axes.invert_yaxis()
 

@@ -136,7 +136,7 @@ class Bench:
                 begun = self._done
                 try:
                     STAGES[name](self, context)
-                except KVSmoothError as error:
+                except (KVSmoothError, OSError, ValueError) as error:
                     self.figures.append(Figure(name, "", context.threads, error=str(error)))
                 self._done = begun + self._measurements(name)  # a figure may have ended early
         finally:

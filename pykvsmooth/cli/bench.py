@@ -24,7 +24,7 @@ roofs     what this machine reads, multiplies and adds at best, by the kernels t
 load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024
 encode    a picture; prefill: --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
-sessions  answers that step together, from depth 128 on
+sessions  answers that step together, from a prompt of 128 rows on
 caption   from the start of `pykvsmooth caption` to its end
 
 --json writes all that was measured; the keys are described in pykvsmooth/bench/record.py."""
@@ -34,7 +34,7 @@ NAMES = {
     "prefill": "prefill of {rows} rows",
     "decode": "decode at depth {depth}",
     "policy": "KVSmooth on / off at {depth}",
-    "sessions": "{sessions} at once",
+    "sessions": "{sessions} at once, depth {depth}",
     "caption": "caption of {tokens} tokens",
 }
 KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # ways to read; the other roofs are called as they are
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", metavar="FILE", help="text model, GGUF (default: PYKVSMOOTH_MODEL, else the small one in the box)")
     parser.add_argument("--mmproj", metavar="FILE", help="its vision tower (default: as in caption)")
-    parser.add_argument("--threads", type=_numbers, default=(), metavar="N[,N]", help="one run for each (default: what caption takes)")
+    parser.add_argument("--threads", type=_threads, default=(), metavar="N[,N]", help="one run for each (default: what caption takes)")
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
     parser.add_argument("--rows", type=options._rows, default=640, metavar="N", help="of prefill, and the depth of policy (default: 640)")
@@ -71,6 +71,13 @@ def add_parser(commands: Any) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(options._rows(part) for part in text.split(",")))
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    found = _numbers(text)
+    if max(found) > 1024:  # as Model
+        raise argparse.ArgumentTypeError(f"must be at most 1024, not {max(found)}")
+    return found
 
 
 def _stages(text: str) -> tuple[str, ...]:
@@ -94,8 +101,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     names = ("model", "mmproj", "threads", "depths", "rows", "sessions", "tokens", "image", "repeat", "only", "against", "timeout")
     settings = Settings(**{name: getattr(args, name) for name in names}, caption_tokens=args.max_tokens)
     bench = Bench(settings, ui.status)
-    if bench.machine["load"] > 0.5:
-        ui.note(f"other work runs on this machine (load {bench.machine['load']:.1f}): these figures will be too low, and llama.cpp's, too")
+    _warn(ui, bench)
     try:
         bench.run()
     except KeyboardInterrupt:
@@ -106,6 +112,14 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     if not bench.complete:
         return INTERRUPTED
     return 1 if any(figure.error for figure in bench.figures) else 0
+
+
+def _warn(ui: Ui, bench: Bench) -> None:
+    load, cache = bench.machine["load"], bench.machine["cache_bytes"]
+    if load > 0.5:
+        ui.note(f"other work runs on this machine (load {load:.1f}): these figures will be too low, and llama.cpp's, too")
+    if os.path.getsize(bench.path) < cache:
+        ui.note(f"the whole model fits into the processor's cache of {bytes_text(cache)}: its shares of the memory's roof mean nothing")
 
 
 def _show(args: argparse.Namespace, ui: Ui, bench: Bench) -> None:
