@@ -27,8 +27,8 @@ typedef struct measurement {
     const kvs_roof_loop *loop;
     uint8_t *buffer;
     double until;
-    _Atomic int64_t done; /* bytes or operations */
-    volatile uint64_t sink;
+    _Atomic int64_t done;  /* bytes or operations */
+    _Atomic uint64_t sink; /* what a loop gives, so that it counts as needed */
 } measurement;
 
 /* ---- memory ---- */
@@ -68,11 +68,11 @@ static void read_span(void *arg, int64_t begin, int64_t end, int32_t thread) {
     uint64_t all = 0;
     int64_t at = 0, done = 0;
     (void)thread, (void)end;
-    while (kvs_now() < m->until) {
+    do { /* once at least: on a busy machine the time may be over before a thread begins, and no roof is 0 */
         all ^= r->isa->roofs->read((const uint64_t *)(span + at), PIECE_BYTES / 8);
         done += PIECE_BYTES;
         at = (at + PIECE_BYTES) % r->span;
-    }
+    } while (kvs_now() < m->until);
     m->sink = all;
     m->done += done;
 }
@@ -82,13 +82,14 @@ static void run_rounds(void *arg, int64_t begin, int64_t end, int32_t thread) {
     float all = 0;
     int64_t done = 0, rounds = 64;
     (void)begin, (void)end, (void)thread;
-    for (double now = kvs_now(); now < m->until;) {
+    double before, now = kvs_now();
+    do {
         all += m->loop->run(rounds);
         done += rounds * m->loop->operations;
-        double before = now;
+        before = now;
         now = kvs_now();
         if (now - before < PIECE_SECONDS) rounds *= 2;
-    }
+    } while (now < m->until);
     m->sink = all > 0;
     m->done += done;
 }

@@ -30,7 +30,7 @@ static float int8_rounds(int64_t rounds) {
     for (int64_t r = 0; r < rounds; r++)
         KVS_EACH (i, SUMS) sum[i] = _mm512_dpbusd_epi32(sum[i], x, y);
     for (int i = 0; i < SUMS; i++) all = _mm512_xor_si512(all, sum[i]);
-    return (float)_mm512_cvtsi512_si32(all);
+    return (float)_mm256_extract_epi32(_mm512_castsi512_si256(all), 0);
 }
 #elif defined(KVS_ISA_AVX2)
 enum { INT8_OPERATIONS = 2 * 32 * SUMS };

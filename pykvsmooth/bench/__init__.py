@@ -5,7 +5,7 @@
     record(bench)          # the dict that `pykvsmooth bench --json` writes
 
 Everything is repeated, the first repetition is thrown away, and the roofs that a figure is held against are measured again right before
-each repetition, as are the peers: the speed of a machine changes by the minute. The record's keys are described in record.py.
+and after each repetition, and peers run in turns with it: the speed of a machine changes by the minute. The record's keys are described in record.py.
 """
 
 from .figures import Figure, Peer, Spread, ratio_interval, spread

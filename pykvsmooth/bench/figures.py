@@ -55,7 +55,7 @@ class Peer:
 @dataclass
 class Figure:
     """what and at: of what, {"depth": 640} say. values: one for each repetition, in unit. roofs and shares: by the kind of roof, what was
-    measured before each value, and how much of it the value is. peers: by setting. more: what is particular to this figure."""
+    measured before and after each value, and how much of it the value is. peers: by setting. more: what is particular to this figure."""
 
     what: str
     unit: str

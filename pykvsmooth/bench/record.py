@@ -9,7 +9,8 @@ figures: a list of
   at       which of them: {"kind": "read"}, {"depth": 640}, {"rows": 640}, {"sessions": 4, "depth": 128}, {"tokens": 128}
   threads, unit ("s", "tokens/s", "rows/s", "bytes/s", "operations/s", "ratio"), error (empty if all went well)
   value    {median, min, q1, q3, max, n} of values, the repetitions that count; null where there are none
-  roofs    by kind (read, read_huge, f32, int8, bf16, amx_int8, amx_bf16): the same of what was measured right before each repetition
+  roofs    by kind (read, read_huge, f32, int8, bf16, amx_int8, amx_bf16): the same of what was measured right before and
+           right after each repetition, the mean of both
   shares   by kind: the same of the share of that roof, 0..1
   peers    by setting: value, values, error, dropped (true: 15 % behind the best, so it was not run to the end)
   peer     the best setting, or null; ahead: how many times faster than it, pair by pair: value as above, or null

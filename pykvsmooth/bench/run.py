@@ -191,11 +191,13 @@ class Bench:
 
 def _measure(entry: Entry, roofs: Roofs, counts: bool) -> None:
     figure = entry.figure
-    found = {kind: roofs.measure(kind) for kind in entry.roofs}
+    before = [roofs.measure(kind) for kind in entry.roofs]
     value = entry.measure()
+    after = [roofs.measure(kind) for kind in entry.roofs]
     if counts:
         figure.values.append(value)
-        for kind, roof in found.items():
+        for kind, *both in zip(entry.roofs, before, after, strict=True):
+            roof = sum(both) / 2
             figure.roofs.setdefault(kind, []).append(roof)
             figure.shares.setdefault(kind, []).append(entry.used(value) / roof)
     for name, measure in entry.rivals.items():
