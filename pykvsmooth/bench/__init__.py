@@ -4,8 +4,9 @@
     bench.run()            # fills bench.figures, one after the other; after Ctrl-C those that there are so far are whole
     record(bench)          # the dict that `pykvsmooth bench --json` writes
 
-Everything is repeated, the first repetition is thrown away, and the roofs that a figure is held against are measured again right before
-and after each repetition, and peers run in turns with it: the speed of a machine changes by the minute. The record's keys are described in record.py.
+Everything is repeated, and the first repetition is thrown away. The roofs that a figure is held against are measured again right before
+and after each repetition, and peers run in turns with it: the speed of a machine changes by the minute. The record's keys are described in
+record.py.
 """
 
 from .figures import Figure, Peer, Spread, ratio_interval, spread

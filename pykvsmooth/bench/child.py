@@ -57,9 +57,10 @@ def run_child(argv: Sequence[str], timeout: float, env: dict[str, str] | None = 
 
 def package_env() -> dict[str, str]:
     """An environment in which `python -m pykvsmooth` is this very package."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+    root, path = Path(__file__).resolve().parents[2], os.environ.get("PYTHONPATH")
+    if root.name.endswith("-packages"):  # installed: Python finds it by itself
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else str(root)}
 
 
 def _watch(process: subprocess.Popen[Any], deadline: float) -> tuple[float | None, int]:

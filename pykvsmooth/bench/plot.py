@@ -12,27 +12,23 @@ from .record import against_one, held_against
 if TYPE_CHECKING:
     from .run import Bench
 
-COLOURS = ("#1f5fa8", "#d1611f", "#3b8f4a", "#8a4fa3")  # by number of threads
+Colours = dict[int, str]  # by number of threads
+COLOURS = ("#1f5fa8", "#d1611f", "#3b8f4a", "#8a4fa3")
 
 
 def draw(bench: Bench, path: str) -> None:
-    """.png, .pdf or .svg. Raises KVSmoothError if it can't be written, ImportError without matplotlib."""
-    figure = figure_class()(figsize=(14, 4.6), layout="constrained")
-    depth, share, sessions = figure.subplots(1, 3)
+    """.png, .pdf or .svg, with a panel for each kind of figure that there is. Raises KVSmoothError if it can't be written, ImportError
+    without matplotlib."""
     measured = [f for f in bench.figures if f.values]
+    panels = [panel for panel in (_depths, _shares, _sessions) if any(f.what in _WHAT[panel] for f in measured)] or [_depths]
+    figure = figure_class()(figsize=(4.7 * len(panels), 4.6), layout="constrained")
     colours = {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(sorted({f.threads for f in measured}))}
-    for threads, colour in colours.items():
-        mine = [f for f in measured if f.threads == threads]
-        _depths(depth, [f for f in mine if f.what == "decode"], _threads(threads), colour)
-        _sessions(sessions, [f for f in mine if f.what == "sessions"], measured, _threads(threads), colour)
-    _shares(share, measured, colours)
-    depth.set(xlabel="rows in the cache", ylabel="ms per token", title="time per token", xlim=(0, None), ylim=(0, None))
-    share.set(xlabel="% of what was measured beside it", title="share of the roof")
-    sessions.set(xlabel="sessions that step together", ylabel="times the tokens of one", title="many sessions", ylim=(0, None))
-    for axes in (depth, share, sessions):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, [f for f in measured if f.what in _WHAT[panel]], colours)
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, framealpha=0.7)
+            axes.legend(fontsize=8, framealpha=0.7, loc="best")
     save(figure, path)
 
 
@@ -40,10 +36,16 @@ def _threads(n: int) -> str:
     return f"{n} thread{'' if n == 1 else 's'}"
 
 
-def _depths(axes: Any, figures: Sequence[Figure], label: str, colour: str) -> None:
+def _depths(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
     """With bars from the least to the greatest time; a peer's best setting is dashed."""
-    if not figures:
-        return
+    for threads, colour in colours.items():
+        mine = [f for f in figures if f.threads == threads]
+        if mine:
+            _depth_line(axes, mine, _threads(threads), colour)
+    axes.set(xlabel="rows in the cache", ylabel="ms per token", title="time per token", xlim=(0, None), ylim=(0, None))
+
+
+def _depth_line(axes: Any, figures: Sequence[Figure], label: str, colour: str) -> None:
     at = [f.at["depth"] for f in figures]
     times = [sorted(1000 / value for value in f.values) for f in figures]
     middle = [1000 / spread(f.values).median for f in figures]
@@ -54,9 +56,9 @@ def _depths(axes: Any, figures: Sequence[Figure], label: str, colour: str) -> No
         axes.plot(*zip(*peers, strict=True), "s--", markersize=4, linewidth=1.2, color=colour, alpha=0.6, label=f"llama.cpp, {label}")
 
 
-def _shares(axes: Any, measured: Sequence[Figure], colours: dict[int, str]) -> None:
+def _shares(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
     """A bar for each figure and roof."""
-    bars = [(f, kind, spread(f.shares[kind])) for f in measured for kind in held_against(f)]
+    bars = [(f, kind, spread(f.shares[kind])) for f in figures for kind in held_against(f)]
     names = [f"{f.what} {next(iter(f.at.values()), '')}\n{kind}" for f, kind, _ in bars]
     seen = set[int]()
     for i, (figure, _, share) in enumerate(bars):
@@ -68,10 +70,17 @@ def _shares(axes: Any, measured: Sequence[Figure], colours: dict[int, str]) -> N
     axes.set_xlim(0, max(105, axes.get_xlim()[1]))
     axes.set_yticks(range(len(bars)), names, fontsize=7)
     axes.invert_yaxis()
+    axes.set(xlabel="% of what was measured beside it", title="share of the roof")
 
 
-def _sessions(axes: Any, figures: Sequence[Figure], measured: Sequence[Figure], label: str, colour: str) -> None:
-    pairs = [(f.at["sessions"], spread(ratios).median) for f in figures if (ratios := against_one(f, measured))]
-    if pairs:
-        axes.plot(*zip(*pairs, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=label)
-        axes.set_xticks([n for n, _ in pairs])
+def _sessions(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
+    for threads, colour in colours.items():
+        mine = [f for f in figures if f.threads == threads]
+        pairs = [(f.at["sessions"], spread(ratios).median) for f in mine if (ratios := against_one(f, mine))]
+        if pairs:
+            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=_threads(threads))
+            axes.set_xticks([n for n, _ in pairs])
+    axes.set(xlabel="sessions that step together", ylabel="times the tokens of one", title="many sessions", ylim=(0, None))
+
+
+_WHAT = {_depths: ("decode",), _shares: ("encode", "prefill", "decode"), _sessions: ("sessions",)}  # figures of a panel

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "caption")
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
-measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to their best.
+measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
+best of these.
 Measure on a machine where nothing else runs. Ctrl-C ends it and shows what there is.
 
 roofs     what this machine reads, multiplies and adds at best, by the kernels that KVS_CPU chooses
