@@ -17,6 +17,9 @@ demo: $(VENV)/installed ## caption six scenes with the model in the box, plain a
 evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes and write docs/evidence.md (minutes)
 	$(BIN)/python -m models.evidence
 
+bench: $(VENV)/installed ## measure speed: of the model in the box, or MODEL=F.gguf [MMPROJ=F.gguf] [ARGS="--threads 1,2 --against DIR"]
+	@$(BIN)/pykvsmooth bench $(if $(MODEL),--model "$(MODEL)") $(if $(MMPROJ),--mmproj "$(MMPROJ)") $(ARGS)
+
 test: lint $(VENV)/installed inject ## lint, then the whole test suite
 	$(BIN)/pytest tests
 
@@ -99,5 +102,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence test inject test-fast asan ubsan tsan emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

@@ -347,6 +347,25 @@ void kvs_test_cancel_after(int64_t n);
 int64_t kvs_test_looks(void);  /* at flags, since then */
 int64_t kvs_test_blocks(void); /* of memory that are there now */
 
+/* ---- what this machine can do at best, to hold speeds against: cpu/measure.c ---- */
+enum kvs_roof {
+    KVS_ROOF_READ = 0,  /* bytes read from memory, in pages of the ordinary size */
+    KVS_ROOF_READ_HUGE, /* in huge pages, where the kernel has them */
+    KVS_ROOF_F32,       /* operations; a multiply-add is two */
+    KVS_ROOF_INT8,
+    KVS_ROOF_BF16, /* AVX512-BF16 */
+    KVS_ROOF_AMX_INT8,
+    KVS_ROOF_AMX_BF16,
+    KVS_ROOF_KINDS
+};
+typedef struct kvs_roofs kvs_roofs;
+/* Loops of the kernels that KVS_CPU chooses, on a pool of threads (0: as many as are allowed). bytes: of the buffer that is read, from
+ * 1 to 2^40: several times the cache. It is there from the first measurement of its kind until the end. One thread at a time. */
+int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err);
+void kvs_roofs_free(kvs_roofs *roofs);
+/* Runs for so long, up to 10 seconds: bytes or operations per second, of all threads. KVS_E_DEVICE: this machine has no such unit. */
+int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);
+
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,

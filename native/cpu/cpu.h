@@ -67,11 +67,15 @@ typedef struct kvs_rowops {
 extern const kvs_rowops kvs_rowops_base, kvs_rowops_avx2, kvs_rowops_avx512;
 int64_t kvs_attn_scratch(int32_t head_dim, int32_t n_q); /* floats; rows.c of base defines it, equal for all */
 
+typedef struct kvs_roof_loops kvs_roof_loops; /* see roofs.h */
+
 typedef struct kvs_isa {
     const char *name;
     const kvs_dots *dots;
     const kvs_rowops *rows;
+    const kvs_roof_loops *roofs;
 } kvs_isa;
+bool kvs_cpu_has(const char *feature); /* as kvs_cpu_info names it */
 /* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
 const char *kvs_isa_why(void); /* "best of this CPU" | "forced by KVS_CPU": why name NULL gives what it gives */

@@ -1,5 +1,6 @@
 /* isa.c - which kernels this CPU, this operating system and this build can run. */
 #include "cpu.h"
+#include "roofs.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -74,15 +75,21 @@ static int32_t cpu_features(void) { return 0; }
 static void cpu_name(char name[64]) { strcpy(name, "CPU without kernels of its own"); }
 #endif
 
+bool kvs_cpu_has(const char *feature) {
+    for (int i = 0; i < N_FEATURES; i++)
+        if (!strcmp(feature_names[i], feature)) return cpu_features() >> i & 1;
+    return false;
+}
+
 /* From the plainest to the best. */
 static const struct {
     kvs_isa isa;
     int32_t need;
 } table[] = {
-    {{"base", &kvs_dots_base, &kvs_rowops_base}, 0},
+    {{"base", &kvs_dots_base, &kvs_rowops_base, &kvs_roof_loops_base}, 0},
 #ifdef KVS_HAVE_X86
-    {{"avx2", &kvs_dots_avx2, &kvs_rowops_avx2}, NEED_AVX2},
-    {{"avx512", &kvs_dots_avx512, &kvs_rowops_avx512}, NEED_AVX512},
+    {{"avx2", &kvs_dots_avx2, &kvs_rowops_avx2, &kvs_roof_loops_avx2}, NEED_AVX2},
+    {{"avx512", &kvs_dots_avx512, &kvs_rowops_avx512, &kvs_roof_loops_avx512}, NEED_AVX512},
 #endif
 };
 enum { N_ISAS = sizeof table / sizeof *table };

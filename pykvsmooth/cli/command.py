@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import KVSmoothError
-from . import caption, chat, convert, demo, depth, evaluate, info, inspect, quantize
+from . import bench, caption, chat, convert, demo, depth, evaluate, info, inspect, quantize
 from .escape import escaped, one_line
 from .main import INTERRUPTED
 from .options import UsageError, in_options
@@ -59,9 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="caption | chat | convert | quantize | depth | demo | eval | inspect | info"
+        dest="command", required=True, metavar="caption | chat | convert | quantize | depth | demo | eval | bench | inspect | info"
     )
-    for module in (caption, chat, convert, quantize, depth, demo, evaluate, inspect, info):
+    for module in (caption, chat, convert, quantize, depth, demo, evaluate, bench, inspect, info):
         module.add_parser(commands)
     return parser
 

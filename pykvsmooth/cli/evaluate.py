@@ -143,13 +143,13 @@ def run_run(args: argparse.Namespace, ui: Ui) -> int:
 
 
 def run_sweep(args: argparse.Namespace, ui: Ui) -> int:
-    from .. import evaluate
+    from .. import drawing, evaluate
     from ..evaluate import plot
 
     changes = options.policy_changes(args, pictures=2)  # a sweep has many; a depth map is one picture's
     settings = _settings(args, changes)
     if args.plot:
-        plot.check(args.plot)
+        drawing.check(args.plot)
     pictures, truth = _pictures(args), _truth(args, ui)
     _check_truth(args, pictures, truth)
     answer = options.answer_options(args)

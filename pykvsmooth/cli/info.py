@@ -33,6 +33,7 @@ def _facts() -> Iterator[tuple[str, str]]:
 
     from .. import __version__
     from .._native import lib, library_path
+    from ..machine import cpu_text
 
     yield "pykvsmooth", f"{__version__} (ABI {lib.kvs_abi_version()})"
     yield "library", f"{library_path} ({bytes_text(os.path.getsize(library_path))})"
@@ -44,15 +45,6 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield variable, _file(os.environ.get(variable))
     yield "python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.platform()})"
     yield "packages", f"numpy {numpy.__version__}, pillow {PIL.__version__}, cffi {cffi.__version__}"
-
-
-def cpu_text() -> str:
-    from .._native import ffi, lib, string
-
-    size = lib.kvs_cpu_info(ffi.NULL, 0) + 1
-    text = ffi.new("char[]", max(size, 1))
-    lib.kvs_cpu_info(text, size)
-    return string(text)
 
 
 def _threads() -> str:

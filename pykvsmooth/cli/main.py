@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name != "rich":
+        if (error.name or "").partition(".")[0] != "rich":
             raise
         if (sys.argv[1:] if argv is None else list(argv)) == ["demo"]:
             return _demo_plain()

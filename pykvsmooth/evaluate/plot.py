@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from .errors import EvaluationError
+from ..drawing import BLUE, ORANGE, figure_class, save
 
 if TYPE_CHECKING:
     from .score import Report
     from .sweep import Sweep
 
-FORMATS = (".png", ".pdf", ".svg")
-BLUE, ORANGE = "#1f5fa8", "#d1611f"
 MOST_NAMES = 6  # so many points of a curve carry their names: more would hide one another
 
 
-def check(path: str) -> None:
-    """Can it be drawn there? Before hours of captions, not after. Raises EvaluationError, and ImportError without matplotlib."""
-    if os.path.splitext(path)[1].lower() not in FORMATS:
-        raise EvaluationError(f"a plot is {', '.join(FORMATS)}", path)
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise EvaluationError("there is no such folder", path)
-    _figure_class()
-
-
 def draw(sweep: Sweep, path: str) -> None:
-    figure = _figure_class()(figsize=(11, 4.6), layout="constrained")
+    figure = figure_class()(figsize=(11, 4.6), layout="constrained")
     trade, chair = figure.subplots(1, 2)
     cuts = [(f"{n}", report) for n, report in sweep.cuts]
     values = list(sweep.points[0].values) if sweep.points else []
@@ -42,7 +30,7 @@ def draw(sweep: Sweep, path: str) -> None:
         axes.legend(fontsize=8, framealpha=0.7)
     trade.set(xlabel="recall of objects, %", ylabel="precision, %", title="up and right is better")
     chair.set(xlabel="captions with an invented object (CHAIR$_S$), %", ylabel="F$_1$, %", title="up and left is better")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _curve(axes: Any, named: list[tuple[str, Report]], x: str, y: str, colour: str, marker: str, label: str) -> None:
@@ -52,25 +40,3 @@ def _curve(axes: Any, named: list[tuple[str, Report]], x: str, y: str, colour: s
     every = -(-len(named) // MOST_NAMES)
     for (name, _), place in list(zip(named, at, strict=True))[:: -every or None]:  # the last one in any case
         axes.annotate(name, place, textcoords="offset points", fontsize=7, color=colour, **side)
-
-
-def _save(figure: Any, path: str) -> None:
-    """Whole or not at all."""
-    part = f"{path}.part"
-    try:
-        figure.savefig(part, dpi=150, format=os.path.splitext(path)[1][1:].lower())
-        os.replace(part, path)
-    except OSError as error:
-        raise EvaluationError(f"can't be written: {error.strerror}", path) from error
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
-
-
-def _figure_class() -> Any:
-    """Without pyplot: no display, no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError("plots need the package matplotlib: pip install 'pykvsmooth[plot]'") from error
-    return Figure

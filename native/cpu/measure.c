@@ -1,0 +1,159 @@
+/* measure.c - the loops of roofs.h on a pool of threads, for a while. */
+#include "cpu.h"
+#include "roofs.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* A thread looks at the clock after each piece: short against a measurement, long against the look. */
+enum { HUGE_PAGE = 2 << 20, PIECE_BYTES = 1 << 20 };
+#define PIECE_SECONDS 20e-6
+
+struct kvs_roofs {
+    kvs_pool *pool;
+    const kvs_isa *isa;
+    int64_t span;      /* bytes that one thread reads */
+    uint8_t *pages[2]; /* mapped when they are first read: by kvs_roof, ordinary and huge */
+};
+
+typedef struct measurement {
+    const kvs_roofs *roofs;
+    const kvs_roof_loop *loop;
+    uint8_t *buffer;
+    double until;
+    _Atomic int64_t done;  /* bytes or operations */
+    _Atomic uint64_t sink; /* what a loop gives, so that it counts as needed */
+} measurement;
+
+/* ---- memory ---- */
+
+static int64_t mapped_bytes(const kvs_roofs *r) { return r->span * kvs_pool_threads(r->pool) + HUGE_PAGE; }
+
+static uint8_t *first_whole(uint8_t *base) { return (uint8_t *)(((uintptr_t)base + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE); }
+
+/* Each thread touches what it will read. Not zeros: pages that were only read would all be the kernel's one page of zeros. */
+static void touch(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    measurement *m = arg;
+    (void)thread;
+    memset(m->buffer + begin * m->roofs->span, 1, (size_t)((end - begin) * m->roofs->span));
+}
+
+static int map_pages(kvs_roofs *r, int32_t kind, kvs_error *err) {
+    if (r->pages[kind]) return KVS_OK;
+    size_t bytes = (size_t)mapped_bytes(r);
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) return kvs_fail_memory(err, bytes, "a buffer to read");
+#if defined(MADV_HUGEPAGE) && defined(MADV_NOHUGEPAGE)
+    madvise(base, bytes,
+            kind == KVS_ROOF_READ_HUGE ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); /* a kernel without them says no: then both are alike */
+#endif
+    r->pages[kind] = base;
+    measurement m = {.roofs = r, .buffer = first_whole(base)};
+    kvs_pool_run(r->pool, touch, &m, kvs_pool_threads(r->pool), 1, NULL);
+    return KVS_OK;
+}
+
+/* ---- loops ---- */
+
+static void read_span(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    measurement *m = arg;
+    const kvs_roofs *r = m->roofs;
+    const uint8_t *span = m->buffer + begin * r->span;
+    uint64_t all = 0;
+    int64_t at = 0, done = 0;
+    (void)thread, (void)end;
+    do { /* once at least: on a busy machine the time may be over before a thread begins, and no roof is 0 */
+        all ^= r->isa->roofs->read((const uint64_t *)(span + at), PIECE_BYTES / 8);
+        done += PIECE_BYTES;
+        at = (at + PIECE_BYTES) % r->span;
+    } while (kvs_now() < m->until);
+    m->sink = all;
+    m->done += done;
+}
+
+static void run_rounds(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    measurement *m = arg;
+    float all = 0;
+    int64_t done = 0, rounds = 64;
+    (void)begin, (void)end, (void)thread;
+    double before, now = kvs_now();
+    do {
+        all += m->loop->run(rounds);
+        done += rounds * m->loop->operations;
+        before = now;
+        now = kvs_now();
+        if (now - before < PIECE_SECONDS) rounds *= 2;
+    } while (now < m->until);
+    m->sink = all > 0;
+    m->done += done;
+}
+
+/* ---- the handle ---- */
+
+int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err) {
+    *out = NULL;
+    if (threads < 0 || threads > 1024) return kvs_fail(err, KVS_E_ARGUMENT, "threads: must be in 0..1024, 0 for all that are allowed");
+    if (bytes < 1 || bytes > (int64_t)1 << 40) return kvs_fail(err, KVS_E_ARGUMENT, "bytes: must be in 1..2^40");
+    kvs_roofs *r = kvs_calloc(1, sizeof *r);
+    if (!r) return kvs_fail_memory(err, sizeof *r, "a measurement");
+    int status = kvs_isa_choose(NULL, &r->isa, err);
+    if (!status) status = kvs_pool_new(threads ? threads : kvs_pool_default_threads(), &r->pool, err);
+    if (status) {
+        free(r);
+        return status;
+    }
+    int64_t share = (bytes + kvs_pool_threads(r->pool) - 1) / kvs_pool_threads(r->pool);
+    r->span = (share + PIECE_BYTES - 1) / PIECE_BYTES * PIECE_BYTES;
+    *out = r;
+    return KVS_OK;
+}
+
+void kvs_roofs_free(kvs_roofs *roofs) {
+    if (!roofs) return;
+    for (int i = 0; i < 2; i++)
+        if (roofs->pages[i]) munmap(roofs->pages[i], (size_t)mapped_bytes(roofs));
+    kvs_pool_free(roofs->pool);
+    free(roofs);
+}
+
+/* The kernel gives tile registers to processes that ask for them. */
+static int ask_for_tiles(kvs_error *err) {
+#if defined(__linux__) && defined(__x86_64__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0) return KVS_OK;
+    return kvs_fail(err, KVS_E_DEVICE, "the kernel does not give this process the tile registers of AMX: %s", strerror(errno));
+#else
+    return kvs_fail(err, KVS_E_DEVICE, "this operating system gives no tile registers of AMX");
+#endif
+}
+
+static int find_loop(const kvs_roofs *r, int32_t kind, const kvs_roof_loop **out, kvs_error *err) {
+    const kvs_roof_loop *loop = &r->isa->roofs->loops[kind];
+    if (!loop->operations) return kvs_fail(err, KVS_E_DEVICE, "the kernels %s of this build have no unit of this kind", r->isa->name);
+    if (loop->feature && !kvs_cpu_has(loop->feature))
+        return kvs_fail(err, KVS_E_DEVICE, "this CPU, or its operating system, does not offer %s", loop->feature);
+    *out = loop;
+    return loop->feature && !strncmp(loop->feature, "amx", 3) ? ask_for_tiles(err) : KVS_OK;
+}
+
+int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err) {
+    *per_second = 0;
+    if (kind < 0 || kind >= KVS_ROOF_KINDS) return kvs_fail(err, KVS_E_ARGUMENT, "kind: there is no roof %d", (int)kind);
+    if (!(seconds > 0 && seconds <= 10)) return kvs_fail(err, KVS_E_ARGUMENT, "seconds: must be above 0 and at most 10");
+    bool reads = kind == KVS_ROOF_READ || kind == KVS_ROOF_READ_HUGE;
+    measurement m = {.roofs = roofs};
+    int status = reads ? map_pages(roofs, kind, err) : find_loop(roofs, kind, &m.loop, err);
+    if (status) return status;
+    if (reads) m.buffer = first_whole(roofs->pages[kind]);
+    double begin = kvs_now();
+    m.until = begin + seconds;
+    kvs_pool_run(roofs->pool, reads ? read_span : run_rounds, &m, kvs_pool_threads(roofs->pool), 1, NULL);
+    *per_second = (double)m.done / (kvs_now() - begin);
+    return KVS_OK;
+}

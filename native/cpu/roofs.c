@@ -1,0 +1,166 @@
+/* roofs.c - the table of roofs.h, once per instruction set. Sums depend on those of the round before, so that no compiler leaves rounds
+ * out, and there are as many of them as hide the latency of an instruction. */
+#include "roofs.h"
+#include "dots.h"
+#include "simd.h"
+
+static uint64_t read_all(const uint64_t *p, int64_t n) {
+    uint64_t all = 0;
+    for (int64_t i = 0; i < n; i++) all ^= p[i];
+    return all;
+}
+
+enum { SUMS = VW > 1 ? 12 : 48 }; /* plain C is made into short vectors */
+
+static float f32_rounds(int64_t rounds) {
+    vf sum[SUMS], half = v_set(0.5f), one = v_set(1.0f), all = v_zero();
+    for (int i = 0; i < SUMS; i++) sum[i] = v_set((float)i);
+    for (int64_t r = 0; r < rounds; r++)
+        KVS_EACH (i, SUMS) sum[i] = v_fma(sum[i], half, one);
+    for (int i = 0; i < SUMS; i++) all = v_add(all, sum[i]);
+    return v_sum(all);
+}
+
+#if defined(KVS_ISA_AVX512)
+enum { INT8_OPERATIONS = 2 * 64 * SUMS };
+
+static float int8_rounds(int64_t rounds) {
+    __m512i sum[SUMS], x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5), all = _mm512_setzero_si512();
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_set1_epi32(i);
+    for (int64_t r = 0; r < rounds; r++)
+        KVS_EACH (i, SUMS) sum[i] = _mm512_dpbusd_epi32(sum[i], x, y);
+    for (int i = 0; i < SUMS; i++) all = _mm512_xor_si512(all, sum[i]);
+    return (float)_mm256_extract_epi32(_mm512_castsi512_si256(all), 0);
+}
+#elif defined(KVS_ISA_AVX2)
+enum { INT8_OPERATIONS = 2 * 32 * SUMS };
+
+static float int8_rounds(int64_t rounds) {
+    __m256i sum[SUMS], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1), all = _mm256_setzero_si256();
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm256_set1_epi32(i);
+    for (int64_t r = 0; r < rounds; r++)
+        KVS_EACH (i, SUMS) {
+            __asm__ volatile("" : "+x"(x)); /* otherwise there would be one product for all sums */
+            sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
+        }
+    for (int i = 0; i < SUMS; i++) all = _mm256_xor_si256(all, sum[i]);
+    return (float)_mm256_extract_epi32(all, 0);
+}
+#else
+enum { INT8_OPERATIONS = 2 * 1024 };
+
+static float int8_rounds(int64_t rounds) {
+    int8_t x[INT8_OPERATIONS / 2], y[INT8_OPERATIONS / 2];
+    int32_t sum = 0;
+    memset(x, 3, sizeof x);
+    memset(y, 5, sizeof y);
+    for (int64_t r = 0; r < rounds; r++) {
+        __asm__ volatile("" : : "r"(x), "r"(y) : "memory"); /* they may have changed */
+        for (int i = 0; i < INT8_OPERATIONS / 2; i++) sum = (int32_t)((uint32_t)sum + (uint32_t)(x[i] * y[i]));
+    }
+    return (float)sum;
+}
+#endif
+
+#if defined(KVS_ISA_AVX512) && defined(KVS_HAVE_AVX512BF16)
+enum { BF16_OPERATIONS = 2 * 32 * SUMS };
+
+__attribute__((target("avx512bf16"))) static float bf16_rounds(int64_t rounds) {
+    __m512 sum[SUMS], all = _mm512_setzero_ps();
+    __m512bh x = (__m512bh)_mm512_set1_epi16(0x3f80), y = x; /* ones */
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_set1_ps((float)i);
+    for (int64_t r = 0; r < rounds; r++)
+        KVS_EACH (i, SUMS) sum[i] = _mm512_dpbf16_ps(sum[i], x, y);
+    for (int i = 0; i < SUMS; i++) all = _mm512_add_ps(all, sum[i]);
+    return _mm512_reduce_add_ps(all);
+}
+#define BF16_LOOP                                                                                                                          \
+    { "avx512bf16", bf16_rounds, BF16_OPERATIONS }
+#else
+#define BF16_LOOP                                                                                                                          \
+    { 0 }
+#endif
+
+#if defined(KVS_ISA_AVX512) && defined(KVS_HAVE_AMX)
+#define AMX __attribute__((target("amx-tile,amx-int8,amx-bf16")))
+enum { TILES = 4, AMX_INT8_OPERATIONS = 2 * 16 * 16 * 64 * TILES, AMX_BF16_OPERATIONS = 2 * 16 * 16 * 32 * TILES };
+
+typedef struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Four sums, 0..3, and two tiles for either side of the product. Compilers' _tile_loadconfig is not used: gcc 12's says that it reads 8
+ * of the 64 bytes, and the stores to the others are dropped. */
+AMX static void tiles_begin(void) {
+    static const uint8_t zeros[1024];
+    tile_config config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, zeros, 64);
+    _tile_loadd(5, zeros, 64);
+    _tile_loadd(6, zeros, 64);
+    _tile_loadd(7, zeros, 64);
+}
+
+AMX static float tiles_end(void) {
+    float sums[256];
+    _tile_stored(0, sums, 64);
+    _tile_release();
+    return sums[0];
+}
+
+AMX static float amx_int8_rounds(int64_t rounds) {
+    tiles_begin();
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    return tiles_end();
+}
+
+AMX static float amx_bf16_rounds(int64_t rounds) {
+    tiles_begin();
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    return tiles_end();
+}
+#define AMX_INT8_LOOP                                                                                                                      \
+    { "amx_int8", amx_int8_rounds, AMX_INT8_OPERATIONS }
+#define AMX_BF16_LOOP                                                                                                                      \
+    { "amx_bf16", amx_bf16_rounds, AMX_BF16_OPERATIONS }
+#else
+#define AMX_INT8_LOOP                                                                                                                      \
+    { 0 }
+#define AMX_BF16_LOOP                                                                                                                      \
+    { 0 }
+#endif
+
+#if defined(KVS_ISA_AVX512)
+#define NAME   "avx512"
+#define SYMBOL kvs_roof_loops_avx512
+#elif defined(KVS_ISA_AVX2)
+#define NAME   "avx2"
+#define SYMBOL kvs_roof_loops_avx2
+#else
+#define NAME   "base"
+#define SYMBOL kvs_roof_loops_base
+#endif
+const kvs_roof_loops SYMBOL = {NAME,
+                               read_all,
+                               {[KVS_ROOF_F32] = {NULL, f32_rounds, 2 * VW *SUMS},
+                                [KVS_ROOF_INT8] = {NULL, int8_rounds, INT8_OPERATIONS},
+                                [KVS_ROOF_BF16] = BF16_LOOP,
+                                [KVS_ROOF_AMX_INT8] = AMX_INT8_LOOP,
+                                [KVS_ROOF_AMX_BF16] = AMX_BF16_LOOP}};

@@ -1,0 +1,137 @@
+"""A build of llama.cpp beside us: its llama-bench and llama-mtmd-cli on the same files, with the settings that it has.
+
+Which flash attention and which weights (repacked or as they are) are faster differs from machine to machine and from depth to depth, so all
+of them are tried, by the flags that --help of the build shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .child import ChildError, Ended, run_child
+
+HELP_SECONDS = 60.0
+_ENCODED = re.compile(r"(?:encoding|encoded|encode)[^\n]*?(?:done )?in\s+([0-9.]+)\s*ms")
+
+
+class PeerError(ChildError):
+    """A tool of the peer is missing, fails, or says something that can't be read."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """name: "flash attention off, repack on"; flags: what says so."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """folder: with the programs of a build. timeout: seconds for each run of one."""
+
+    folder: str
+    timeout: float = 1800.0
+
+    def bench_settings(self) -> list[Setting]:
+        """Of llama-bench. PeerError if it is missing or has no --help."""
+        text = self._help("llama-bench")
+        flash = ("on", "off") if re.search(r"-fa,[^\n]*<on\|off", text) else ("1", "0")
+        return _settings(
+            _both("flash attention", "-fa", flash) if "-fa," in text else [],
+            _both("repack", "--repack", ("1", "0")) if "--repack" in text else [],
+        )
+
+    def cli_settings(self) -> list[Setting]:
+        """Of llama-mtmd-cli."""
+        text = self._help("llama-mtmd-cli")
+        flash = re.search(r"--flash-attn[^\n]*\[on\|off", text)
+        repack = [Setting("repack on", ()), Setting("repack off", ("--no-repack",))] if "--no-repack" in text else []
+        return _settings(_both("flash attention", "-fa", ("on", "off")) if flash else [], repack)
+
+    def prefill(self, model: str, threads: int, rows: int, setting: Setting) -> float:
+        """Rows per second."""
+        return self._bench(model, threads, {"n_prompt": rows, "n_gen": 0, "n_depth": 0}, setting)
+
+    def decode(self, model: str, threads: int, depth: int, tokens: int, setting: Setting) -> float:
+        """Tokens per second from this depth on."""
+        return self._bench(model, threads, {"n_prompt": 0, "n_gen": tokens, "n_depth": depth}, setting)
+
+    def caption(
+        self, pair: tuple[str, str], threads: int, image: str, prompt: str, tokens: int, n_ctx: int, setting: Setting
+    ) -> tuple[Ended, float | None]:
+        """(one whole run that makes so many tokens, seconds of them that went into the picture or None if it does not say so)"""
+        argv = ["-m", pair[0], "--mmproj", pair[1], "--image", image, "-p", prompt, "-n", tokens, "-c", n_ctx, "-t", threads, "--temp", 0]
+        more = ["--ignore-eos"] if "--ignore-eos" in self._help("llama-mtmd-cli") else []
+        ended = self._run("llama-mtmd-cli", [*map(str, argv), *more, *setting.flags])
+        found = [float(text) for text in _ENCODED.findall(ended.err + ended.out)]
+        return ended, sum(found) / 1000 if found else None
+
+    def _bench(self, model: str, threads: int, test: dict[str, int], setting: Setting) -> float:
+        flags = ["-m", model, "-t", threads, "-p", test["n_prompt"], "-n", test["n_gen"], "-d", test["n_depth"], "-r", 1, "-o", "json"]
+        return read_bench(self._run("llama-bench", [*map(str, flags), *setting.flags]).out, test)
+
+    def _run(self, tool: str, flags: Iterable[str]) -> Ended:
+        try:
+            return run_child([os.path.join(self.folder, tool), *flags], self.timeout)
+        except ChildError as error:
+            raise PeerError(str(error)) from error
+
+    def _help(self, tool: str) -> str:
+        path = os.path.join(self.folder, tool)
+        try:
+            ended = run_child([path, "--help"], min(HELP_SECONDS, self.timeout))
+        except ChildError as error:
+            raise PeerError(str(error)) from error
+        return ended.out + ended.err
+
+
+def read_bench(text: str, test: dict[str, int]) -> float:
+    """Units per second of one test from llama-bench's JSON: a list with a record whose n_prompt, n_gen and n_depth are the test's.
+    PeerError for anything else."""
+    try:
+        records: Any = json.loads(text)
+        found = [record["avg_ts"] for record in records if all(record.get(key, 0) == value for key, value in test.items())]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise PeerError(f"llama-bench: its output is not the JSON that was expected: {text.strip()[:60]!r}") from None
+    if len(found) != 1:
+        raise PeerError(f"llama-bench: {len(found)} records of the test {test}, not one")
+    if not isinstance(found[0], (int, float)) or not math.isfinite(found[0]) or found[0] <= 0:
+        raise PeerError(f"llama-bench: {found[0]!r} is no speed")
+    return float(found[0])
+
+
+def rivals(settings: Callable[[], list[Setting]], measure: Callable[[Setting], float]) -> dict[str, Callable[[], float]]:
+    """One measurement for each setting, by name. A tool that can't even show its help gives one that says so."""
+    try:
+        chosen = settings()
+    except PeerError as error:
+        return {"llama.cpp": _raises(error)}
+    return {setting.name: partial(measure, setting) for setting in chosen}
+
+
+def _raises(error: Exception) -> Callable[[], float]:
+    def measure() -> float:
+        raise error
+
+    return measure
+
+
+def _both(name: str, flag: str, words: tuple[str, str]) -> list[Setting]:
+    return [Setting(f"{name} {state}", (flag, word)) for state, word in zip(("on", "off"), words, strict=True)]
+
+
+def _settings(*choices: list[Setting]) -> list[Setting]:
+    combined = itertools.product(*(choice for choice in choices if choice))
+    return [
+        Setting(", ".join(setting.name for setting in parts) or "as it is", tuple(flag for setting in parts for flag in setting.flags))
+        for parts in combined
+    ]

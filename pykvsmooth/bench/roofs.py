@@ -1,0 +1,67 @@
+"""Roofs: how fast this machine reads, multiplies and adds at best. Measured again and again, because it changes by the minute."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .._native import check, ffi, lib, new_error
+from ..errors import ClosedError, DeviceError
+from ..machine import available_bytes, cache_bytes
+
+KINDS = {
+    "read": lib.KVS_ROOF_READ,
+    "read_huge": lib.KVS_ROOF_READ_HUGE,
+    "f32": lib.KVS_ROOF_F32,
+    "int8": lib.KVS_ROOF_INT8,
+    "bf16": lib.KVS_ROOF_BF16,
+    "amx_int8": lib.KVS_ROOF_AMX_INT8,
+    "amx_bf16": lib.KVS_ROOF_AMX_BF16,
+}
+READS = ("read", "read_huge")
+SECONDS = 0.05
+
+
+class Roofs:
+    """The roofs of so many threads (0: all that are allowed), by the kernels that KVS_CPU chooses. kinds: those that this machine has.
+
+    nbytes: of the buffer that is read; None: four times the last cache, at least 512 MiB, at most an eighth of the memory that is free.
+    Use as a context manager, or call close(). ValueError for arguments out of range, OutOfMemoryError, DeviceError.
+    """
+
+    def __init__(self, threads: int = 0, nbytes: int | None = None) -> None:
+        if nbytes is None:
+            nbytes = min(max(4 * cache_bytes(), 512 << 20), max(available_bytes() // 8, 16 << 20))
+        err, out = new_error(), ffi.new("kvs_roofs **")
+        check(lib.kvs_roofs_open(threads, nbytes, out, err), err)
+        self._pointer: Any = out[0]
+        self._pid = os.getpid()
+        self.kinds = tuple(kind for kind in KINDS if kind in READS or self._has(kind))
+
+    def _has(self, kind: str) -> bool:
+        try:
+            self.measure(kind, 1e-4)
+        except DeviceError:
+            return False
+        return True
+
+    def measure(self, kind: str, seconds: float = SECONDS) -> float:
+        """Bytes per second, or operations (a multiply-add is two), of all threads together. seconds: up to 10.
+        KeyError for an unknown kind, DeviceError for a unit that this machine lacks; ClosedError, OutOfMemoryError, ValueError."""
+        if self._pointer is None:
+            raise ClosedError("the roofs are closed")
+        err, out = new_error(), ffi.new("double *")
+        check(lib.kvs_roofs_measure(self._pointer, KINDS[kind], seconds, out, err), err)
+        return float(out[0])
+
+    def close(self) -> None:
+        """May be called again."""
+        pointer, self._pointer = self._pointer, None
+        if pointer is not None and os.getpid() == self._pid:
+            lib.kvs_roofs_free(pointer)
+
+    def __enter__(self) -> Roofs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,229 @@
+"""The order of things: for each number of threads, stage by stage, each figure again and again with its roofs and its peers in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .. import gguf, machine
+from ..errors import KVSmoothError
+from ..model import Model
+from . import stages
+from .counter import Instructions
+from .figures import Figure, Peer, spread
+from .peer import LlamaCpp
+from .roofs import Roofs
+from .work import Work, of_model
+
+STAGES: dict[str, Callable[[Bench, Context], None]] = {
+    "roofs": stages.roofs,
+    "load": stages.load,
+    "encode": stages.encode,
+    "prefill": stages.prefill,
+    "decode": stages.decode,
+    "policy": stages.policy,
+    "sessions": stages.sessions,
+    "caption": stages.caption,
+}
+BEHIND = 0.85  # of its best setting: a setting of the peer that is slower is not run again
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    model, mmproj: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a decode. rows: of
+    the prefill, and before the tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the
+    caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all.
+    against: folder of a llama.cpp build. timeout: seconds for each process.
+    """
+
+    model: str | None = None
+    mmproj: str | None = None
+    threads: tuple[int, ...] = ()
+    depths: tuple[int, ...] = (128, 640, 2048)
+    rows: int = 640
+    sessions: tuple[int, ...] = (1, 2, 4, 8)
+    tokens: int = 32
+    caption_tokens: int = 128
+    image: str | None = None
+    repeat: int = 5
+    only: tuple[str, ...] = ()
+    against: str | None = None
+    timeout: float = 1800.0
+
+
+@dataclass
+class Entry:
+    """A figure and how to get a value of it. used: bytes or operations per second that a value stands for, held against each of roofs.
+    rivals: the same of a peer, by setting."""
+
+    figure: Figure
+    measure: Callable[[], float]
+    roofs: Sequence[str] = ()
+    used: Callable[[float], float] = float
+    rivals: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+
+
+class Context:
+    """What the stages of one number of threads share: the roofs, and the model while a stage of this process wants it."""
+
+    def __init__(self, bench: Bench, threads: int) -> None:
+        self.bench = bench
+        self.threads = threads
+        self._open = ExitStack()
+        self.roofs = self._open.enter_context(Roofs(threads))
+
+    @cached_property
+    def model(self) -> Model:
+        model = Model(self.bench.path, mmproj=self.bench.mmproj or False, threads=self.threads)
+        model._end_ids = frozenset()  # answers are as long as they were asked for
+        self._open.enter_context(model)
+        self.bench.note_model(model)
+        return model
+
+    @property
+    def work(self) -> Work:
+        return self.bench.work or self.bench.note_model(self.model)
+
+    def close_model(self) -> None:
+        """For measurements in processes of their own."""
+        if "model" in self.__dict__:
+            self.model.close()
+            del self.model
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class Bench:
+    """One run. figures: what there is so far. progress(text, done, total) is called before each repetition.
+
+    Raises what Model raises for files that can't be loaded. What goes wrong later is the error of its figure.
+    """
+
+    def __init__(self, settings: Settings, progress: Callable[[str, int, int], Any] | None = None) -> None:
+        self.settings = settings
+        self.figures: list[Figure] = []
+        self.machine = machine.facts()
+        self.model_facts: dict[str, Any] = {}
+        self.work: Work | None = None
+        self.complete = False
+        self.peer = LlamaCpp(settings.against, settings.timeout) if settings.against else None
+        self.path = gguf.model_path(settings.model)
+        self.mmproj = gguf.find_mmproj(self.path, gguf.read_metadata(self.path), settings.mmproj).path
+        self.counter = Instructions()
+        self._progress = progress
+        self._done = self._total = 0
+
+    def run(self) -> None:
+        threads = self.settings.threads or (self._default_threads(),)
+        chosen = [name for name in STAGES if name in (self.settings.only or STAGES)]
+        self._total = len(threads) * sum(self._measurements(name) for name in chosen)
+        try:
+            for n in threads:
+                self._run(Context(self, n), chosen)
+            self.complete = True
+        finally:
+            self.counter.close()
+
+    def _run(self, context: Context, chosen: list[str]) -> None:
+        try:
+            for name in chosen:
+                begun = self._done
+                try:
+                    STAGES[name](self, context)
+                except (KVSmoothError, OSError, ValueError) as error:
+                    self.figures.append(Figure(name, "", context.threads, error=str(error)))
+                self._done = begun + self._measurements(name)  # a figure may have ended early
+        finally:
+            context.close()
+
+    def _default_threads(self) -> int:
+        with Model(self.path, mmproj=False) as model:
+            return model.threads
+
+    def _measurements(self, stage: str) -> int:
+        figures = {"decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}
+        return figures.get(stage, 1) * (self.settings.repeat + 1)
+
+    def note_model(self, model: Model) -> Work:
+        self.work = self.work or of_model(model)
+        self.model_facts = {
+            "path": self.path,
+            "mmproj": self.mmproj,
+            "weight_bytes": model.weight_bytes,
+            **asdict(self.work),
+            "layers": model.n_layer,
+            "vision_blocks": int(model._info.n_vision_layer),
+            "image_rows": model.n_image,
+            "kv_type": stages.KV_TYPE,
+        }
+        return self.work
+
+    # ---- repetitions ----
+
+    def step(self, figure: Figure, repetition: int) -> None:
+        """Says what comes."""
+        if self._progress is not None:
+            at = "".join(f", {name} {value}" for name, value in figure.at.items())
+            counted = f"repetition {repetition} of {self.settings.repeat}" if repetition else "warming up"
+            threads = f"{figure.threads} thread{'' if figure.threads == 1 else 's'}"
+            self._progress(f"{figure.what}{at}, {threads}: {counted}", self._done, self._total)
+        self._done += 1
+
+    def repeat(self, context: Context, *entries: Entry) -> None:
+        """Measures all entries in turn, as often as asked for and once before, which does not count. What goes wrong ends its figure."""
+        self.figures += [entry.figure for entry in entries]
+        for repetition in range(self.settings.repeat + 1):
+            for entry in entries:
+                if entry.figure.error:
+                    continue
+                self.step(entry.figure, repetition)
+                try:
+                    _measure(entry, context.roofs, counts=repetition > 0)
+                except (KVSmoothError, OSError, ValueError) as error:
+                    entry.figure.error = str(error)
+
+
+def _measure(entry: Entry, roofs: Roofs, counts: bool) -> None:
+    figure = entry.figure
+    before = [roofs.measure(kind) for kind in entry.roofs]
+    value = entry.measure()
+    after = [roofs.measure(kind) for kind in entry.roofs]
+    if counts:
+        figure.values.append(value)
+        for kind, *both in zip(entry.roofs, before, after, strict=True):
+            roof = sum(both) / 2
+            figure.roofs.setdefault(kind, []).append(roof)
+            figure.shares.setdefault(kind, []).append(entry.used(value) / roof)
+    for name, measure in entry.rivals.items():
+        _race(figure.peers.setdefault(name, Peer()), measure, counts)
+    _drop_slow(figure)
+
+
+def _race(peer: Peer, measure: Callable[[], float], counts: bool) -> None:
+    """A peer that fails is out of it; ours goes on."""
+    if peer.error or peer.dropped:
+        return
+    try:
+        value = measure()
+    except KVSmoothError as error:
+        peer.error = str(error)
+        return
+    if counts:
+        peer.values.append(value)
+
+
+def _drop_slow(figure: Figure) -> None:
+    name = figure.best_peer()
+    if name is None:
+        return
+    best = spread(figure.peers[name].values).median
+    for peer in figure.peers.values():
+        if peer.values:
+            median = spread(peer.values).median
+            peer.dropped |= (best / median if figure.lower_is_better else median / best) < BEHIND

@@ -1,0 +1,559 @@
+"""pykvsmooth bench: what it counts, its statistics, the peers that fail, and the command on small models."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import Pair, Run
+from PIL import Image
+
+import pykvsmooth as kvs
+from pykvsmooth import box, machine
+from pykvsmooth._native import library_path
+from pykvsmooth.bench import STAGES, Bench, Figure, LlamaCpp, Peer, PeerError, Settings, plot, ratio_interval, record, roofs, spread, work
+from pykvsmooth.bench.child import ChildError, run_child
+from pykvsmooth.bench.counter import Instructions
+from pykvsmooth.bench.peer import read_bench
+from pykvsmooth.cli import bench as command
+from pykvsmooth.gguf_in import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", 24, "--sessions", "1,2", "--threads", 1]
+
+# llama-bench -p 0 -n 8 -d 64 -fa 0 -o json, build 0c1e570, without the keys that do not matter here
+RECORDED = """[
+  {
+    "build_commit": "0c1e570", "build_number": 1, "cpu_info": "AMD EPYC", "gpu_info": "", "backends": "CPU",
+    "model_filename": "scenes-llava-Q8_0.gguf", "model_type": "llama ?B Q8_0", "model_size": 7816192, "model_n_params": 7344384,
+    "n_batch": 2048, "n_ubatch": 512, "n_threads": 2, "type_k": "f16", "type_v": "f16", "flash_attn": 0, "repack": false,
+    "n_prompt": 0, "n_gen": 8, "n_depth": 64,
+    "test_time": "2026-11-21T21:34:19Z",
+    "avg_ns": 15822097233, "stddev_ns": 3467130033, "avg_ts": 0.947092, "stddev_ts": 0.914454,
+    "samples_ns": [ 26624456224, 5019738243 ],
+    "samples_ts": [ 0.300476, 1.59371 ]
+  }
+]
+"""
+BENCH_HELP = """  -d, --n-depth <n>      (default: 0)
+  -fa, --flash-attn <on|off|auto>                   (default: auto)
+  --repack <0|1>                                    (default: 1)"""
+CLI_HELP = """-fa,   --flash-attn [on|off|auto]       set Flash Attention use
+--repack, -nr, --no-repack              whether to enable weight repacking
+--ignore-eos                            ignore end of stream token"""
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read: touching half a gigabyte takes longer than all the rest."""
+    monkeypatch.setattr(roofs, "available_bytes", lambda: 64 << 20)
+
+
+# ---- what is counted ----
+
+
+def tensor(name: str, *shape: int, n_bytes: int = 0) -> Tensor:
+    return Tensor(name, "F32", shape, "", 0, n_bytes or 4 * math.prod(shape))
+
+
+def test_bytes_of_a_token():
+    layers = [tensor("blk.0.attn_q.weight", 8, 8, n_bytes=100), tensor("blk.0.attn_norm.weight", 8, n_bytes=32)]
+    embedding = tensor("token_embd.weight", 50, 8, n_bytes=1000)
+    assert work.token_bytes([embedding, *layers, tensor("output.weight", 50, 8, n_bytes=700)]) == 100 + 32 + 700
+    assert work.token_bytes([embedding, *layers]) == 100 + 32 + 1000  # tied: the embedding is the output
+
+
+def test_operations_of_a_row():
+    tensors = [
+        tensor("token_embd.weight", 50, 8),
+        tensor("output.weight", 50, 8),
+        tensor("blk.0.attn_q.weight", 8, 8),
+        tensor("blk.0.attn_q.bias", 8),
+        tensor("blk.1.ffn_up.weight", 16, 8),
+    ]
+    assert work.row_operations(tensors) == 2 * (8 * 8 + 16 * 8)
+
+
+def test_operations_of_a_picture():
+    """Two of three blocks of width 4 over 9 patches of 2 x 2 and the class row, and a projector to width 6."""
+    tensors = [tensor("v.patch_embd.weight", 4, 3, 2, 2), tensor("v.class_embd", 4), tensor("v.position_embd.weight", 10, 4)]
+    tensors += [tensor(f"v.blk.{i}.attn_{name}.weight", 4, 4) for i in range(3) for name in ("q", "k", "v", "out")]
+    tensors += [tensor(f"v.blk.{i}.ffn_{name}.weight", 8, 4) for i in range(3) for name in ("up", "down")]
+    tensors += [tensor("v.blk.0.attn_q.bias", 4), tensor("mm.0.weight", 6, 4), tensor("mm.0.bias", 6), tensor("mm.2.weight", 6, 6)]
+    block = 2 * 10 * (4 * 4 * 4 + 2 * 8 * 4) + 2 * (2 * 10 * 10 * 4)  # matrices; Q K and P V
+    assert work.picture_operations(tensors, blocks=2, n_image=9) == 2 * 9 * (4 * 12) + 2 * block + 2 * 9 * (6 * 4 + 6 * 6)
+
+
+def test_the_seven_billion_shape():
+    """What is written everywhere about LLaVA-1.5-7B: 12.95 Gop a row, 374 GFLOP a picture with 22 blocks, 369 MB of F16 at depth 704."""
+    text = [tensor(f"blk.{i}.{name}.weight", 4096, 4096) for i in range(32) for name in ("q", "k", "v", "o")]
+    text += [tensor(f"blk.{i}.{name}.weight", 11008, 4096) for i in range(32) for name in ("gate", "up", "down")]
+    assert round(work.row_operations(text) / 1e9, 2) == 12.95
+    tower = [tensor("v.patch_embd.weight", 1024, 3, 14, 14), tensor("mm.0.weight", 4096, 1024), tensor("mm.2.weight", 4096, 4096)]
+    tower += [tensor(f"v.blk.{i}.attn_{name}.weight", 1024, 1024) for i in range(23) for name in "qkvo"]
+    tower += [tensor(f"v.blk.{i}.ffn_{name}.weight", 4096, 1024) for i in range(23) for name in ("up", "down")]
+    assert round(work.picture_operations(tower, 22, 576) / 1e9) == 374
+
+
+def test_work_of_a_model(tiny_pair: Pair, model: kvs.Model):
+    """Against the arrays of the reference."""
+    found = work.of_model(model)
+    matrices = model.n_embd * model.head_dim * 2 * (model.n_head + model.n_kv_head) + 3 * model.n_embd * model._info.n_ff
+    assert found.row_operations == 2 * model.n_layer * matrices
+    assert 0 < found.token_bytes < model.weight_bytes and found.picture_operations > 0
+    row = {"f16": 2 * model.head_dim, "f32": 4 * model.head_dim}
+    for kv_type, size in row.items():
+        assert work.cache_bytes(model, kv_type, 10) == 2 * model.n_layer * model.n_kv_head * size * 10
+        with model.session(n_ctx=512, kv_type=kv_type) as session:
+            assert session.nbytes >= work.cache_bytes(model, kv_type, 512)
+
+
+# ---- statistics ----
+
+
+def test_spread():
+    found = spread([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found.min, found.q1, found.median, found.q3, found.max, found.n) == (1, 2, 3, 4, 5, 5)
+    assert spread([2.0]).median == 2
+    with pytest.raises(ValueError):
+        spread([])
+
+
+def test_a_ratio_and_its_interval(rng):
+    base = rng.uniform(1, 100, 400)
+    median, low, high = ratio_interval(base * 1.02 * rng.normal(1, 0.01, 400), base)
+    assert 1.01 < low < median < high < 1.03 and high - low < 0.01  # pairs: what is common to both does not count
+    assert ratio_interval([3.0], [2.0]) == (1.5, 1.5, 1.5)
+    assert ratio_interval(base, base[::-1]) == ratio_interval(base, base[::-1])
+    for a, b in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError):
+            ratio_interval(a, b)
+
+
+def test_the_interval_covers(rng):
+    """Of 60 draws with a true median of 1, nearly all intervals of 95 % hold it."""
+    inside = 0
+    for _ in range(60):
+        _, low, high = ratio_interval(rng.normal(1, 0.1, 41), np.ones(41))
+        inside += low <= 1 <= high
+    assert inside >= 50
+
+
+def test_ahead_is_paired_and_to_the_best_setting():
+    fast = Figure("decode", "tokens/s", 1, values=[10.0, 20.0], peers={"a": Peer([5.0, 16.0]), "b": Peer([4.0, 4.0]), "c": Peer(error="?")})
+    assert fast.best_peer() == "a" and fast.ahead() == [2.0, 1.25]
+    slow = Figure("caption", "s", 1, values=[10.0, 20.0], peers={"a": Peer([5.0, 10.0]), "b": Peer([1.0], dropped=True)})
+    assert slow.best_peer() == "a" and slow.ahead() == [0.5, 0.5]
+    slow.more["unequal"] = True
+    assert slow.ahead() == []
+    assert Figure("load", "s", 1, values=[1.0]).best_peer() is None
+
+
+# ---- programs beside us ----
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_a_child(tmp_path):
+    program = "import sys, time; x = bytearray(80 << 20); print('out'); print('err', file=sys.stderr); time.sleep(.3)"
+    ended = run_child([sys.executable, "-c", program], 60)
+    assert (ended.out, ended.err) == ("out\n", "err\n") and 0.3 < ended.seconds < 60
+    assert ended.peak_bytes == 0 or 80 << 20 < ended.peak_bytes < 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("#!/bin/sh\necho no such model >&2; exit 3", "ended with status 3: no such model"),
+        ("#!/bin/sh\nkill -SEGV $$", "died of SIGSEGV: it says nothing"),
+        ("#!/bin/sh\nexec sleep 60", "not finished after 0.5 s"),
+        ("neither a script nor a program", "can't be started"),
+    ],
+)
+def test_children_that_fail(tmp_path, text, says):
+    begin = time.monotonic()
+    with pytest.raises(ChildError, match=says):
+        run_child([str(script(tmp_path / "tool", text))], 0.5 if "sleep" in text else 60)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_missing_child(tmp_path):
+    with pytest.raises(ChildError, match="can't be started: No such file"):
+        run_child([str(tmp_path / "none")], 1)
+
+
+def test_an_interrupt_kills_the_child(tmp_path):
+    pid = tmp_path / "pid"
+    old = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            run_child([str(script(tmp_path / "tool", f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60"))], 60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_instructions_are_counted_or_the_reason_is_given():
+    counter = Instructions()
+    before = counter.read()
+    sum(range(10000))
+    after = counter.read()
+    assert (counter.why and before is after is None) or (after > before + 10000)
+    counter.close()
+    counter.close()
+
+
+def test_the_machine():
+    facts = machine.facts()
+    assert facts["cores"] >= facts["cores_allowed"] >= 1 and facts["memory_bytes"] >= facts["available_bytes"] > 0
+    assert "kernels:" in facts["cpu"] and facts["cache_bytes"] >= 0 and facts["load"] >= 0
+    assert machine.peak_bytes() == 0 or machine.peak_bytes() > 10 << 20
+    assert machine.peak_bytes(1 << 30) == 0
+
+
+# ---- llama.cpp ----
+
+
+def test_llama_bench_as_it_was_recorded():
+    assert read_bench(RECORDED, {"n_prompt": 0, "n_gen": 8, "n_depth": 64}) == 0.947092
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not the JSON"),
+        ("Segmentation fault", "not the JSON"),
+        ("[1, 2]", "not the JSON"),
+        ("7", "not the JSON"),
+        ("[" * 100000, "not the JSON"),
+        ("{}", "0 records"),
+        ("[]", "0 records"),
+        (RECORDED.replace('"n_gen": 8', '"n_gen": 9'), "0 records"),
+        (RECORDED.replace("]\n}", "]}").replace('"avg_ts"', '"ts"'), "not the JSON"),
+        (RECORDED.replace("0.947092", "0"), "no speed"),
+        (RECORDED.replace("0.947092", "NaN"), "no speed"),
+        (RECORDED.replace("0.947092", '"fast"'), "no speed"),
+    ],
+)
+def test_llama_bench_as_it_may_be(text, says):
+    with pytest.raises(PeerError, match=says):
+        read_bench(text, {"n_prompt": 0, "n_gen": 8, "n_depth": 64})
+
+
+def peer(folder: Path, bench: str = "", cli: str = "") -> Path:
+    """A build whose tools answer --help as real ones do, and then run these lines of shell, with all flags in $*."""
+    folder.mkdir()
+    for name, text, body in (("llama-bench", BENCH_HELP, bench), ("llama-mtmd-cli", CLI_HELP, cli)):
+        script(folder / name, f'#!/bin/sh\nif [ "$1" = --help ]; then cat <<\'END\'\n{text}\nEND\nexit; fi\necho "$*" >> $0.log\n{body}\n')
+    return folder
+
+
+ANSWER = """p=0 n=0 d=0 s=1
+while [ $# -gt 0 ]; do
+  case $1 in -p) p=$2;; -n) n=$2;; -d) d=$2;; -fa) [ $2 = on ] && s=2;; --repack) [ $2 = 0 ] && s=${s}0;; esac
+  shift
+done
+echo '[{"n_prompt": '$p', "n_gen": '$n', "n_depth": '$d', "avg_ts": '$s'}]'"""
+ENCODES = "echo a picture; echo 'mtmd batch encoding done in 1500 ms' >&2"
+
+
+def test_settings_are_what_the_build_has(tmp_path):
+    build = LlamaCpp(str(peer(tmp_path / "bin")))
+    assert [setting.flags for setting in build.bench_settings()] == [
+        ("-fa", "on", "--repack", "1"),
+        ("-fa", "on", "--repack", "0"),
+        ("-fa", "off", "--repack", "1"),
+        ("-fa", "off", "--repack", "0"),
+    ]
+    assert [setting.flags for setting in build.cli_settings()] == [
+        ("-fa", "on"),
+        ("-fa", "on", "--no-repack"),
+        ("-fa", "off"),
+        ("-fa", "off", "--no-repack"),
+    ]
+    script(tmp_path / "bin" / "llama-bench", "#!/bin/sh\necho '-fa, --flash-attn <0|1>'")
+    assert [(setting.name, setting.flags) for setting in build.bench_settings()] == [
+        ("flash attention on", ("-fa", "1")),
+        ("flash attention off", ("-fa", "0")),
+    ]
+    script(tmp_path / "bin" / "llama-bench", "#!/bin/sh\necho usage")
+    assert [(setting.name, setting.flags) for setting in build.bench_settings()] == [("as it is", ())]
+
+
+def test_against_a_peer(run, tmp_path):
+    """The best of its settings is what counts; those that are far behind are not run to the end."""
+    folder = peer(tmp_path / "bin", ANSWER)
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--only", "prefill,decode", "--repeat", 2, "--against", folder, "--json", out)
+    assert got.code == 0, got.err
+    prefill, *decodes = json.loads(out.read_text())["figures"]
+    for figure in (prefill, *decodes):
+        assert figure["peer"] == "flash attention on, repack off" and figure["peers"][figure["peer"]]["values"] == [20.0, 20.0]
+        assert figure["peers"]["flash attention off, repack on"] | {"value": None} == {
+            "value": None,
+            "values": [1.0],
+            "error": "",
+            "dropped": True,
+        }
+        assert figure["ahead"]["median"] == pytest.approx(np.median(figure["values"]) / 20)
+    assert "llama.cpp: flash attention on, repack off" in got.out and got.out.count("20") >= 3
+    log = (folder / "llama-bench.log").read_text().splitlines()
+    assert sum("-d 9 " in line and "-n 2 " in line and "-t 1 " in line for line in log) == 9  # four settings twice, then one
+    assert sum("-p 24 -n 0 -d 0" in line for line in log) == 9
+
+
+def test_pictures_and_captions_of_a_peer(run, tmp_path):
+    folder = peer(tmp_path / "bin", cli=ENCODES)
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--only", "encode,caption", "--max-tokens", 3, "--against", folder, "--json", out)
+    encode, caption = json.loads(out.read_text())["figures"]
+    assert all(one["values"] == [1.5] for one in encode["peers"].values()) and len(encode["peers"]) == 4, got.err
+    assert encode["ahead"]["median"] == pytest.approx(1.5 / encode["values"][0])
+    assert encode["more"]["operations"] > 0 and encode["more"]["s_per_block"] == pytest.approx(encode["values"][0] / 2)
+    assert caption["more"]["unequal"] is (caption["more"]["tokens"] < 3) and caption["peer"]
+    log = (folder / "llama-mtmd-cli.log").read_text().splitlines()
+    assert len(log) == 16 and all("--ignore-eos" in line and "--temp 0" in line for line in log)
+    assert sum("-n 3 " in line for line in log) == 8 and sum("--no-repack" in line for line in log) == 8
+
+
+@pytest.mark.parametrize(
+    ("bench", "says"),
+    [
+        ("kill -SEGV $$", "died of SIGSEGV"),
+        ("echo warming up >&2; exit 1", "ended with status 1: warming up"),
+        ("echo '| model | t/s |'", "not the JSON"),
+        ("head -c 100000 /dev/urandom", "not the JSON"),
+        ("exec sleep 60", "not finished after 1 s"),
+        (None, "can't be started: No such file"),
+        ("help", "ended with status 1: no help here"),
+    ],
+    ids=["crash", "failure", "table", "noise", "hang", "missing", "helpless"],
+)
+def test_a_peer_that_fails_does_not_stop_the_rest(run, tmp_path, bench, says):
+    folder = peer(tmp_path / "bin", bench or "")
+    if bench is None:
+        (folder / "llama-bench").unlink()
+    if bench == "help":
+        script(folder / "llama-bench", "#!/bin/sh\necho no help here >&2; exit 1")
+    out = tmp_path / "b.json"
+    argv = ["bench", *QUICK, "--only", "prefill,policy", "--against", folder, "--timeout", 1, "--json", out]
+    got = run(*argv)
+    assert got.code == 0, got.err
+    prefill, policy = json.loads(out.read_text())["figures"]
+    assert prefill["peers"] and all(says in one["error"] and not one["values"] for one in prefill["peers"].values())
+    assert prefill["values"] and prefill["peer"] is prefill["ahead"] is None and policy["values"]
+    row = next(line for line in got.out.splitlines() if line.startswith("prefill of 24 rows"))
+    assert says in row and "llama.cpp" in row
+
+
+def test_a_picture_whose_time_the_peer_does_not_say(run, tmp_path):
+    folder = peer(tmp_path / "bin", cli="echo a picture")
+    got = run("bench", *QUICK, "--only", "encode", "--against", folder)
+    assert got.code == 0 and "it does not say how long the picture took" in got.out
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def measured(run: Callable[..., Run], tmp_path: Path) -> Callable[..., tuple[Run, list[dict]]]:
+    def go(*argv: object) -> tuple[Run, list[dict]]:
+        got = run("bench", *QUICK, *argv, "--json", tmp_path / "b.json")
+        return got, json.loads((tmp_path / "b.json").read_text())["figures"]
+
+    return go
+
+
+def test_all_that_it_measures(measured, tmp_path):
+    """On the tiny pair, every stage; in the table, in the record."""
+    got, figures = measured("--max-tokens", 3)
+    assert got.code == 0, got.err
+    whats = [figure["what"] for figure in figures]
+    assert list(dict.fromkeys(["roof" if name == "roofs" else name for name in STAGES])) == list(dict.fromkeys(whats))
+    by = {name: [figure for figure in figures if figure["what"] == name] for name in whats}
+    for figure in figures:
+        assert figure["error"] == "" and figure["threads"] == 1 and figure["value"]["median"] > 0
+        assert figure["value"]["n"] == len(figure["values"]) == (2 if figure["what"] == "policy" else 1)
+    for figure in (*by["decode"], *by["prefill"], *by["encode"]):
+        assert figure["shares"].keys() == figure["roofs"].keys() and all(share["median"] > 0 for share in figure["shares"].values())
+    assert [figure["at"] for figure in by["decode"]] == [{"depth": 3}, {"depth": 9}]
+    first, second = (figure["more"]["bytes_per_token"] for figure in by["decode"])
+    assert first < second
+    decode = by["decode"][0]
+    assert decode["shares"]["read"]["median"] == pytest.approx(decode["values"][0] * first / decode["roofs"]["read"]["median"])
+    prefill = by["prefill"][0]
+    assert prefill["shares"]["f32"]["median"] == pytest.approx(
+        prefill["values"][0] * prefill["more"]["operations"] / 24 / prefill["roofs"]["f32"]["median"]
+    )
+    low, high = by["policy"][0]["more"]["interval"]
+    assert low <= by["policy"][0]["value"]["median"] <= high
+    assert by["load"][0]["more"]["peak_bytes"] > 1 << 20 and by["caption"][0]["more"]["tokens"] <= 3
+    assert [figure["at"]["sessions"] for figure in by["sessions"]] == [1, 2] and by["sessions"][0]["more"]["against_one"]["median"] == 1
+    for name in (
+        "1 thread",
+        "roof: read, huge pages",
+        "load",
+        "encode",
+        "prefill of 24 rows",
+        "decode at depth 9",
+        "KVSmooth on / off at 24",
+    ):
+        assert f"\n{name}  " in got.out
+    assert "2 at once, depth 128" in got.out and "caption of 3 tokens" in got.out
+
+
+def test_the_record(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVS_CPU", "base")
+    out = tmp_path / "b.json"
+    assert run("bench", *QUICK, "--only", "roofs", "--json", out, "--threads", "1,2").code == 0
+    found = json.loads(out.read_text())
+    assert found["complete"] and found["version"] == kvs.__version__ and found["settings"]["threads"] == [1, 2]
+    assert found["machine"]["KVS_CPU"] == "base" and "kernels: base" in found["machine"]["cpu"]
+    kinds = [(figure["threads"], figure["at"]["kind"]) for figure in found["figures"]]
+    assert kinds == [(n, kind) for n in (1, 2) for kind in ("read", "read_huge", "f32", "int8")]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.slow
+def test_the_box(tmp_path):
+    """As a user types it, in a process of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYKVSMOOTH_")}
+    env |= {"PYTHONPATH": str(ROOT), "KVS_LIBRARY": str(library_path)}
+    out, plot = tmp_path / "b.json", tmp_path / "b.png"
+    argv = [sys.executable, "-m", "pykvsmooth", "bench", *map(str, QUICK), "--max-tokens", "4", "--json", str(out), "--plot", str(plot)]
+    got = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    assert got.returncode == 0, got.stderr
+    assert "the small one in the box" in got.stderr and box.TEXT in got.stdout
+    found = json.loads(out.read_text())
+    assert found["model"]["path"].endswith(box.TEXT) and found["model"]["picture_operations"] > 0
+    assert {figure["what"] for figure in found["figures"]} == {"roof", *STAGES} - {"roofs"}
+    with Image.open(plot) as image:
+        assert image.size[0] > 1000
+
+
+def test_a_plot(run, tiny_pair, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    folder = peer(tmp_path / "bin", ANSWER)
+    few = Settings(tiny_pair.text, depths=(3, 9), tokens=2, rows=24, repeat=2, sessions=(1, 2), only=("prefill", "decode", "sessions"))
+    bench = Bench(replace(few, mmproj=tiny_pair.mmproj, threads=(1, 2), against=str(folder)))
+    bench.run()
+    for name in ("p.png", "p.svg"):
+        plot.draw(bench, str(tmp_path / name))
+    assert Image.open(tmp_path / "p.png").size[0] > 1000
+    assert "llama.cpp, 2 threads" in (tmp_path / "p.svg").read_text()
+    for path, says in ((tmp_path / "p.gif", "a plot is .png"), (tmp_path / "none" / "p.png", "no such folder")):
+        got = run("bench", *QUICK, "--plot", path)
+        assert got.code == 1 and says in got.err and not got.out
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    got = run("bench", *QUICK, "--plot", tmp_path / "q.png")
+    assert got.code == 1 and "pip install 'pykvsmooth[plot]'" in got.err
+
+
+def test_a_text_model(run, tmp_path, monkeypatch):
+    """What needs a picture says why not; the rest is measured, and the exit code says that something is missing."""
+    text, _, _ = tiny.write_pair(tmp_path, seed=1, vision=False, load=False)
+    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", "")
+    got = run("bench", *QUICK, "--model", text, "--only", "load,encode,decode,caption", "--max-tokens", 3)
+    assert got.code == 1
+    rows = {line.split("  ")[0]: line for line in got.out.splitlines()}
+    for name in ("encode", "caption of 3 tokens"):
+        assert "no picture without an mmproj; give --mmproj FILE" in rows[name]
+    assert "tok/s" in rows["decode at depth 3"] and "peak" in rows["load"]
+
+
+def test_usage(run, tmp_path):
+    for argv, says in (
+        (["--only", "speed"], "there is no stage 'speed'"),
+        (["--threads", "0"], "must be at least 1"),
+        (["--threads", "2000"], "at most 1024"),
+        (["--depths", "1,x"], "must be a whole number"),
+        (["--repeat", 0], "must be at least 1"),
+        (["--json", tmp_path / "none" / "b.json"], "there is no such folder"),
+        (["--against", tmp_path / "none"], "there is no such folder"),
+    ):
+        got = run("bench", *argv)
+        assert got.code == 2 and says in got.err and not got.out, argv
+    got = run("bench", "--model", tmp_path / "none.gguf")
+    assert got.code == 1 and "none.gguf" in got.err
+    assert run("--help").code == 0 and "bench" in run("--help").out
+    assert tuple(STAGES) == command.STAGES
+
+
+def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(measured):
+    got, figures = measured("--only", "decode,policy", "--depths", str(1 << 20))
+    assert got.code == 1 and [figure["what"] for figure in figures] == ["decode", "policy"]
+    assert "n_ctx" in figures[0]["error"] and figures[1]["values"]
+
+
+def test_an_interrupt_shows_what_there_is(run, tmp_path, monkeypatch):
+    """The third repetition of the second figure does not come: two of it are there."""
+    steps = []
+
+    def step(self: Bench, figure: Figure, repetition: int) -> None:
+        steps.append((figure.what, repetition))
+        if steps[-1] == ("decode", 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "step", step)
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--only", "prefill,decode,policy", "--depths", 3, "--repeat", 3, "--json", out)
+    assert got.code == 130 and "interrupted" in got.err
+    found = json.loads(out.read_text())
+    assert not found["complete"] and [len(figure["values"]) for figure in found["figures"]] == [3, 2]
+    assert "decode at depth 3" in got.out
+
+
+def test_ctrl_c(tmp_path, tiny_pair):
+    """In a process of its own, while a peer hangs: it ends at once, with the table, and takes the peer with it."""
+    pid = tmp_path / "pid"
+    folder = peer(tmp_path / "bin", f"echo $$ > {pid}\nexec sleep 600")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVS_LIBRARY": str(library_path)}
+    argv = ["bench", *map(str, QUICK), "--model", tiny_pair.text, "--only", "roofs,prefill", "--against", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pykvsmooth", *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (pid.exists() and pid.read_text().strip()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "roof: f32" in out and "interrupted" in err and "Traceback" not in err
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+        pytest.fail("the peer is still there")
+
+
+def test_the_library(tiny_pair):
+    """Bench as the README of bench/ has it."""
+    said = []
+    bench = Bench(
+        Settings(model=tiny_pair.text, mmproj=tiny_pair.mmproj, threads=(1, 2), depths=(4,), tokens=2, repeat=2, only=("decode",)),
+        lambda *progress: said.append(progress),
+    )
+    bench.run()
+    assert [(figure.threads, len(figure.values)) for figure in bench.figures] == [(1, 2), (2, 2)] and bench.complete
+    assert [done for _, done, _ in said] == list(range(6)) and {total for *_, total in said} == {6}
+    assert said[0][0] == "decode, depth 4, 1 thread: warming up" and said[-1][0].endswith("2 threads: repetition 2 of 2")
+    assert record(bench)["model"]["token_bytes"] > 0
