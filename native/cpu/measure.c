@@ -47,7 +47,7 @@ static void touch(void *arg, int64_t begin, int64_t end, int32_t thread) {
 static int map_pages(kvs_roofs *r, int32_t kind, kvs_error *err) {
     if (r->pages[kind]) return KVS_OK;
     size_t bytes = (size_t)mapped_bytes(r);
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *base = kvs_refused() ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return kvs_fail_memory(err, bytes, "a buffer to read");
 #if defined(MADV_HUGEPAGE) && defined(MADV_NOHUGEPAGE)
     madvise(base, bytes,
