@@ -193,7 +193,7 @@ void kvs_pruned_refresh(kvs_cache *cache) {
     }
     for (int32_t layer = 0; layer < kv->n_layer; layer++) {
         p->dropped[layer] = p->on[layer] ? kvs_pruned_missing(p, INT32_MAX) : 0;
-        for (int32_t set = 0; set < kv->n_sets; set++)
+        for (int32_t set = 0; set < kv->n_sets && kv->spans; set++)
             place_spans(cache, kvs_pruned_list(p, kv, layer, set), kv->spans + ((int64_t)layer * kv->n_sets + set) * kv->room_spans);
     }
 }

@@ -126,6 +126,16 @@ def tokenizer_seeds() -> dict[str, bytes]:
     texts = {"words": b"a dog", "marks": "USER: <image>\n▁dog</s>".encode(), "broken": b"\xe2\x96 \xff\xc0a\xed\xa0\x80"}
     seeds = {f"{f}-{t}": join(3, files[f], texts[t]) for f in files for t in texts if f != "bytes" or t == "broken"}
     unused = {**small_vocabulary(), "tokenizer.ggml.token_type": (ARRAY, (I32, [2, 3, 3, 6, 6, 6, 6, 1] + [5] * 11))}
+    pieces = len(small_vocabulary()["tokenizer.ggml.tokens"][1][1])
+    lies = {"scores": (ARRAY, (F32, [float("nan")] * pieces)), "token_type": (ARRAY, (I32, [6] * pieces)), "model": (STRING, "gpt2")}
+    lies |= {"bos_token_id": (U32, pieces), "tokens": (ARRAY, (STRING, []))}
+    seeds |= {
+        f"lie-{name}": join(0, vocabulary_file(small_vocabulary() | {f"tokenizer.ggml.{name}": lie}), b"") for name, lie in lies.items()
+    }
+    known = {**small_vocabulary(), "tokenizer.ggml.token_type": (ARRAY, (I32, [1] * pieces))}
+    del known["tokenizer.ggml.unknown_token_id"]
+    seeds["no-unknown"] = join(0, vocabulary_file(known), b"")
+    seeds["long"] = join(0, files["small"], b"a dog d o g do " * 20)
     return seeds | {"unused": join(0, vocabulary_file(unused), b"dog dog a")}
 
 
@@ -161,6 +171,15 @@ def mmproj_seeds() -> dict[str, bytes]:
         "wide": mmproj(out=EMBD + 4),
         "patches": mmproj(),
     }
+    lies = {
+        "image_std": (ARRAY, (F32, [0.0, 1.0, 1.0])),
+        "attention.head_count": (U32, 3),
+        "block_count": (U32, 7),
+        "feature_layer": (STRING, ""),
+    }
+    refused |= {f"lie-{name}": with_keys(mmproj(), **{f"clip.vision.{name}": value}) for name, value in lies.items()}
+    refused |= {"fused": mmproj(), "a-text-model": text(1)}
+    refused["fused"].tensors["v.blk.0.attn_qkv.weight"] = Tensor((4, 12))
     refused["patches"].tensors["v.patch_embd.weight"] = Tensor((PATCH, PATCH, 3, 5))
     return {
         name: f.to_bytes()
@@ -196,6 +215,22 @@ def model_seeds() -> dict[str, bytes]:
     still.tensors["rope_freqs.weight"] = Tensor((2,))
     for name, f in {"linear": linear, "biased": biased, "yarn": yarn, "still": still}.items():
         seeds[name] = join(0, f.to_bytes(), b"", b"")
+    lies = {"attention.head_count": (U32, 3), "attention.head_count_kv": (U32, 5), "attention.key_length": (U32, 3)}
+    lies |= {"rope.dimension_count": (U32, 64), "vocab_size": (U32, 1), "rope.freq_base": (F32, float("nan")), "expert_count": (U32, 8)}
+    refused = {f"lie-{name}": with_keys(text(1), **{f"llama.{name}": value}) for name, value in lies.items()}
+    refused |= {
+        "stranger": with_keys(text(1), general__architecture=(STRING, "mamba")),
+        "missing": text(1),
+        "shape": text(1),
+        "extra": text(1),
+    }
+    del refused["missing"].tensors["blk.0.ffn_up.weight"]
+    refused["shape"].tensors["blk.0.ffn_up.weight"] = Tensor((EMBD, FF + 1))
+    refused["extra"].tensors["blk.0.attn_sinks.weight"] = Tensor((4,))
+    refused |= {"foreign-type": text(1), "norm-shape": text(1)}
+    refused["foreign-type"].tensors["output.weight"].kind = 19
+    refused["norm-shape"].tensors["output_norm.weight"] = Tensor((EMBD, 2))
+    seeds |= {f"refused-{name}": join(0, f.to_bytes(), b"", b"") for name, f in refused.items()}
     seeds |= {"swapped": join(0, image, sound, b""), "split": split(text(1)), "split-twice": split(text(1), shared=1)}
     seeds |= {"split-promise": split(text(1), promised=1), "split-second": split(text(1), split__no=(U16, 1))}
     seeds |= {f"split-{n}": split(text(1), split__count=(U16, n)) for n in (3, 100)}
