@@ -14,15 +14,16 @@ from fuzz.drive import instrumented, main
 with instrumented():
     from pykvsmooth.errors import ImageError
     from pykvsmooth.images import load_image, preprocess
+    from pykvsmooth.limits import Limits
 
-MAX_PIXELS = 1 << 16  # more is legal, and slow
+LIMITS = Limits(image_pixels=1 << 16)  # more is legal, and slow
 
 
 def try_one(data: bytes) -> None:
     """ImageError is the only error that bytes may give."""
     with suppress(ImageError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = load_image(data, max_pixels=MAX_PIXELS)
+        picture = load_image(data, limits=LIMITS)
         assert picture.mode == "RGB"
         for mode in ("pad", "crop", "stretch"):
             assert preprocess(picture, 14, mode).shape == (3, 14, 14)
