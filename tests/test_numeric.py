@@ -238,7 +238,7 @@ def test_one_of_a_joint_step(spoilt: tuple[kvs.Model, str, str], monkeypatch: py
     for session in sessions:
         session.feed(PROMPT)
     with pytest.raises(kvs.NumericError) as caught:
-        step([session._handle.pointer for session in sessions], [280, BAD, 290], kvs._native.Flag())
+        step([session._handle.cell[0] for session in sessions], [280, BAD, 290], kvs._native.Flag())
     assert caught.value.what == where and [session.n_past for session in sessions] == [len(PROMPT)] * 3
     for session in sessions:
         session.close()
