@@ -29,6 +29,7 @@ typedef struct slot {
 } slot;
 
 static slot *_Atomic slots;
+static slot first_slots[64];                                    /* memory is asked for only beyond these */
 static pthread_mutex_t slots_mutex = PTHREAD_MUTEX_INITIALIZER; /* for those who add or remove; the handler does without */
 static uintptr_t page_bytes;
 static struct sigaction before; /* the handler that was there */
@@ -96,6 +97,11 @@ static void install_handler(void) {
 static void lock(void) { pthread_mutex_lock(&slots_mutex); }
 static void unlock(void) { pthread_mutex_unlock(&slots_mutex); }
 
+static slot *new_slot(void) { /* slots_mutex is held */
+    static size_t n;
+    return n < sizeof first_slots / sizeof *first_slots ? &first_slots[n++] : kvs_calloc(1, sizeof *first_slots);
+}
+
 static slot *take_slot(const void *data, uint64_t size) {
     lock();
     if (!page_bytes) {
@@ -105,7 +111,7 @@ static slot *take_slot(const void *data, uint64_t size) {
     install_handler();
     slot *s = atomic_load(&slots);
     while (s && atomic_load(&s->end)) s = s->next;
-    if (!s && (s = kvs_calloc(1, sizeof *s))) {
+    if (!s && (s = new_slot())) {
         s->next = atomic_load(&slots);
         atomic_store(&slots, s);
     }
