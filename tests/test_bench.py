@@ -180,7 +180,7 @@ def test_a_child(tmp_path):
     ("text", "says"),
     [
         ("#!/bin/sh\necho no such model >&2; exit 3", "ended with status 3: no such model"),
-        ("#!/bin/sh\nkill -SEGV $$", "died of SIGSEGV: it says nothing"),
+        ("#!/bin/sh\nkill -ABRT $$", "died of SIGABRT: it says nothing"),
         ("#!/bin/sh\nexec sleep 60", "not finished after 0.5 s"),
         ("neither a script nor a program", "can't be started"),
     ],
@@ -337,7 +337,7 @@ def test_pictures_and_captions_of_a_peer(run, tmp_path):
 @pytest.mark.parametrize(
     ("bench", "says"),
     [
-        ("kill -SEGV $$", "died of SIGSEGV"),
+        ("kill -ABRT $$", "died of SIGABRT"),
         ("echo warming up >&2; exit 1", "ended with status 1: warming up"),
         ("echo '| model | t/s |'", "not the JSON"),
         ("head -c 100000 /dev/urandom", "not the JSON"),
