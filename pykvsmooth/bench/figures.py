@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +86,15 @@ class Figure:
             return []
         pairs = zip(self.values, self.peers[name].values, strict=False)
         return [theirs / ours if self.lower_is_better else ours / theirs for ours, theirs in pairs]
+
+
+@dataclass
+class Entry:
+    """A figure and how to get a value of it. used: bytes or operations per second that a value stands for, held against each of roofs.
+    rivals: the same of a peer, by setting."""
+
+    figure: Figure
+    measure: Callable[[], float]
+    roofs: Sequence[str] = ()
+    used: Callable[[float], float] = float
+    rivals: Mapping[str, Callable[[], float]] = field(default_factory=dict)

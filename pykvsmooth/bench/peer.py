@@ -109,7 +109,7 @@ def read_bench(text: str, test: dict[str, int]) -> float:
     return float(found[0])
 
 
-def rivals(settings: Callable[[], list[Setting]], measure: Callable[[Setting], float]) -> dict[str, Callable[[], float]]:
+def by_setting(settings: Callable[[], list[Setting]], measure: Callable[[Setting], float]) -> dict[str, Callable[[], float]]:
     """One measurement for each setting, by name. A tool that can't even show its help gives one that says so."""
     try:
         chosen = settings()

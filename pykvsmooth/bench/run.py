@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import KVSmoothError
 from ..model import Model
 from . import stages
 from .counter import Instructions
-from .figures import Figure, Peer, spread
+from .figures import Entry, Figure, Peer, spread
 from .peer import LlamaCpp
 from .roofs import Roofs
 from .work import Work, of_model
@@ -54,18 +54,6 @@ class Settings:
     only: tuple[str, ...] = ()
     against: str | None = None
     timeout: float = 1800.0
-
-
-@dataclass
-class Entry:
-    """A figure and how to get a value of it. used: bytes or operations per second that a value stands for, held against each of roofs.
-    rivals: the same of a peer, by setting."""
-
-    figure: Figure
-    measure: Callable[[], float]
-    roofs: Sequence[str] = ()
-    used: Callable[[float], float] = float
-    rivals: Mapping[str, Callable[[], float]] = field(default_factory=dict)
 
 
 class Context:

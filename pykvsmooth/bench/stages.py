@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from ..policies.kvsmooth import KVSmooth
 from ..session import KVType, Session
 from . import work
 from .child import ChildError, package_env, run_child
-from .figures import Figure, ratio_interval
-from .peer import LlamaCpp, PeerError, Setting, rivals
+from .figures import Entry, Figure, ratio_interval
+from .peer import LlamaCpp, PeerError, Setting, by_setting
 from .roofs import READS
 
 if TYPE_CHECKING:
@@ -51,12 +52,6 @@ def _grow(session: Session, rows: int) -> None:
         session.feed(_ids(session.model, n))
 
 
-def _entry(*arguments: Any, **named: Any) -> Any:
-    from .run import Entry
-
-    return Entry(*arguments, **named)
-
-
 def _arithmetic(context: Context) -> list[str]:
     return [kind for kind in context.roofs.kinds if kind not in READS]
 
@@ -65,7 +60,7 @@ def _rivals(bench: Bench, settings: str, measure: Callable[[LlamaCpp, Setting], 
     peer = bench.peer
     if peer is None:
         return {}
-    return rivals(getattr(peer, settings), lambda setting: measure(peer, setting))
+    return by_setting(getattr(peer, settings), lambda setting: measure(peer, setting))
 
 
 # ---- the machine, and processes of their own ----
@@ -76,7 +71,7 @@ def roofs(bench: Bench, context: Context) -> None:
     bench.repeat(
         context,
         *(
-            _entry(Figure("roof", unit, context.threads, {"kind": kind}), lambda kind=kind: context.roofs.measure(kind))
+            Entry(Figure("roof", unit, context.threads, {"kind": kind}), partial(context.roofs.measure, kind))
             for kind, unit in units.items()
         ),
     )
@@ -94,7 +89,7 @@ def load(bench: Bench, context: Context) -> None:
             figure.more["peak_bytes"] = found["peak_bytes"]
         return float(found["load_s"])
 
-    bench.repeat(context, _entry(figure, measure))
+    bench.repeat(context, Entry(figure, measure))
 
 
 def caption(bench: Bench, context: Context) -> None:
@@ -105,7 +100,7 @@ def caption(bench: Bench, context: Context) -> None:
         image = bench.settings.image or _picture(folder)
         bench.repeat(
             context,
-            _entry(
+            Entry(
                 figure,
                 lambda: _caption(bench, figure, image),
                 rivals=_rivals(bench, "cli_settings", lambda peer, setting: _peer_caption(bench, figure, peer, image, setting)),
@@ -179,7 +174,7 @@ def encode(bench: Bench, context: Context) -> None:
         rivals = _rivals(bench, "cli_settings", peer_measure)
         operations = context.work.picture_operations
         figure.more["operations"] = operations
-        bench.repeat(context, _entry(figure, measure, _arithmetic(context), lambda seconds: operations / seconds, rivals))
+        bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda seconds: operations / seconds, rivals))
 
 
 def prefill(bench: Bench, context: Context) -> None:
@@ -195,7 +190,7 @@ def prefill(bench: Bench, context: Context) -> None:
             return rows / (time.perf_counter() - begin)
 
         rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.prefill(bench.path, context.threads, rows, setting))
-        bench.repeat(context, _entry(figure, measure, _arithmetic(context), lambda speed: speed * operations, rivals))
+        bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda speed: speed * operations, rivals))
 
 
 def decode(bench: Bench, context: Context) -> None:
@@ -221,7 +216,7 @@ def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> 
         return tokens / seconds
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.decode(bench.path, context.threads, depth, tokens, setting))
-    bench.repeat(context, _entry(figure, measure, READS, lambda speed: speed * read, rivals))
+    bench.repeat(context, Entry(figure, measure, READS, lambda speed: speed * read, rivals))
 
 
 # ---- the policy ----
@@ -307,7 +302,7 @@ def sessions(bench: Bench, context: Context) -> None:
                 context.model.generate_batch([text] * n, n_ctx=n_ctx, kv_type=KV_TYPE, parallel=n, template=None, max_tokens=None)
             )
             figure = Figure("sessions", "tokens/s", context.threads, {"sessions": n, "depth": depth})
-            entries.append(_entry(figure, lambda batch=batch, n=n: _advance(batch, n * tokens)))
+            entries.append(Entry(figure, partial(_advance, batch, n * tokens)))
         bench.repeat(context, *entries)
 
 
