@@ -47,7 +47,7 @@ static int load(part file, uint32_t options, kvs_session **out, kvs_error *err) 
     kvs_session_params params = {.struct_size = sizeof params, .n_ctx = 1, .kv_type = KVS_TYPE_F16};
     policies chosen;
     choose_policies(options, info.image_size / info.patch_size, &chosen, &params);
-    return kvs_session_load(model, memory_file(0, file.data, file.size), &params, out, err);
+    return kvs_session_load(model, memory_file(0, file.data, file.size), &params, out, NULL, err);
 }
 
 /* ---- what loads is used ---- */
@@ -89,8 +89,8 @@ static void go_on(kvs_session *s, uint32_t options) {
         check_error(kvs_sessions_step(&s, &sample.id, 1, NULL, &err), &err);
     }
     look(s);
-    if (options & 64) check_error(kvs_session_restore(s, &err), &err);
-    check_error(kvs_session_rewind(s, KVS_MIN(4, kvs_session_n_past(s)), &err), &err);
+    if (options & 64) check_error(kvs_session_restore(s, NULL, &err), &err);
+    check_error(kvs_session_rewind(s, KVS_MIN(4, kvs_session_n_past(s)), NULL, &err), &err);
     check_error(kvs_session_new_turn(s, &err), &err);
     check_error(kvs_session_feed(s, &text, 1, NULL, &err), &err);
     check_error(kvs_sessions_step(&s, ids, 1, NULL, &err), &err);
@@ -107,7 +107,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     CHECK((status == KVS_OK) == (session != NULL));
     if (status) return 0;
     look(session);
-    if (in.options & 128) check_error(kvs_session_fork(session, &fork, &err), &err);
+    if (in.options & 128) check_error(kvs_session_fork(session, &fork, NULL, &err), &err);
     go_on(session, in.options);
     kvs_session_free(session);
     if (fork) go_on(fork, in.options);

@@ -143,7 +143,7 @@ kvs_error new_error(void) { return (kvs_error){.struct_size = sizeof(kvs_error)}
 
 void check_error(int status, const kvs_error *err) {
     if (!status) return;
-    CHECK(status >= KVS_E_FORMAT && status <= KVS_E_NUMERIC && err->code == status && err->message[0]);
+    CHECK(status >= KVS_E_FORMAT && status <= KVS_E_LIMIT && err->code == status && err->message[0]);
     for (const char *c = err->message; *c; c++) CHECK((unsigned char)*c >= 32 && *c != 127);
     CHECK(memchr(err->message, 0, sizeof err->message) && memchr(err->what, 0, sizeof err->what));
 }
