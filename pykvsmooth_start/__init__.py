@@ -2,9 +2,12 @@
 several times as long as Python's own start. It stands beside the package pykvsmooth, because whatever is in that comes after its import."""
 
 import os
-import signal
 
 INTERRUPTED = 130
+try:
+    import signal
+except KeyboardInterrupt:
+    os._exit(INTERRUPTED)
 
 
 def _end(*_: object) -> None:

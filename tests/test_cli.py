@@ -300,9 +300,10 @@ def test_compare_on_a_pipe(run, image, answer):
     got = run("caption", image, "--compare", "--max-tokens", 12)
     assert got.code == 0 and ESC not in got.out
     plain, smoothed = re.fullmatch(r"plain:\n(.*)smoothed:\n(.*)", got.out, re.S).groups()
-    for marks, shown, smooth in ((r"\[-|-\]", plain, False), (r"\{\+|\+\}", smoothed, True)):
+    for shown, smooth in ((plain, False), (smoothed, True)):
         text = escape.escaped(answer(image, smooth=smooth).text)
-        assert words_of(re.sub(marks, "", shown)) == words_of(re.sub(marks, "", text))
+        bare = [words_of(re.sub(r"[\[\]{}+-]", "", one)) for one in (shown, text)]  # the words may have such marks of their own
+        assert bare[0] == bare[1]
     both = run("caption", image, "--compare", "--max-tokens", 12, "--json").lines
     assert [line["settings"]["policy"] == "off" for line in both] == [True, False]
 
