@@ -144,7 +144,8 @@ def test_models_come_and_go(tiny_pair: Pair) -> None:
             sizes.append(resident())
     del model, session
     assert left()[1:] == before[1:] and left()[0] <= before[0] + 1  # the package's own thread
-    assert sizes[1] < 1.02 * sizes[0], sizes
+    keeps = "san" in os.environ.get("LD_PRELOAD", "")  # a sanitizer keeps what was freed for a while
+    assert keeps or sizes[1] < 1.02 * sizes[0], sizes
     print(f"{MODELS} models: resident memory {sizes[0] >> 10} -> {sizes[1] >> 10} KiB")
 
 
