@@ -36,7 +36,7 @@ test-fast: $(VENV)/installed ## the tests that take about a minute
 SAN_LIB_asan  = libasan.so
 SAN_LIB_ubsan = libubsan.so
 SAN_LIB_tsan  = libtsan.so
-SAN_SKIP_tsan = --deselect tests/test_errors.py::test_after_a_fork # TSan has no threads in a forked child
+SAN_SKIP_tsan = --deselect tests/test_errors.py::test_after_a_fork --deselect 'tests/test_processes.py::test_pools[fork]' # TSan has no threads in a forked child
 asan ubsan tsan: $(VENV)/installed $(VENV)/tools ## the fast tests under a sanitizer
 	$(BIN)/cmake --preset $@ -G Ninja && $(BIN)/cmake --build --preset $@ -j $(JOBS)
 	LD_PRELOAD="$$($(CC) -print-file-name=$(SAN_LIB_$@)) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
