@@ -1,4 +1,4 @@
-/* session.h - what session.c and session_file.c share. */
+/* session.h - what session.c, session_read.c and session_file.c share. */
 #ifndef KVS_SESSION_H
 #define KVS_SESSION_H
 #include "llama.h"

@@ -10,7 +10,7 @@ NATIVE = Path(__file__).resolve().parents[1] / "native"
 # A file may include what stands in a lower line, or in its own.
 LAYERS = [
     ["api.c"],
-    ["session.h", "session.c", "session_file.c"],
+    ["session.h", "session.c", "session_file.c", "session_read.c"],
     ["llama.h", "llama.c", "vision.c"],
     ["model.h", "model.c", "load.h", "load.c", "vision_load.c"],
     ["cache.h", "cache.c", "keep.h", "keep.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
