@@ -51,7 +51,5 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned seed) { return mutate_gguf(data, size, max, seed); }
 
 size_t LLVMFuzzerCustomCrossOver(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t *out, size_t max, unsigned seed) {
-    if (n > max) return 0;
-    memcpy(out, a, n);
-    return splice_gguf(out, n, max, b, m, seed);
+    return crossover_gguf(a, n, b, m, out, max, seed);
 }

@@ -20,15 +20,8 @@ static void encode(const kvs_tokenizer *tok, const char *text, size_t size, bool
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     input in = read_input(data, size, 2);
-    kvs_error err = new_error();
-    kvs_gguf *file;
-    kvs_tokenizer *tok = NULL;
-    int status = kvs_gguf_open(memory_file(0, in.parts[0].data, in.parts[0].size), &file, &err);
-    check_error(status, &err);
-    if (!status) check_error(status = kvs_tokenizer_load(file, &tok, &err), &err);
-    kvs_gguf_free(file); /* a vocabulary keeps nothing of its file */
-    CHECK((status == KVS_OK) == (tok != NULL));
-    if (status) return 0;
+    kvs_tokenizer *tok = load_vocabulary(in.parts[0]);
+    if (!tok) return 0;
     char *text = malloc(in.parts[1].size); /* of its own: what is read beyond it is seen */
     if (in.parts[1].size) memcpy(text, in.parts[1].data, in.parts[1].size);
     encode(tok, text, in.parts[1].size, in.options & 1, in.options & 2);

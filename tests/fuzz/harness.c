@@ -148,6 +148,18 @@ void check_error(int status, const kvs_error *err) {
     CHECK(memchr(err->message, 0, sizeof err->message) && memchr(err->what, 0, sizeof err->what));
 }
 
+kvs_tokenizer *load_vocabulary(part file) {
+    kvs_error err = new_error();
+    kvs_gguf *opened;
+    kvs_tokenizer *tok = NULL;
+    int status = kvs_gguf_open(memory_file(0, file.data, file.size), &opened, &err);
+    check_error(status, &err);
+    if (!status) check_error(status = kvs_tokenizer_load(opened, &tok, &err), &err);
+    kvs_gguf_free(opened); /* a vocabulary keeps nothing of its file */
+    CHECK((status == KVS_OK) == (tok != NULL));
+    return tok;
+}
+
 void touch(const void *data, size_t size) {
     const volatile uint8_t *bytes = data;
     for (size_t i = 0; i < size; i++) (void)bytes[i];

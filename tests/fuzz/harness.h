@@ -2,6 +2,7 @@
  * for whatever the library answers. Limits stand here, not in the product: a target skips what is expensive by intent. */
 #ifndef KVS_FUZZ_HARNESS_H
 #define KVS_FUZZ_HARNESS_H
+#include "tokenizer.h"
 #include "util.h"
 
 #include <stddef.h>
@@ -21,13 +22,14 @@ typedef struct input {
     part parts[MAX_INPUT_PARTS];
 } input;
 input read_input(const uint8_t *data, size_t size, int n_parts);
+kvs_tokenizer *load_vocabulary(part file); /* NULL: it was refused, as it should be */
 
 /* As LLVMFuzzerCustomMutator: bytes in place, at most max of them; the new size. */
 typedef size_t mutator(uint8_t *data, size_t size, size_t max, uint32_t seed);
 mutator mutate_gguf, mutate_bytes;
 size_t mutate_input(uint8_t *data, size_t size, size_t max, uint32_t seed, int n_parts, mutator *const mutators[]);
-/* A record of another GGUF file goes into this one. As LLVMFuzzerCustomCrossOver, but in place. */
-size_t splice_gguf(uint8_t *data, size_t size, size_t max, const uint8_t *other, size_t other_size, uint32_t seed);
+/* As LLVMFuzzerCustomCrossOver: out is a with a record of b in it. */
+size_t crossover_gguf(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t *out, size_t max, uint32_t seed);
 uint64_t edit_number(uint64_t value, int bytes, uint64_t *rng); /* near, extreme or random */
 uint64_t next_random(uint64_t *rng);
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max); /* libFuzzer's */

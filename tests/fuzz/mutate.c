@@ -418,7 +418,7 @@ size_t mutate_gguf(uint8_t *data, size_t size, size_t max, uint32_t seed) {
     return c.size;
 }
 
-size_t splice_gguf(uint8_t *data, size_t size, size_t max, const uint8_t *other, size_t other_size, uint32_t seed) {
+static size_t splice(uint8_t *data, size_t size, size_t max, const uint8_t *other, size_t other_size, uint32_t seed) {
     static outline mine, theirs;
     change c = {data, size, KVS_MIN(max, MAX_FILE), seed, &theirs};
     draw_outline(other, other_size, &theirs);
@@ -432,4 +432,10 @@ size_t splice_gguf(uint8_t *data, size_t size, size_t max, const uint8_t *other,
     replace(&c, at, instead ? where->end - where->at : 0, other + r->at, r->end - r->at);
     if (!instead) count_records(&c, r->tensor, 1);
     return c.size;
+}
+
+size_t crossover_gguf(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t *out, size_t max, uint32_t seed) {
+    if (n > max) return 0;
+    memcpy(out, a, n);
+    return splice(out, n, max, b, m, seed);
 }
