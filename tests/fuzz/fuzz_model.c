@@ -5,6 +5,7 @@
 #include <string.h>
 
 enum { N_CTX = 48, MAX_SIDE = 32, MAX_IMAGE_ROWS = 32 }; /* more is legal, and slow */
+enum { NO_ROOM = 256 };                                  /* of the options: a limit that no cache keeps to */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned seed);
@@ -63,6 +64,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     kvs_error err = new_error();
     kvs_model *model;
     kvs_model_params params = {.struct_size = sizeof params, .threads = 1};
+    if (in.options & NO_ROOM) params.cache_bytes = 1;
     params.text_path = memory_file(0, in.parts[0].data, in.parts[0].size);
     memory_file(1, in.parts[2].data, in.parts[2].size);
     if (in.parts[1].size) params.mmproj_path = memory_file(2, in.parts[1].data, in.parts[1].size);

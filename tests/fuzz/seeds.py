@@ -187,20 +187,22 @@ def mmproj_seeds() -> dict[str, bytes]:
     }
 
 
-def split(f: File, shared: int = 0, promised: int = 0, **keys: tuple[int, object]) -> bytes:
-    """A text model in two parts, of which so many tensors are in both; what it promises, and keys of the first part, may be lies."""
+def split(f: File, shared: int = 0, promised: int = 0, second_is: int = 1, **keys: tuple[int, object]) -> bytes:
+    """A text model in two parts, of which so many tensors are in both; what it promises, the number of the second part, and keys of the
+    first one may be lies."""
     names = list(f.tensors)
     first = with_keys(
         File(dict(f.keys), {name: f.tensors[name] for name in names[: 5 + shared]}), split__no=(U16, 0), split__count=(U16, 2)
     )
     with_keys(first, split__tensors__count=(I32, len(names) + promised), **keys)
-    second = File({"split.no": (U16, 1), "split.count": (U16, 2)}, {name: f.tensors[name] for name in names[5:]})
+    second = File({"split.no": (U16, second_is), "split.count": (U16, 2)}, {name: f.tensors[name] for name in names[5:]})
     return join(0, first.to_bytes(), b"", second.to_bytes())
 
 
 def model_seeds() -> dict[str, bytes]:
     sound, image = text(1).to_bytes(), mmproj().to_bytes()
     seeds = {f"policies-{o}": join(o, sound, image, b"") for o in (0, 23, 47, 64 + 7, 128 + 1)}
+    seeds["no-room"] = join(256, sound, b"", b"")
     seeds["text-only"] = join(1, sound, b"", b"")
     linear = with_keys(text(1), llama__rope__scaling__type=(STRING, "linear"), llama__rope__scaling__factor=(F32, 2.0))
     biased = text(1, heads=2)
@@ -227,12 +229,15 @@ def model_seeds() -> dict[str, bytes]:
     del refused["missing"].tensors["blk.0.ffn_up.weight"]
     refused["shape"].tensors["blk.0.ffn_up.weight"] = Tensor((EMBD, FF + 1))
     refused["extra"].tensors["blk.0.attn_sinks.weight"] = Tensor((4,))
-    refused |= {"foreign-type": text(1), "norm-shape": text(1)}
+    odd = {f"llama.attention.{name}_length": (U32, 3) for name in ("key", "value")}
+    refused |= {"foreign-type": text(1), "norm-shape": text(1), "norm-nan": text(1), "odd-heads": with_keys(text(1), **odd)}
+    refused["norm-nan"].tensors["output_norm.weight"].data = np.full(EMBD, np.nan, "<f4").tobytes()
     refused["foreign-type"].tensors["output.weight"].kind = 19
     refused["norm-shape"].tensors["output_norm.weight"] = Tensor((EMBD, 2))
     seeds |= {f"refused-{name}": join(0, f.to_bytes(), b"", b"") for name, f in refused.items()}
     seeds |= {"swapped": join(0, image, sound, b""), "split": split(text(1)), "split-twice": split(text(1), shared=1)}
     seeds |= {"split-promise": split(text(1), promised=1), "split-second": split(text(1), split__no=(U16, 1))}
+    seeds["split-third"] = split(text(1), second_is=2)
     seeds |= {f"split-{n}": split(text(1), split__count=(U16, n)) for n in (3, 100)}
     for kind in LOADS:
         if gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0] <= 32:
