@@ -126,6 +126,7 @@ static int run(tower *t, const float *patches, const int32_t *ids, float *embedd
 
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err) {
     int status = kvs_vision_check(model, err);
+    if (!status) status = kvs_place(model, &model->vision_placing, cancel, err);
     if (status) return status;
     tower t = {.model = model, .v = &model->vision, .n = model->vision.n_image + 1};
     float *patches = kvs_calloc((uint64_t)t.v->n_image, (uint64_t)t.v->patch_embd.cols * sizeof *patches);

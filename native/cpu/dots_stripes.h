@@ -1,31 +1,116 @@
-/* dots_x86.h - integer kernels for few activation rows, with 256-bit vectors (for AVX-512, too: what counts here is memory).
- * One weight row is read in one stream, four blocks at a time. */
-#ifndef KVS_DOTS_X86_H
-#define KVS_DOTS_X86_H
-#include "dots.h"
-#include "simd.h"
+/* dots_stripes.h - integer kernels for few activation rows: stripes of 16 weight rows (stripes.h) are read once, in one stream. Lanes are
+ * weight rows: nothing is summed across lanes, and a scale is applied once per sub-block. */
+#ifndef KVS_DOTS_STRIPES_H
+#define KVS_DOTS_STRIPES_H
+#include "dots_widen.h"
+#include "stripes.h"
 
-#include <math.h>
+/* ---- vectors of VI words: a word of each of VI weight rows ---- */
+#ifdef KVS_ISA_AVX512
+#define VI 16
+typedef __m512i vi;
+KVS_INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+KVS_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+KVS_INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+KVS_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+KVS_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+KVS_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+KVS_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+KVS_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+KVS_INLINE vi vi_bytes(int x) { return _mm512_set1_epi8((char)x); }
+KVS_INLINE vi vi_left(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
+KVS_INLINE vi vi_left16(vi a, int n) { return _mm512_slli_epi16(a, (unsigned)n); } /* in halves of a word */
+KVS_INLINE vi vi_right16(vi a, int n) { return _mm512_srli_epi16(a, (unsigned)n); }
+KVS_INLINE vi vi_right16_signed(vi a, int n) { return _mm512_srai_epi16(a, (unsigned)n); }
+KVS_INLINE vi vi_madd_to(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); } /* + products of the halves of a word */
+KVS_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
+#else
+#define VI 8
+typedef __m256i vi;
+KVS_INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
+KVS_INLINE vi vi_load(const void *p) { return load8(p); }
+KVS_INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256((v8 *)p, a); }
+KVS_INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+KVS_INLINE vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+KVS_INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+KVS_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+KVS_INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+KVS_INLINE vi vi_bytes(int x) { return splat8(x); }
+KVS_INLINE vi vi_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
+KVS_INLINE vi vi_left16(vi a, int n) { return _mm256_slli_epi16(a, n); }
+KVS_INLINE vi vi_right16(vi a, int n) { return _mm256_srli_epi16(a, n); }
+KVS_INLINE vi vi_right16_signed(vi a, int n) { return _mm256_srai_epi16(a, n); }
+KVS_INLINE vi vi_madd_to(vi sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+KVS_INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps(a); }
+#endif
+_Static_assert(VI == VW && KVS_STRIPE % VI == 0, "a vector of floats has as many lanes");
 
-typedef __m256i v8;
-KVS_INLINE v8 load8(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-KVS_INLINE __m128i load8h(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-KVS_INLINE v8 splat8(int x) { return _mm256_set1_epi8((char)x); }
-KVS_INLINE v8 nibbles(v8 a) { return _mm256_and_si256(a, splat8(15)); }
-
-KVS_INLINE v8 nibble_values(const uint8_t *p) { /* 16 bytes: the low nibbles, then the high ones */
-    v8 q = _mm256_broadcastsi128_si256(load8h(p));
-    return nibbles(_mm256_srlv_epi32(q, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)));
+KVS_INLINE vi vi_word(const void *p) { /* four bytes for every lane */
+    int32_t x;
+    memcpy(&x, p, 4);
+    return vi_set(x);
 }
-
-KVS_INLINE float f16_at(const void *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return _cvtsh_ss(h);
-}
+KVS_INLINE vi low_nibbles(vi a) { return vi_and(a, vi_bytes(15)); }
+KVS_INLINE vi high_nibbles(vi a) { return low_nibbles(vi_right16(a, 4)); }
 
 /* Compilers turn a chain of sums into a tree, all products first, and then have no registers left for them: this holds the chain. */
+#ifdef KVS_ISA_AVX512
+#define KVS_KEEP(v) __asm__("" : "+v"(v))
+#else
 #define KVS_KEEP(v) __asm__("" : "+x"(v))
+#endif
+
+/* Products of unsigned with signed bytes. VNNI adds up four of a word in 32 bits. AVX2 adds pairs in 16 bits: only so many steps as
+ * surely fit, then scaled() takes the sum to 32 bits. So a scale is a word with VNNI, and the same half twice with AVX2. */
+#ifdef KVS_ISA_AVX512
+enum { VNNI = 1 };
+KVS_INLINE vi dot(vi sum, vi u, vi x) { return _mm512_dpbusd_epi32(sum, u, x); }
+KVS_INLINE vi scaled(vi sum, vi s, vi scale) { return vi_add(sum, _mm512_mullo_epi32(s, scale)); }
+KVS_INLINE vi unscaled(vi sum, vi s) { return vi_add(sum, s); }
+#else
+enum { VNNI = 0 };
+KVS_INLINE vi dot(vi sum, vi u, vi x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, x)); }
+KVS_INLINE vi scaled(vi sum, vi s, vi scale) { return vi_add(sum, _mm256_madd_epi16(s, scale)); }
+KVS_INLINE vi unscaled(vi sum, vi s) { return scaled(sum, s, _mm256_set1_epi16(1)); }
+#endif
+
+/* ---- scales: byte j of a word, whose middle bytes have changed places ---- */
+KVS_INLINE int place_of(int j) { return j == 1 ? 2 : j == 2 ? 1 : j; }
+
+KVS_INLINE vi unsigned_scale(vi words, int j) {
+#ifdef KVS_ISA_AVX512
+    return vi_and(_mm512_srli_epi32(words, (unsigned)(8 * place_of(j))), vi_set(255));
+#else
+    const char p = (char)place_of(j);
+    const __m128i at = _mm_setr_epi8(p, -1, p, -1, p + 4, -1, p + 4, -1, p + 8, -1, p + 8, -1, p + 12, -1, p + 12, -1);
+    return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(at));
+#endif
+}
+
+KVS_INLINE vi signed_scale(vi words, int j) {
+#ifdef KVS_ISA_AVX512
+    return _mm512_srai_epi32(vi_left(words, 24 - 8 * place_of(j)), 24);
+#else
+    const char p = (char)place_of(j);
+    const __m128i at = _mm_setr_epi8(-1, p, -1, p, -1, p + 4, -1, p + 4, -1, p + 8, -1, p + 8, -1, p + 12, -1, p + 12);
+    return vi_right16_signed(_mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(at)), 8);
+#endif
+}
+
+typedef struct k4_head { /* Q4_K, Q5_K: of sub-blocks 0..3 and 4..7, six bits in a byte each */
+    vi scale[2], min[2];
+} k4_head;
+
+KVS_INLINE k4_head k4_head_of(const void *block, int at) { /* both begin with their scales; see kvs_k4_scale */
+    const kvs_words *scales = block;
+    vi a = vi_load(scales[0][at]), b = vi_load(scales[1][at]), c = vi_load(scales[2][at]), six = vi_bytes(63), top = vi_bytes(48);
+    return (k4_head){{vi_and(a, six), vi_or(low_nibbles(c), vi_and(vi_right16(a, 2), top))},
+                     {vi_and(b, six), vi_or(high_nibbles(c), vi_and(vi_right16(b, 2), top))}};
+}
+
+/* Pairs of halves: values 0 and 1 of a word of scales, or 2 and 3 */
+KVS_INLINE vi unsigned_pair(vi words, int second) { return second ? vi_right16(words, 8) : vi_and(words, vi_set(0x00ff00ff)); }
+KVS_INLINE vi signed_pair(vi words, int second) { return vi_right16_signed(second ? words : vi_left16(words, 8), 8); }
 
 /* ---- activations to int8 ---- */
 KVS_INLINE v8 rounded(const float *x, __m256 inverse) {
@@ -47,7 +132,7 @@ static float magnitude(const float *x, int32_t n) { /* the greatest; as integers
 static void quantize(const float *x, int64_t cols, const kvs_acts *a, int64_t row) {
     int32_t n = a->block;
     for (int64_t b = 0; b < cols / n; b++, x += n) {
-        int64_t at = row * a->row_step + b * a->block_step;
+        int64_t at = b * a->n + row;
         float amax = magnitude(x, n);
         bool finite = amax < INFINITY, some = finite && amax >= 0x1p-100f;
         a->d[at] = some ? amax / 127.0f : finite ? 0.0f : NAN;
@@ -64,215 +149,211 @@ static void quantize(const float *x, int64_t cols, const kvs_acts *a, int64_t ro
     }
 }
 
-/* ---- four blocks of a weight row times their activations: sum is the p[0..3] of dots.h ---- */
-typedef struct quad { /* activations of four blocks */
-    const int8_t *q;
-    const int16_t *s16, *s32;
-    const float *d;
-} quad;
+/* ---- values of VI rows, from row at of a stripe ---- */
+typedef struct two {
+    vi even, odd;
+} two;
 
-KVS_INLINE v8 pair_up(v8 a, v8 b) { return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); }
-
-KVS_INLINE __m128i four_sums(const v8 s[4]) { /* lane i: the sum of all lanes of s[i] */
-    v8 ab = pair_up(s[0], s[1]), cd = pair_up(s[2], s[3]);
-    v8 t = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-    return _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+/* Word k of sub-blocks 2c and 2c + 1 of Q4_K, from 0 to 15 */
+KVS_INLINE two q4_k_values(const kvs_stripe_q4_k *w, int c, int k, int at) {
+    vi v = vi_load(w->q[c][k][at]);
+    return (two){low_nibbles(v), high_nibbles(v)};
 }
 
-KVS_INLINE __m128 plus(__m128 sum, __m128 d, __m128i isum) { return _mm_add_ps(sum, _mm_mul_ps(d, _mm_cvtepi32_ps(isum))); }
-
-KVS_INLINE __m128 four_d(const uint8_t *w, int64_t step) { /* the F16 scales of four blocks */
-    uint16_t h[4];
-    for (int i = 0; i < 4; i++) memcpy(&h[i], w + i * step, 2);
-    __m128i v = _mm_cvtsi32_si128(h[0]);
-    v = _mm_insert_epi16(v, h[1], 1);
-    v = _mm_insert_epi16(v, h[2], 2);
-    v = _mm_insert_epi16(v, h[3], 3);
-    return _mm_cvtph_ps(v);
+/* The same of Q5_K, from 0 to 31 */
+KVS_INLINE two q5_k_values(const kvs_stripe_q5_k *w, int c, int k, int at) {
+    vi high = vi_load(w->hq[k][0][at]), v = vi_load(c ? w->q[c - 1][k][at] : w->hq[k][1][at]);
+    two t = {low_nibbles(v), high_nibbles(v)};
+    vi bit = vi_bytes(16); /* bits 2c and 2c + 1 of high, to bit 4 */
+    vi even = c < 2 ? vi_left16(high, 4 - 2 * c) : vi_right16(high, 2 * c - 4);
+    vi odd = c < 2 ? vi_left16(high, 3 - 2 * c) : vi_right16(high, 2 * c - 3);
+    return (two){vi_or(t.even, vi_and(even, bit)), vi_or(t.odd, vi_and(odd, bit))};
 }
 
-KVS_INLINE v8 dot4(v8 unsigned8, v8 signed8) { /* sums of four neighbours; no pair of products may exceed 16 bits */
-#ifdef KVS_ISA_AVX512
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), unsigned8, signed8);
-#else
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned8, signed8), _mm256_set1_epi16(1));
+KVS_INLINE two k4_values(bool five, const void *block, int c, int k, int at) {
+    return five ? q5_k_values(block, c, k, at) : q4_k_values(block, c, k, at);
+}
+
+/* Word k of four runs of 32 values of half a block of Q6_K, from 0 to 63 (the 32 is taken off by s16) */
+KVS_INLINE void q6_k_values(const kvs_stripe_q6_k *w, int half, int k, int at, vi out[4]) {
+    const kvs_words *qqh = w->qqh[half][k];
+    vi a = vi_load(qqh[0][at]), b = vi_load(qqh[1][at]), h = vi_load(qqh[2][at]), bits = vi_bytes(48);
+    out[0] = vi_or(low_nibbles(a), vi_and(vi_left16(h, 4), bits));
+    out[1] = vi_or(low_nibbles(b), vi_and(vi_left16(h, 2), bits));
+    out[2] = vi_or(high_nibbles(a), vi_and(h, bits));
+    out[3] = vi_or(high_nibbles(b), vi_and(vi_right16(h, 2), bits));
+}
+
+/* ---- products of VI rows of a stripe's block with the same block of nx activation rows ---- */
+typedef struct isums {
+    vi i[KVS_FEW], m[KVS_FEW]; /* isum and msum of dots.h */
+} isums;
+
+/* depth: steps whose products fit 16 bits: 15, 31, 63 times 127 times 2 times depth */
+KVS_INLINE void k4_sums(bool five, isums *s, int nx, const void *block, int at, int depth, const int8_t *const *x,
+                        const int16_t *const *s32) {
+    k4_head head = k4_head_of(block, at);
+    KVS_EACH (i, nx) s->i[i] = s->m[i] = vi_zero();
+    KVS_EACH (c, 4)
+        KVS_EACH (begin, 8 / depth) {
+            vi even[KVS_FEW], odd[KVS_FEW];
+            KVS_EACH (i, nx) even[i] = odd[i] = vi_zero();
+            KVS_EACH (step, depth) {
+                int k = begin * depth + step;
+                two v = k4_values(five, block, c, k, at);
+                KVS_EACH (i, nx) {
+                    even[i] = dot(even[i], v.even, vi_word(x[i] + 64 * c + 4 * k));
+                    odd[i] = dot(odd[i], v.odd, vi_word(x[i] + 64 * c + 32 + 4 * k));
+                }
+            }
+            vi se = unsigned_scale(head.scale[c / 2], 2 * c % 4), so = unsigned_scale(head.scale[c / 2], 2 * c % 4 + 1);
+            KVS_EACH (i, nx) s->i[i] = scaled(scaled(s->i[i], even[i], se), odd[i], so);
+        }
+    KVS_EACH (j, 4)
+        KVS_EACH (i, nx) s->m[i] = vi_madd_to(s->m[i], unsigned_pair(head.min[j / 2], j % 2), vi_word(s32[i] + 2 * j));
+}
+
+KVS_INLINE void q6_k_sums(isums *s, int nx, const kvs_stripe_q6_k *w, int at, int depth, const int8_t *const *x,
+                          const int16_t *const *s16) {
+    vi words[4], offset[KVS_FEW];
+    KVS_EACH (j, 4) words[j] = vi_load(w->scales[j][at]);
+    KVS_EACH (i, nx) s->i[i] = offset[i] = vi_zero();
+    KVS_EACH (j, 8)
+        KVS_EACH (i, nx) offset[i] = vi_madd_to(offset[i], signed_pair(words[j / 2], j % 2), vi_word(s16[i] + 2 * j));
+    KVS_EACH (begin, 16 / depth) {
+        int half = begin * depth / 8, first = begin * depth % 8;
+        vi run[4][KVS_FEW];
+        KVS_EACH (r, 4)
+            KVS_EACH (i, nx) run[r][i] = vi_zero();
+        KVS_EACH (k, depth) {
+            vi v[4];
+            q6_k_values(w, half, first + k, at, v);
+            KVS_EACH (r, 4)
+                KVS_EACH (i, nx) run[r][i] = dot(run[r][i], v[r], vi_word(x[i] + 128 * half + 32 * r + 4 * (first + k)));
+        }
+        KVS_EACH (r, 4) {
+            vi scale = signed_scale(words[2 * half + r / 2], 2 * r % 4 + first / 4);
+            KVS_EACH (i, nx) s->i[i] = scaled(s->i[i], run[r][i], scale);
+        }
+    }
+    KVS_EACH (i, nx) s->i[i] = vi_sub(s->i[i], vi_left(offset[i], 5));
+}
+
+KVS_INLINE void q4_0_sums(isums *s, int nx, const kvs_stripe_q4_0 *w, int at, const int8_t *const *x, const int16_t *const *s32) {
+    vi run[KVS_FEW];
+    KVS_EACH (i, nx) run[i] = vi_zero();
+    KVS_EACH (k, 4) {
+        vi v = vi_load(w->q[k][at]);
+        KVS_EACH (i, nx) {
+            run[i] = dot(run[i], low_nibbles(v), vi_word(x[i] + 4 * k));
+            run[i] = dot(run[i], high_nibbles(v), vi_word(x[i] + 16 + 4 * k));
+        }
+    }
+    KVS_EACH (i, nx) s->i[i] = unscaled(vi_set(-8 * *s32[i]), run[i]);
+}
+
+KVS_INLINE void q8_0_sums(isums *s, int nx, const kvs_stripe_q8_0 *w, int at, const int8_t *const *x, const int16_t *const *s32) {
+#ifdef KVS_ISA_AVX512 /* values + 128 are unsigned */
+    KVS_EACH (i, nx) s->i[i] = vi_set(-128 * *s32[i]);
+    KVS_EACH (k, 8) {
+        vi u = _mm512_xor_si512(vi_load(w->q[k][at]), vi_bytes(-128));
+        KVS_EACH (i, nx) s->i[i] = dot(s->i[i], u, vi_word(x[i] + 4 * k));
+    }
+#else /* |-128| = 128 as unsigned, and x is above -128 */
+    (void)s32;
+    KVS_EACH (i, nx) s->i[i] = vi_zero();
+    KVS_EACH (k, 8) {
+        vi q = vi_load(w->q[k][at]), u = _mm256_abs_epi8(q);
+        KVS_EACH (i, nx) s->i[i] = unscaled(s->i[i], _mm256_maddubs_epi16(u, _mm256_sign_epi8(vi_word(x[i] + 4 * k), q)));
+    }
 #endif
 }
 
-KVS_INLINE __m128 q8_0_quad(const uint8_t *w, quad x, __m128 sum) {
-    v8 s[4];
-    KVS_EACH (i, 4) { /* |-128| = 128 as unsigned, and x is above -128 */
-        v8 q = load8(w + 34 * i + 2);
-        s[i] = dot4(_mm256_abs_epi8(q), _mm256_sign_epi8(load8(x.q + 32 * i), q));
+/* The same by type; d and m: where the stripe's block has its scales */
+KVS_INLINE void block_sums(int32_t type, isums *s, int nx, const void *block, int at, const int8_t *const *x, const int16_t *const *sx,
+                           const uint16_t **d, const uint16_t **m) {
+    const kvs_stripe_q4_0 *q4_0 = block;
+    const kvs_stripe_q8_0 *q8_0 = block;
+    const kvs_stripe_q4_k *q4_k = block;
+    const kvs_stripe_q5_k *q5_k = block;
+    const kvs_stripe_q6_k *q6_k = block;
+    switch (type) {
+    case KVS_TYPE_Q4_0:
+        q4_0_sums(s, nx, q4_0, at, x, sx);
+        *d = q4_0->d;
+        break;
+    case KVS_TYPE_Q8_0:
+        q8_0_sums(s, nx, q8_0, at, x, sx);
+        *d = q8_0->d;
+        break;
+    case KVS_TYPE_Q4_K:
+        k4_sums(false, s, nx, block, at, 8, x, sx);
+        *d = q4_k->d, *m = q4_k->m;
+        break;
+    case KVS_TYPE_Q5_K:
+        k4_sums(true, s, nx, block, at, VNNI ? 8 : 4, x, sx);
+        *d = q5_k->d, *m = q5_k->m;
+        break;
+    default: q6_k_sums(s, nx, q6_k, at, VNNI ? 4 : 2, x, sx); *d = q6_k->d;
     }
-    return plus(sum, _mm_mul_ps(four_d(w, 34), _mm_loadu_ps(x.d)), four_sums(s));
 }
 
-KVS_INLINE __m128 q4_0_quad(const uint8_t *w, quad x, __m128 sum) {
-    v8 s[4];
-    KVS_EACH (i, 4) s[i] = dot4(nibble_values(w + 18 * i + 2), load8(x.q + 32 * i));
-    __m128i eights = _mm_slli_epi32(_mm_cvtepi16_epi32(_mm_loadl_epi64((const __m128i *)x.s32)), 3);
-    return plus(sum, _mm_mul_ps(four_d(w, 18), _mm_loadu_ps(x.d)), _mm_sub_epi32(four_sums(s), eights));
-}
+/* ---- whole rows ---- */
+typedef float partial[KVS_FEW][KVS_STRIPE]; /* p[b % 4] of dots.h */
 
-typedef struct k4_head {  /* headers of four blocks of Q4_K or Q5_K */
-    int32_t scales[4][8]; /* each twice, as two words of 16 bits: to be broadcast from memory, which costs no shuffle */
-    uint64_t mins[4];     /* eight bytes each */
-} k4_head;
-
-/* With plain registers: the vector units have more than enough to do. */
-KVS_INLINE void k4_head_of(k4_head *h, int i, const uint8_t *scales) {
-    uint32_t a, b, c; /* see kvs_k4_scale */
-    memcpy(&a, scales, 4);
-    memcpy(&b, scales + 4, 4);
-    memcpy(&c, scales + 8, 4);
-    uint32_t scale_hi = (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030), min_hi = (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
-    h->mins[i] = (b & 0x3f3f3f3f) | (uint64_t)min_hi << 32;
-    v8 bytes = _mm256_set1_epi64x((int64_t)((a & 0x3f3f3f3f) | (uint64_t)scale_hi << 32));
-    const v8 spread =
-        _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
-    _mm256_storeu_si256((v8 *)h->scales[i], _mm256_shuffle_epi8(bytes, spread));
-}
-
-KVS_INLINE __m128i k4_min_sums(const k4_head *h, const int16_t *s32) {
-    v8 a = _mm256_madd_epi16(_mm256_cvtepu8_epi16(load8h(h->mins)), load8(s32)); /* block 0 in the low half, 1 in the high one */
-    v8 b = _mm256_madd_epi16(_mm256_cvtepu8_epi16(load8h(h->mins + 2)), load8(s32 + 16));
-    v8 s = pair_up(a, b);
-    s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0x4e)); /* 0 2 0 2 | 1 3 1 3 */
-    return _mm_unpacklo_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-}
-
-KVS_INLINE __m256 k4_d(const uint8_t *w, int64_t step) { /* d of four blocks, then m */
-    int32_t dm[4];
-    for (int i = 0; i < 4; i++) memcpy(&dm[i], w + i * step, 4);
-    __m128i v = _mm_insert_epi32(_mm_cvtsi32_si128(dm[0]), dm[1], 1);
-    v = _mm_insert_epi32(_mm_insert_epi32(v, dm[2], 2), dm[3], 3);
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(v, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
-}
-
-typedef struct two {
-    v8 even, odd;
-} two;
-
-/* Sub-blocks 2c and 2c + 1, from 0 to 15 or 31 */
-KVS_INLINE two k4_values(bool five, const uint8_t *block, int c) {
-    v8 v = load8(block + (five ? 48 : 16) + 32 * c);
-    KVS_KEEP(v); /* one load, not two */
-    two t = {nibbles(v), nibbles(_mm256_srli_epi16(v, 4))};
-    if (!five) return t;
-    v8 high = load8(block + 16), bit = splat8(16); /* bits 2c and 2c + 1 of high, to bit 4 */
-    v8 even = c < 2 ? _mm256_slli_epi16(high, 4 - 2 * c) : _mm256_srli_epi16(high, 2 * c - 4);
-    v8 odd = c < 2 ? _mm256_slli_epi16(high, 3 - 2 * c) : _mm256_srli_epi16(high, 2 * c - 3);
-    return (two){_mm256_or_si256(t.even, _mm256_and_si256(even, bit)), _mm256_or_si256(t.odd, _mm256_and_si256(odd, bit))};
-}
-
-KVS_INLINE __m128 k4_quad(bool five, const uint8_t *w, quad x, __m128 sum) {
-    int64_t step = five ? 176 : 144;
-    k4_head h;
-    v8 s[4];
-    KVS_EACH (i, 4) k4_head_of(&h, i, w + i * step + 4);
-    __asm__("" : "+m"(h)); /* or the compiler makes shuffles of the stores and loads */
-    KVS_EACH (i, 4) {
-        s[i] = _mm256_setzero_si256();
-        KVS_EACH (c, 4) {
-            const int8_t *q = x.q + 256 * i + 64 * c;
-            two v = k4_values(five, w + i * step, c);
-            v8 even = _mm256_madd_epi16(_mm256_maddubs_epi16(v.even, load8(q)), _mm256_set1_epi32(h.scales[i][2 * c]));
-            v8 odd = _mm256_madd_epi16(_mm256_maddubs_epi16(v.odd, load8(q + 32)), _mm256_set1_epi32(h.scales[i][2 * c + 1]));
-            s[i] = _mm256_add_epi32(s[i], _mm256_add_epi32(even, odd));
-            KVS_KEEP(s[i]);
+KVS_INLINE void add_block(int32_t type, partial p, int nx, const void *block, const kvs_acts *a, int64_t place) {
+    const bool sixteens = type == KVS_TYPE_Q6_K;
+    const int32_t width = kvs_acts_block(type), n_sums = sixteens ? 16 : width / 32;
+    const int8_t *x[KVS_FEW];
+    const int16_t *sx[KVS_FEW];
+    KVS_EACH (i, nx) {
+        x[i] = a->q + (place + i) * width;
+        sx[i] = (sixteens ? a->s16 : a->s32) + (place + i) * n_sums;
+    }
+    KVS_EACH (part, KVS_STRIPE / VI) {
+        const int at = part * VI;
+        const uint16_t *d, *m = NULL;
+        isums s;
+        block_sums(type, &s, nx, block, at, x, sx, &d, &m);
+        vf dw = v_load_f16(d + at), mw = m ? v_load_f16(m + at) : v_zero();
+        KVS_EACH (i, nx) {
+            vf dx = v_set(a->d[place + i]), y = v_add(v_load(p[i] + at), v_mul(v_mul(dw, dx), vi_float(s.i[i])));
+            if (m) y = v_sub(y, v_mul(v_mul(mw, dx), vi_float(s.m[i])));
+            v_store(p[i] + at, y);
         }
     }
-    __m256 d = k4_d(w, step);
-    __m128 xd = _mm_loadu_ps(x.d);
-    sum = plus(sum, _mm_mul_ps(_mm256_castps256_ps128(d), xd), four_sums(s));
-    return _mm_sub_ps(sum, _mm_mul_ps(_mm_mul_ps(_mm256_extractf128_ps(d, 1), xd), _mm_cvtepi32_ps(k4_min_sums(&h, x.s32))));
 }
 
-KVS_INLINE __m128 q4_k_quad(const uint8_t *w, quad x, __m128 sum) { return k4_quad(false, w, x, sum); }
-KVS_INLINE __m128 q5_k_quad(const uint8_t *w, quad x, __m128 sum) { return k4_quad(true, w, x, sum); }
-
-/* 128 values of Q6_K, from 0 to 63 (the 32 is taken off by s16), in four vectors */
-KVS_INLINE void q6_k_values(v8 a, v8 b, v8 h, v8 out[4]) {
-    const v8 two_bits = splat8(48);
-    out[0] = _mm256_or_si256(nibbles(a), _mm256_and_si256(_mm256_slli_epi16(h, 4), two_bits));
-    out[1] = _mm256_or_si256(nibbles(b), _mm256_and_si256(_mm256_slli_epi16(h, 2), two_bits));
-    out[2] = _mm256_or_si256(nibbles(_mm256_srli_epi16(a, 4)), _mm256_and_si256(h, two_bits));
-    out[3] = _mm256_or_si256(nibbles(_mm256_srli_epi16(b, 4)), _mm256_and_si256(_mm256_srli_epi16(h, 2), two_bits));
-}
-
-/* Shuffles that spread 16-bit value k of each half over all lanes of that half. */
-#define KVS_REP8(...) __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__
-#define KVS_WORD(k)                                                                                                                        \
-    { KVS_REP8(2 * k, 2 * k + 1), KVS_REP8(2 * k, 2 * k + 1) }
-static const uint8_t spread_word[8][32] = {KVS_WORD(0), KVS_WORD(1), KVS_WORD(2), KVS_WORD(3),
-                                           KVS_WORD(4), KVS_WORD(5), KVS_WORD(6), KVS_WORD(7)};
-
-KVS_INLINE v8 q6_k_block(const uint8_t *block, const int8_t *q, const int16_t *s16) {
-    __m128i bytes = load8h(block + 192);
-    v8 offset = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), load8(s16)), 5);
-    /* scales of vector k: in lane k of the low half for its first 16 values, of the high half for the others */
-    v8 scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
-    v8 s = _mm256_sub_epi32(_mm256_setzero_si256(), offset);
-    KVS_EACH (half, 2) {
-        v8 v[4], a = load8(block + 64 * half), b = load8(block + 64 * half + 32), h = load8(block + 128 + 32 * half);
-        KVS_KEEP(a);
-        KVS_KEEP(b);
-        q6_k_values(a, b, h, v);
-        KVS_EACH (k, 4) {
-            v8 dot = _mm256_maddubs_epi16(v[k], load8(q + 128 * half + 32 * k));
-            s = _mm256_add_epi32(s, _mm256_madd_epi16(dot, _mm256_shuffle_epi8(scales, load8(spread_word[4 * half + k]))));
-            KVS_KEEP(s);
-        }
+KVS_INLINE void few_rows(int32_t type, int nx, const kvs_panel *p, const kvs_acts *a, int64_t row, float *y, int64_t y_step) {
+    const int32_t width = kvs_acts_block(type);
+    const int64_t bytes = KVS_STRIPE * p->row_bytes / (p->cols / width);
+    for (int64_t r = 0; r < p->rows; r += KVS_STRIPE) {
+        _Alignas(64) partial sum[4];
+        memset(sum, 0, sizeof sum);
+        const uint8_t *w = p->w + r * p->row_bytes;
+        for (int64_t b = 0; b < p->cols / width; b++) add_block(type, sum[b % 4], nx, w + b * bytes, a, b * a->n + row);
+        for (int i = 0; i < nx; i++)
+            for (int64_t k = 0; k < KVS_MIN(KVS_STRIPE, p->rows - r); k++)
+                y[i * y_step + r + k] = (sum[0][i][k] + sum[1][i][k]) + (sum[2][i][k] + sum[3][i][k]);
     }
-    return s;
 }
 
-KVS_INLINE __m128 q6_k_quad(const uint8_t *w, quad x, __m128 sum) {
-    v8 s[4];
-    KVS_EACH (i, 4) s[i] = q6_k_block(w + 210 * i, x.q + 256 * i, x.s16 + 16 * i);
-    return plus(sum, _mm_mul_ps(four_d(w + 208, 210), _mm_loadu_ps(x.d)), four_sums(s));
-}
-
-/* ---- rows ----
- * One row after the other: a single stream of memory is what the hardware's prefetcher follows best. Two rows at a time share
- * loads of x and are 5 % faster from a cache, and a third slower from memory; prefetch instructions only cost time here. */
-typedef __m128 quad_kernel(const uint8_t *w, quad x, __m128 sum);
-
-/* The last one to three blocks are copied beside empty ones: nothing may be read beyond a row. Activations do go on, with zeros. */
-KVS_INLINE float row_dot(quad_kernel *kernel, int64_t bytes, const uint8_t *w, int64_t n_blocks, int64_t block, quad x) {
-    __m128 sum = _mm_setzero_ps();
-    int64_t left = n_blocks;
-    for (; left >= 4; left -= 4, w += 4 * bytes) {
-        sum = kernel(w, x, sum);
-        x = (quad){x.q + 4 * block, x.s16 + (block == 256 ? 64 : 0), x.s32 + block / 8, x.d + 4};
+KVS_INLINE void few_by_type(int32_t type, const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step) {
+    switch (n) {
+    case 1: few_rows(type, 1, p, a, row, y, y_step); break;
+    case 2: few_rows(type, 2, p, a, row, y, y_step); break;
+    case 3: few_rows(type, 3, p, a, row, y, y_step); break;
+    default: few_rows(type, 4, p, a, row, y, y_step);
     }
-    if (left) {
-        uint8_t last[4 * 210] = {0};
-        memcpy(last, w, (size_t)(left * bytes));
-        sum = kernel(last, x, sum);
-    }
-    sum = _mm_hadd_ps(sum, sum); /* p0 + p1, p2 + p3 */
-    return _mm_cvtss_f32(_mm_hadd_ps(sum, sum));
-}
-
-KVS_INLINE void rows_dot(quad_kernel *kernel, int64_t bytes, int64_t block, const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n,
-                         float *y, int64_t y_step) {
-    for (int64_t r = 0; r < p->rows; r++)
-        for (int64_t i = 0; i < n; i++) {
-            int64_t at = (row + i) * a->row_step;
-            quad x = {a->q + at * block, a->s16 + (block == 256 ? at * 16 : 0), a->s32 + at * (block / 32), a->d + at};
-            y[i * y_step + r] = row_dot(kernel, bytes, p->w + r * p->row_bytes, p->cols / block, block, x);
-        }
 }
 
 static void few(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step) {
     switch (p->type) {
-    case KVS_TYPE_Q4_0: rows_dot(q4_0_quad, 18, 32, p, a, row, n, y, y_step); break;
-    case KVS_TYPE_Q8_0: rows_dot(q8_0_quad, 34, 32, p, a, row, n, y, y_step); break;
-    case KVS_TYPE_Q4_K: rows_dot(q4_k_quad, 144, 256, p, a, row, n, y, y_step); break;
-    case KVS_TYPE_Q5_K: rows_dot(q5_k_quad, 176, 256, p, a, row, n, y, y_step); break;
-    default: rows_dot(q6_k_quad, 210, 256, p, a, row, n, y, y_step);
+    case KVS_TYPE_Q4_0: few_by_type(KVS_TYPE_Q4_0, p, a, row, n, y, y_step); break;
+    case KVS_TYPE_Q8_0: few_by_type(KVS_TYPE_Q8_0, p, a, row, n, y, y_step); break;
+    case KVS_TYPE_Q4_K: few_by_type(KVS_TYPE_Q4_K, p, a, row, n, y, y_step); break;
+    case KVS_TYPE_Q5_K: few_by_type(KVS_TYPE_Q5_K, p, a, row, n, y, y_step); break;
+    default: few_by_type(KVS_TYPE_Q6_K, p, a, row, n, y, y_step);
     }
 }
 #endif
