@@ -53,7 +53,8 @@ KVS_INLINE vi vi_word(const void *p) { /* four bytes for every lane */
 KVS_INLINE vi low_nibbles(vi a) { return vi_and(a, vi_bytes(15)); }
 KVS_INLINE vi high_nibbles(vi a) { return low_nibbles(vi_right16(a, 4)); }
 
-/* Compilers turn a chain of sums into a tree, all products first, and then have no registers left for them: this holds the chain. */
+/* Compilers turn a chain of sums into a tree, all products first, and then have no registers left for them; and read memory twice for
+ * two uses of a vector: this holds the chain, or the register. */
 #ifdef KVS_ISA_AVX512
 #define KVS_KEEP(v) __asm__("" : "+v"(v))
 #else
@@ -157,12 +158,14 @@ typedef struct two {
 /* Word k of sub-blocks 2c and 2c + 1 of Q4_K, from 0 to 15 */
 KVS_INLINE two q4_k_values(const kvs_stripe_q4_k *w, int c, int k, int at) {
     vi v = vi_load(w->q[c][k][at]);
+    KVS_KEEP(v); /* one load, not two: loads are what limits this loop */
     return (two){low_nibbles(v), high_nibbles(v)};
 }
 
 /* The same of Q5_K, from 0 to 31 */
 KVS_INLINE two q5_k_values(const kvs_stripe_q5_k *w, int c, int k, int at) {
     vi high = vi_load(w->hq[k][0][at]), v = vi_load(c ? w->q[c - 1][k][at] : w->hq[k][1][at]);
+    KVS_KEEP(v);
     two t = {low_nibbles(v), high_nibbles(v)};
     vi bit = vi_bytes(16); /* bits 2c and 2c + 1 of high, to bit 4 */
     vi even = c < 2 ? vi_left16(high, 4 - 2 * c) : vi_right16(high, 2 * c - 4);
@@ -178,6 +181,9 @@ KVS_INLINE two k4_values(bool five, const void *block, int c, int k, int at) {
 KVS_INLINE void q6_k_values(const kvs_stripe_q6_k *w, int half, int k, int at, vi out[4]) {
     const kvs_words *qqh = w->qqh[half][k];
     vi a = vi_load(qqh[0][at]), b = vi_load(qqh[1][at]), h = vi_load(qqh[2][at]), bits = vi_bytes(48);
+    KVS_KEEP(a);
+    KVS_KEEP(b);
+    KVS_KEEP(h);
     out[0] = vi_or(low_nibbles(a), vi_and(vi_left16(h, 4), bits));
     out[1] = vi_or(low_nibbles(b), vi_and(vi_left16(h, 2), bits));
     out[2] = vi_or(high_nibbles(a), vi_and(h, bits));

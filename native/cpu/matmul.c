@@ -103,11 +103,11 @@ static void multiply_units(void *arg, int64_t begin, int64_t end, int32_t thread
     }
 }
 
-/* Pieces of some 20 microseconds: long against the price of taking one (and long enough a stream), short against a matrix. */
+/* Pieces of some 5 microseconds and more: long against the price of taking one, short against a matrix. */
 static int64_t grain(const run *r, int32_t threads, int64_t total) {
     const kvs_weight *w = r->jobs[0].w;
     double nanoseconds = KVS_UNIT * ((double)w->row_bytes / 25 + (double)KVS_MIN(r->n, KVS_XT) * (double)w->cols / 100);
-    int64_t pieces = (int64_t)(20000 / nanoseconds), share = total / (8 * threads);
+    int64_t pieces = (int64_t)(5000 / nanoseconds), share = total / (8 * threads);
     return KVS_MAX(1, KVS_MIN(pieces, share));
 }
 

@@ -15,7 +15,7 @@
 #define JOB_HELPERS (JOB_OPEN - 1)
 #define JOB_NUMBER  ((uint64_t)1 << 32)
 
-enum { MAX_THREADS = 1024 };
+enum { MAX_THREADS = 1024, MAX_GRAINS = 16 };
 
 typedef struct helper {
     kvs_pool *pool;
@@ -50,15 +50,24 @@ static void relax(void) {
 #endif
 }
 
+/* Long pieces first, so that each thread reads one stream of memory; short ones at the end, so that all are done at once. */
+static int64_t take(kvs_pool *pool, int64_t *begin) {
+    int64_t left, n;
+    *begin = atomic_load_explicit(&pool->cursor, memory_order_relaxed);
+    do {
+        left = pool->n - *begin;
+        n = KVS_MIN(left, KVS_MAX(pool->grain, KVS_MIN(left / (2 * pool->n_threads), MAX_GRAINS * pool->grain)));
+    } while (n > 0 && !atomic_compare_exchange_weak_explicit(&pool->cursor, begin, *begin + n, memory_order_relaxed, memory_order_relaxed));
+    return n;
+}
+
 static void work(kvs_pool *pool, int32_t thread) {
-    for (;;) {
-        int64_t begin = atomic_fetch_add_explicit(&pool->cursor, pool->grain, memory_order_relaxed);
-        if (begin >= pool->n) return;
+    for (int64_t begin, n; (n = take(pool, &begin)) > 0;) {
         if (kvs_cancelled(pool->cancel)) {
             atomic_store_explicit(&pool->skipped, 1, memory_order_relaxed);
             return;
         }
-        pool->fn(pool->arg, begin, KVS_MIN(begin + pool->grain, pool->n), thread);
+        pool->fn(pool->arg, begin, begin + n, thread);
     }
 }
 

@@ -13,7 +13,7 @@ int kvs_pool_new(int32_t threads, kvs_pool **out, kvs_error *err);
 int32_t kvs_pool_missing(const kvs_pool *pool); /* of the default */
 void kvs_pool_free(kvs_pool *pool);
 int32_t kvs_pool_threads(const kvs_pool *pool);
-/* Runs fn over 0..n in pieces of grain, handed out by an atomic cursor; returns when all is done. Pieces not yet begun are
+/* Runs fn over 0..n in pieces of one to 16 grains, handed out by an atomic cursor; returns when all is done. Pieces not yet begun are
  * skipped once *cancel is set (cancel may be NULL); then it returns false. A loop of one piece runs on the caller without waking
  * anyone. */
 bool kvs_pool_run(kvs_pool *pool, kvs_task fn, void *arg, int64_t n, int64_t grain, const int32_t *cancel);
