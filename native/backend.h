@@ -30,10 +30,17 @@ typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a ve
     const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
 } kvs_weight;
 
+enum kvs_rounding {     /* of the operands of a product; sums are float32 */
+    KVS_ROUND_INT8 = 0, /* activations to int8 in blocks, where the weights' type has kernels for it; otherwise float32 */
+    KVS_ROUND_BF16,     /* both to bf16, where the device multiplies those faster and the weights are not F32; otherwise float32 */
+    KVS_ROUND_NONE      /* float32 */
+};
+
 typedef struct kvs_matmul { /* y (n, w->rows) = x (n, w->cols) W^T + bias */
     float *y;               /* [dev] */
     const kvs_weight *w;
     const float *bias; /* [dev] (w->rows), or NULL */
+    int32_t rounding;
 } kvs_matmul;
 
 typedef struct kvs_range {
@@ -152,7 +159,7 @@ struct kvs_ops {
     /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim) */
     void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
     void (*attn_full)(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
-                      int32_t head_dim); /* every row sees all n */
+                      int32_t head_dim, int32_t rounding); /* every row sees all n */
     /* cache rows of the step; k, v (n, n_kv_head * head_dim) */
     void (*kv_put)(kvs_backend *be, int32_t layer, const float *k, const float *v); /* store, and into exact_k, exact_v */
     /* means into kv->entropy and kv->mass; strength = NaN; the newest row's q (n, n_head * head_dim) and lse where kv->query is */

@@ -369,7 +369,7 @@ int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
-                        int32_t n, const float *bias, float *y);
+                        int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
                       float *y); /* b NULL: RMS */
 int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim, const float *inv_freq,
@@ -394,7 +394,8 @@ int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const
                         int32_t head_dim, int32_t n_ctx, const int32_t *places, int32_t n, float *k_left, float *v_left, float *k_back,
                         float *v_back);
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
-                           int32_t head_dim, float *out); /* not causal */
+                           int32_t head_dim, int32_t rounding, float *out); /* not causal */
+int32_t kvs_test_bf16(const char *isa); /* 1 if these kernels and this CPU multiply bf16, which rounding then asks for */
 
 /* n rows one after the other; rows 1.. are generated and smoothed against the row before. k, v, k_out, v_out (n, n_kv_head, head_dim),
  * entropy (n, n_kv_head), strength (n, groups). */

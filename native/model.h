@@ -40,6 +40,7 @@ typedef struct kvs_vision { /* CLIP tower and two-layer projector; E, F, H here 
     int32_t n_layer;        /* blocks that run */
     int32_t n_embd, n_ff, n_head, image_size, patch_size;
     int32_t n_image; /* patches, and rows of one encoded picture: (image_size / patch_size)^2 */
+    int32_t rounding; /* kvs_rounding: KVS_ROUND_BF16, or KVS_ROUND_NONE for precision "exact" */
     int32_t act;     /* kvs_unary of the tower; the projector's is KVS_GELU (erf), as in transformers */
     float eps, mean[3], std[3];
     kvs_weight patch_embd;          /* (E, 3 patch_size^2): columns ordered channel, row, column */
@@ -68,7 +69,7 @@ struct kvs_model {
     kvs_gguf *mmproj; /* NULL = text only */
     kvs_tokenizer *tokenizer;
     kvs_text text;
-    bool has_vision;
+    bool has_vision, exact; /* exact: the tower computes in float32 */
     kvs_vision vision;
     kvs_backend *be;
     kvs_work work;

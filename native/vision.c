@@ -59,7 +59,7 @@ static void release(tower *t) {
 }
 
 static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
-    kvs_matmul job = {.y = y, .w = w, .bias = bias->data};
+    kvs_matmul job = {.y = y, .w = w, .bias = bias->data, .rounding = t->model->vision.rounding};
     t->model->be->ops->matmul(t->model->be, &job, 1, x, n);
 }
 
@@ -82,10 +82,12 @@ static void block(const tower *t, const kvs_vision_layer *layer) {
     const kvs_vision *v = t->v;
     int64_t size = (int64_t)t->n * v->n_embd;
     ops->norm(be, t->y, t->x, layer->ln1.data, layer->ln1_bias.data, v->eps, t->n, v->n_embd);
-    kvs_matmul qkv[] = {
-        {t->q, &layer->q, layer->q_bias.data}, {t->k, &layer->k, layer->k_bias.data}, {t->val, &layer->v, layer->v_bias.data}};
+    kvs_matmul qkv[] = {{t->q, &layer->q, layer->q_bias.data, v->rounding},
+                        {t->k, &layer->k, layer->k_bias.data, v->rounding},
+                        {t->val, &layer->v, layer->v_bias.data, v->rounding}};
     ops->matmul(be, qkv, 3, t->y, t->n);
-    ops->attn_full(be, t->q, t->k, t->val, t->y, t->n, v->n_head, v->n_embd / v->n_head);
+    ops->attn_full(be, t->q, t->k, t->val, t->y, t->n, v->n_head, v->n_embd / v->n_head,
+                   layer->o.type == KVS_TYPE_F32 ? KVS_ROUND_NONE : v->rounding);
     linear(t, t->q, t->y, &layer->o, &layer->o_bias, t->n);
     ops->add(be, t->x, t->q, size);
     ops->norm(be, t->y, t->x, layer->ln2.data, layer->ln2_bias.data, v->eps, t->n, v->n_embd);

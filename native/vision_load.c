@@ -313,6 +313,7 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     if (kvs_load_find(&ld, "v.blk.0.attn_qkv.weight").file)
         return fail_key(model->mmproj, KVS_E_UNSUPPORTED, "v.blk.0.attn_qkv.weight", err,
                         "a tower with fused q, k and v is not LLaVA-1.5's");
+    v->rounding = model->exact ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     if ((status = read_hyperparameters(v, model->mmproj, err))) return status;
     if ((status = blocks_to_run(v, model->mmproj, err))) return status;
     load_weights(&ld, v);

@@ -23,14 +23,14 @@ def pointer(a: np.ndarray) -> object:
     return ffi.cast("float *", a.ctypes.data)
 
 
-def matmul(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+def matmul(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, threads: int = 1, rounding: int = 0) -> np.ndarray:
     n, rows = len(x), len(w)
     guard = 16  # nothing may be written beyond y
     y = np.full(n * rows + guard, 7.5, np.float32)
     x = np.ascontiguousarray(x)
     code = lib.kvs_test_matmul(
         isa.encode(), threads, type_id(name), ffi.from_buffer(w), rows, x.shape[1], pointer(x), n,
-        ffi.NULL if bias is None else pointer(bias), pointer(y),
+        ffi.NULL if bias is None else pointer(bias), rounding, pointer(y),
     )  # fmt: skip
     assert code == 0
     assert (y[n * rows :] == 7.5).all()

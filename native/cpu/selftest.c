@@ -7,16 +7,22 @@ int32_t kvs_test_isa(const char *isa) {
 }
 
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
-                        int32_t n, const float *bias, float *y) {
+                        int32_t n, const float *bias, int32_t rounding, float *y) {
     kvs_weight weight = {type, rows, cols, kvs_row_bytes(type, cols), w};
-    kvs_matmul job = {y, &weight, bias};
+    kvs_matmul job = {y, &weight, bias, rounding};
     kvs_cpu cpu = {0};
     if (weight.row_bytes < 0) return KVS_E_ARGUMENT;
     int status = kvs_isa_choose(isa, &cpu.isa, NULL);
     if (!status) status = kvs_pool_new(threads, &cpu.pool, NULL);
     if (status) return status;
+    cpu.bf16 = kvs_isa_bf16(cpu.isa);
     kvs_cpu_matmul(&cpu.base, &job, 1, x, n);
     kvs_pool_free(cpu.pool);
     kvs_free_aligned(cpu.x_scratch);
     return cpu.status;
+}
+
+int32_t kvs_test_bf16(const char *isa) {
+    const kvs_isa *chosen;
+    return isa && kvs_isa_choose(isa, &chosen, NULL) == KVS_OK && kvs_isa_bf16(chosen) != NULL;
 }
