@@ -20,6 +20,7 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     const kvs_ops *ops;
     char name[32];                    /* "cpu", "cuda:0" */
     char reason[224];                 /* why this one, and which kernels */
+    bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
 } kvs_backend;
 

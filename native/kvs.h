@@ -35,7 +35,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 5 };
+enum { KVS_ABI_VERSION = 6 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -149,6 +149,11 @@ const char *kvs_gguf_string(const kvs_gguf *file, int64_t i, int64_t j, int64_t 
 
 /* ---- model ---- */
 typedef struct kvs_model kvs_model;
+/* Of the vision tower; sums are float32 always. The text model does not heed it. */
+enum kvs_precision {
+    KVS_PRECISION_AUTO = 0, /* operands of products in bf16 where weights are not F32 and the CPU multiplies bf16 faster, else float32 */
+    KVS_PRECISION_EXACT     /* float32 */
+};
 typedef struct kvs_model_params {
     uint32_t struct_size;
     int32_t threads;         /* 0 = the processors that affinity and cgroup quota allow */
@@ -159,12 +164,14 @@ typedef struct kvs_model_params {
     int32_t *progress;       /* may be NULL; set to 0..1000 while loading */
     uint64_t model_bytes;    /* limit of all its files together; 0 = none */
     uint64_t cache_bytes;    /* limit of the caches of all its sessions together; 0 = the memory of the machine */
+    int32_t precision;       /* kvs_precision */
 } kvs_model_params;
 typedef struct kvs_model_info {
     uint32_t struct_size;
     int32_t n_ctx_train, n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab;
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
+    int32_t vision_bf16; /* 1: the tower rounds operands to bf16 (kvs_precision) */
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;

@@ -295,6 +295,17 @@ static void load_weights(kvs_loader *ld, kvs_vision *v) {
     kvs_load_refuse_rest(ld, is_idle);
 }
 
+/* KVS_ROUND_BF16 is for the matrices that are not F32; a file without any is told as what it is. */
+static bool all_f32(const kvs_vision *v) {
+    bool same = v->patch_embd.type == KVS_TYPE_F32 && v->mm0.type == KVS_TYPE_F32 && v->mm2.type == KVS_TYPE_F32;
+    for (int32_t i = 0; i < v->n_layer; i++) {
+        const kvs_vision_layer *l = &v->layers[i];
+        const kvs_weight *matrices[] = {&l->q, &l->k, &l->v, &l->o, &l->up, &l->down};
+        for (size_t j = 0; j < sizeof matrices / sizeof *matrices; j++) same = same && matrices[j]->type == KVS_TYPE_F32;
+    }
+    return same;
+}
+
 static uint64_t hash_hyperparameters(const kvs_vision *v) {
     const int32_t sizes[] = {v->n_layer, v->n_embd, v->n_ff, v->n_head, v->image_size, v->patch_size, v->act};
     uint64_t hash = kvs_hash(kvs_hash(0, sizes, sizeof sizes), &v->eps, sizeof v->eps);
@@ -313,11 +324,11 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     if (kvs_load_find(&ld, "v.blk.0.attn_qkv.weight").file)
         return fail_key(model->mmproj, KVS_E_UNSUPPORTED, "v.blk.0.attn_qkv.weight", err,
                         "a tower with fused q, k and v is not LLaVA-1.5's");
-    v->rounding = model->exact ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     if ((status = read_hyperparameters(v, model->mmproj, err))) return status;
     if ((status = blocks_to_run(v, model->mmproj, err))) return status;
     load_weights(&ld, v);
     if (ld.status) return ld.status;
+    v->rounding = model->exact || all_f32(v) ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     kvs_gguf_prefetch(model->mmproj);
     model->mmproj_identity = kvs_load_identity(&ld, hash_hyperparameters(v));
     model->has_vision = true;
