@@ -31,10 +31,10 @@ typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a ve
     const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
 } kvs_weight;
 
-enum kvs_rounding {     /* of the operands of a product; sums are float32 */
-    KVS_ROUND_INT8 = 0, /* activations to int8 in blocks, where the weights' type has kernels for it; otherwise float32 */
-    KVS_ROUND_BF16,     /* both to bf16, where the device multiplies those faster and the weights are not F32; otherwise float32 */
-    KVS_ROUND_NONE      /* float32 */
+enum kvs_rounding {                     /* of the operands of a product; sums are float32 */
+                    KVS_ROUND_INT8 = 0, /* activations to int8 in blocks, where the weights' type has kernels for it; otherwise float32 */
+                    KVS_ROUND_BF16, /* both to bf16, where the device multiplies those faster and the weights are not F32; otherwise float32 */
+                    KVS_ROUND_NONE /* float32 */
 };
 
 typedef struct kvs_matmul { /* y (n, w->rows) = x (n, w->cols) W^T + bias */

@@ -171,7 +171,7 @@ typedef struct kvs_model_info {
     int32_t n_ctx_train, n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab;
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
-    int32_t vision_bf16; /* 1: the tower rounds operands to bf16 (kvs_precision) */
+    int32_t vision_bf16;                                                 /* 1: the tower rounds operands to bf16 (kvs_precision) */
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;

@@ -39,7 +39,7 @@ typedef struct kvs_vision_layer {
 typedef struct kvs_vision { /* CLIP tower and two-layer projector; E, F, H here are the tower's */
     int32_t n_layer;        /* blocks that run */
     int32_t n_embd, n_ff, n_head, image_size, patch_size;
-    int32_t n_image; /* patches, and rows of one encoded picture: (image_size / patch_size)^2 */
+    int32_t n_image;  /* patches, and rows of one encoded picture: (image_size / patch_size)^2 */
     int32_t rounding; /* of its products: KVS_ROUND_BF16, or KVS_ROUND_NONE */
     int32_t act;      /* kvs_unary of the tower; the projector's is KVS_GELU (erf), as in transformers */
     float eps, mean[3], std[3];

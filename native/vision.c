@@ -58,9 +58,13 @@ static void release(tower *t) {
         if (all[i]) t->model->be->ops->release(t->model->be, all[i]);
 }
 
-static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
-    kvs_matmul job = {.y = y, .w = w, .bias = bias->data, .rounding = t->model->vision.rounding};
+static void multiply(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n, int32_t rounding) {
+    kvs_matmul job = {.y = y, .w = w, .bias = bias->data, .rounding = rounding};
     t->model->be->ops->matmul(t->model->be, &job, 1, x, n);
+}
+
+static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
+    multiply(t, y, x, w, bias, n, t->v->rounding);
 }
 
 /* x = pre_ln([class row; patches W] + positions) */
@@ -70,7 +74,8 @@ static void embed(const tower *t, const int32_t *ids) {
     const kvs_vision *v = t->v;
     int64_t n = (int64_t)t->n * v->n_embd;
     ops->rows(be, t->y, &v->class_embd, ids, 1);
-    linear(t, t->y + v->n_embd, t->patches, &v->patch_embd, &v->patch_bias, v->n_image);
+    /* never rounded: the least of the work, and what is lost here goes through all blocks */
+    multiply(t, t->y + v->n_embd, t->patches, &v->patch_embd, &v->patch_bias, v->n_image, KVS_ROUND_NONE);
     ops->rows(be, t->x, &v->position_embd, ids, t->n);
     ops->add(be, t->y, t->x, n);
     ops->norm(be, t->x, t->y, v->pre_ln.data, v->pre_ln_bias.data, v->eps, t->n, v->n_embd);

@@ -113,6 +113,7 @@ class Model:
         self.path = gguf.model_path(path)
         _check_device(device, gpu_layers)
         self.limits = _limits(limits)
+        utf8("precision", precision)
         if precision not in _PRECISIONS:
             raise ValueError(f'precision must be "auto" or "exact", not {shown(precision)}')
         n_threads = 0 if threads is None else integer("threads", threads, 1, 1024)

@@ -30,7 +30,8 @@ BF16 static void bf16_values(const float *v, int64_t step, int64_t n, int64_t di
         for (int64_t i = 0; i < n; i += 2, at += BF16_PR) {
             __m512 even = _mm512_maskz_loadu_ps(mask, v + i * step + d);
             __m512 odd = i + 1 < n ? _mm512_maskz_loadu_ps(mask, v + (i + 1) * step + d) : _mm512_setzero_ps();
-            __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+            __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)),
+                    high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
             _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }

@@ -55,8 +55,9 @@ static void multiply(void *arg, int64_t begin, int64_t end, int32_t thread) {
         const kvs_weight *w = job->w;
         int64_t row = unit * KVS_UNIT;
         kvs_panel panel = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, KVS_MIN(KVS_UNIT, w->rows - row), w->cols};
-        p->ops->many(&panel, p->turned + first * kvs_bf16_pairs(w->cols), KVS_MIN(p->rows, p->n - first), job->bias ? job->bias + row : NULL,
-                     job->y + first * w->rows + row, w->rows, p->scratch + (int64_t)thread * KVS_DOTS_SCRATCH);
+        p->ops->many(&panel, p->turned + first * kvs_bf16_pairs(w->cols), KVS_MIN(p->rows, p->n - first),
+                     job->bias ? job->bias + row : NULL, job->y + first * w->rows + row, w->rows,
+                     p->scratch + (int64_t)thread * KVS_DOTS_SCRATCH);
     }
 }
 
@@ -108,8 +109,8 @@ static void attend(void *arg, int64_t begin, int64_t end, int32_t thread) {
     }
 }
 
-void kvs_cpu_attn_full_bf16(kvs_cpu *cpu, const float *q, const float *k, const float *v, float *out, int32_t n,
-                            int32_t n_head, int32_t head_dim) {
+void kvs_cpu_attn_full_bf16(kvs_cpu *cpu, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                            int32_t head_dim) {
     if (n < 1 || kvs_cpu_stopped(cpu)) return;
     heads h = {.ops = cpu->bf16, .q = q, .k = k, .v = v, .out = out, .n = n, .n_head = n_head, .head_dim = head_dim};
     h.k_bytes = turned_bytes(n, head_dim, KVS_UNIT);

@@ -75,8 +75,8 @@ typedef struct kvs_isa {
     const kvs_rowops *rows;
     const kvs_roof_loops *roofs;
 } kvs_isa;
-bool kvs_cpu_has(const char *feature); /* as kvs_cpu_info names it */
-typedef struct kvs_bf16 kvs_bf16;      /* see dots.h */
+bool kvs_cpu_has(const char *feature);            /* as kvs_cpu_info names it */
+typedef struct kvs_bf16 kvs_bf16;                 /* see dots.h */
 const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa); /* NULL: these kernels have none, or not for this CPU */
 /* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
@@ -122,8 +122,8 @@ void kvs_cpu_attn_full(kvs_backend *be, const float *q, const float *k, const fl
                        int32_t head_dim, int32_t rounding);
 /* bf16.c: the same with operands rounded to bf16 */
 void kvs_cpu_matmul_bf16(kvs_cpu *cpu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
-void kvs_cpu_attn_full_bf16(kvs_cpu *cpu, const float *q, const float *k, const float *v, float *out, int32_t n,
-                            int32_t n_head, int32_t head_dim);
+void kvs_cpu_attn_full_bf16(kvs_cpu *cpu, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                            int32_t head_dim);
 /* kv.c */
 void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
 void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);

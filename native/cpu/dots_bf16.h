@@ -64,12 +64,10 @@ BF16 KVS_INLINE void turn_rows(int32_t type, const uint8_t *from, int64_t row_by
                                int64_t step) {
     for (int64_t k = 0; k < cols; k += 32) {
         __m512i r[16];
-        for (int64_t i = 0; i < 16; i++)
-            r[i] = i < rows ? row_pairs(type, from + i * row_bytes, k, cols - k) : _mm512_setzero_si512();
+        for (int64_t i = 0; i < 16; i++) r[i] = i < rows ? row_pairs(type, from + i * row_bytes, k, cols - k) : _mm512_setzero_si512();
         turn16(r);
         int64_t pairs = KVS_MIN(16, (cols - k + 1) / 2);
-        for (int64_t j = 0; j < pairs; j++)
-            _mm512_mask_storeu_epi32(out + (k / 2 + j) * step, (__mmask16)((1u << width) - 1), r[j]);
+        for (int64_t j = 0; j < pairs; j++) _mm512_mask_storeu_epi32(out + (k / 2 + j) * step, (__mmask16)((1u << width) - 1), r[j]);
     }
 }
 

@@ -198,9 +198,7 @@ def load_model(args: argparse.Namespace, ui: Ui) -> Model:
         ui.status(f"loading the model: {fraction:.0%}")
 
     try:
-        model = Model(
-            args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress, precision=args.precision
-        )
+        model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress, precision=args.precision)
     except ValueError as error:
         if isinstance(error, errors.KVSmoothError):
             raise
