@@ -159,7 +159,7 @@ def test_float32_attention_when_asked_for(isa: str, rng: np.random.Generator) ->
 # ---- the tower ----
 
 TOWERS = {"f16": {}, "bf16": {}, "q8_0": {}, "q4_0": {}, "deep": {"v_layer": 24, "v_ff": 128}}
-AUTO_ERROR, AUTO_COSINE = 0.03, 0.999  # of "auto" against float64: norm of the error over the norm of a picture's rows, worst row
+AUTO_ERROR, AUTO_COSINE = 0.05, 0.995  # of "auto" against float64: norm of the error over the norm of all rows; the worst row's cosine
 
 
 @pytest.mark.parametrize("tower", TOWERS)
