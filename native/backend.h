@@ -29,6 +29,7 @@ typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a ve
     int64_t rows, cols;
     int64_t row_bytes;
     const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
+    bool placed;      /* in the device's own order: for matmul with KVS_ROUND_INT8 alone */
 } kvs_weight;
 
 enum kvs_rounding {                     /* of the operands of a product; sums are float32 */
@@ -142,6 +143,11 @@ struct kvs_ops {
     void (*upload)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*download)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
+    /* weights that are only multiplied by: bytes that place() wants for one, 0 = it is best read where it is; memory for the sum of them,
+     * to be released like any other; place() copies w there, and false means that it was cancelled */
+    uint64_t (*weight_room)(kvs_backend *be, const kvs_weight *w);
+    void *(*alloc_weights)(kvs_backend *be, uint64_t bytes);
+    bool (*place)(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
     /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
     int (*end)(kvs_backend *be, kvs_error *err);

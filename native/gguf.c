@@ -419,6 +419,14 @@ void kvs_gguf_prefetch(const kvs_gguf *f) { /* a hint: failure changes nothing b
     (void)posix_madvise((void *)(uintptr_t)f->map, (size_t)f->size, POSIX_MADV_WILLNEED);
 }
 
+void kvs_gguf_forget(const kvs_gguf *f, const void *data, uint64_t bytes) {
+    enum { PAGE = 1 << 16 }; /* a multiple of every system's; the pages at both ends stay */
+    const uint64_t first = (uint64_t)(uintptr_t)f->map, begin = (uint64_t)(uintptr_t)data;
+    if (begin < first || begin - first > f->size || bytes > f->size - (begin - first)) return;
+    uint64_t from = (begin + PAGE - 1) / PAGE * PAGE, to = (begin + bytes) / PAGE * PAGE;
+    if (to > from) (void)madvise((void *)(uintptr_t)from, (size_t)(to - from), MADV_DONTNEED);
+}
+
 const char *kvs_gguf_path(const kvs_gguf *f) { return f->path; }
 uint64_t kvs_gguf_size(const kvs_gguf *f) { return f->size; }
 int32_t kvs_gguf_version(const kvs_gguf *f) { return f->version; }

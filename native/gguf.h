@@ -8,6 +8,8 @@
 const char *kvs_gguf_path(const kvs_gguf *file);
 uint64_t kvs_gguf_size(const kvs_gguf *file); /* bytes of the file */
 void kvs_gguf_prefetch(const kvs_gguf *file); /* asks the system to read ahead; returns at once */
+/* These bytes, if they are of the file, will hardly be read again: their pages no longer count as this process's memory. */
+void kvs_gguf_forget(const kvs_gguf *file, const void *data, uint64_t bytes);
 
 /* Metadata by key. Each returns KVS_OK, or KVS_E_FORMAT with file, key and offset in err when the key has another type, is
  * out of [min, max] or not finite. A key that is absent gives *found = false (if found is not NULL), otherwise an error. */

@@ -116,18 +116,50 @@ float *kvs_load_floats(kvs_loader *ld, int32_t layer, const char *name, int64_t 
     return t.file && !ld->status ? widen(ld, &t) : NULL;
 }
 
-const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
+static void *own(kvs_loader *ld, void *(*alloc)(kvs_backend *, uint64_t), uint64_t bytes, const char *what) {
     kvs_model *m = ld->model;
-    uint64_t bytes = (uint64_t)n * sizeof *host;
     void **grown = kvs_realloc(m->owned, (uint64_t)m->n_owned + 1, sizeof *grown);
     if (grown) m->owned = grown;
-    void *block = grown ? m->be->ops->alloc(m->be, bytes) : NULL;
-    if (!block) {
-        ld->status = kvs_fail_memory(ld->err, bytes, "a vector of the model");
-        return NULL;
+    void *block = grown ? alloc(m->be, bytes) : NULL;
+    if (block)
+        m->owned[m->n_owned++] = block;
+    else
+        ld->status = kvs_fail_memory(ld->err, bytes, what);
+    return block;
+}
+
+const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
+    const kvs_ops *ops = ld->model->be->ops;
+    uint64_t bytes = (uint64_t)n * sizeof *host;
+    void *block = own(ld, ops->alloc, bytes, "a vector of the model");
+    if (block) ops->upload(ld->model->be, block, host, bytes);
+    return block;
+}
+
+void kvs_load_reserve(kvs_loader *ld, kvs_placing *placing, kvs_weight *const *matrices, int32_t n) {
+    const kvs_ops *ops = ld->model->be->ops;
+    if (!ld->status) placing->matrices = kvs_calloc((uint64_t)n, sizeof *placing->matrices);
+    if (!placing->matrices && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)n * sizeof *matrices, "a list of weights");
+    uint64_t total = 0; /* less than their files' sizes, which are mapped */
+    for (int32_t i = 0; i < n && !ld->status; i++) {
+        uint64_t room = matrices[i]->data ? ops->weight_room(ld->model->be, matrices[i]) : 0;
+        if (room) placing->matrices[placing->n++] = matrices[i];
+        total += room;
     }
-    m->be->ops->upload(m->be, block, host, bytes);
-    return m->owned[m->n_owned++] = block;
+    if (placing->n) placing->room = own(ld, ops->alloc_weights, total, "the weights of the model");
+}
+
+int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_error *err) {
+    for (; placing->done < placing->n; placing->done++) {
+        kvs_weight *w = placing->matrices[placing->done];
+        uint64_t room = m->be->ops->weight_room(m->be, w);
+        const void *from = w->data;
+        if (!m->be->ops->place(m->be, w, placing->room, cancel)) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
+        for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, (uint64_t)(w->rows * w->row_bytes));
+        if (m->mmproj) kvs_gguf_forget(m->mmproj, from, (uint64_t)(w->rows * w->row_bytes));
+        placing->room += room;
+    }
+    return KVS_OK;
 }
 
 /* Vectors are small enough to be read at load; in matrices a value that is not finite is found by the pass that meets it. */

@@ -277,6 +277,26 @@ static void load_weights(kvs_loader *ld) {
     for (int32_t i = 0; i < t->n_layer && !ld->status; i++) load_layer(ld, t, &t->layers[i], i);
 }
 
+static void reserve_weights(kvs_loader *ld) {
+    kvs_text *t = &ld->model->text;
+    enum { PER_LAYER = 7 };
+    kvs_weight **list = kvs_calloc((uint64_t)t->n_layer * PER_LAYER + 1, sizeof *list);
+    if (!list) {
+        ld->status = kvs_fail_memory(ld->err, (uint64_t)t->n_layer * PER_LAYER * sizeof *list, "a list of weights");
+        return;
+    }
+    int32_t n = 0;
+    for (int32_t i = 0; i < t->n_layer; i++) {
+        kvs_text_layer *l = &t->layers[i];
+        kvs_weight *const of_layer[PER_LAYER] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        memcpy(list + n, of_layer, sizeof of_layer);
+        n += PER_LAYER;
+    }
+    list[n++] = &t->output; /* a copy of its own where it is tied: tokens are looked up in rows */
+    kvs_load_reserve(ld, &ld->model->text_placing, list, n);
+    free(list);
+}
+
 static uint64_t hash_sizes(const kvs_text *t) {
     const int32_t sizes[] = {t->n_layer, t->n_embd, t->n_ff, t->n_head, t->n_head_kv, t->head_dim, t->n_vocab, t->rope.n_rot};
     return kvs_hash(kvs_hash(0, sizes, sizeof sizes), &t->rms_eps, sizeof t->rms_eps);
@@ -304,7 +324,8 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     if (ld.status) return ld.status;
     for (int32_t i = 0; i < model->n_parts; i++) kvs_gguf_prefetch(model->parts[i]);
     model->identity = kvs_load_identity(&ld, model->identity);
-    return KVS_OK;
+    reserve_weights(&ld);
+    return ld.status;
 }
 
 int kvs_text_check(const kvs_model *model, kvs_error *err) {
@@ -318,7 +339,9 @@ void kvs_text_unload(kvs_model *model) {
     for (int32_t i = 0; i < model->n_owned; i++) model->be->ops->release(model->be, model->owned[i]);
     free(model->owned);
     model->owned = NULL, model->n_owned = 0;
+    free(model->text_placing.matrices);
     free(model->text.layers);
+    model->text_placing = (kvs_placing){0};
     model->text = (kvs_text){0};
     kvs_tokenizer_free(model->tokenizer);
     model->tokenizer = NULL;

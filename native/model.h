@@ -63,6 +63,14 @@ typedef struct kvs_work { /* activation buffers of a pass, [dev], sized for max_
     int32_t max_logit_rows;
 } kvs_work;
 
+/* Matrices that go into the backend's own order, when a pass first wants them: a model that is only looked at costs no memory, and one
+ * whose first prompt waits is there at once. What is placed stays so if the rest is cancelled. Guarded by the model's lock. */
+typedef struct kvs_placing {
+    kvs_weight **matrices; /* (n) of them done */
+    int32_t n, done;
+    uint8_t *room; /* [dev] of the next, in a block that the model owns */
+} kvs_placing;
+
 struct kvs_model {
     kvs_gguf *parts[KVS_MAX_PARTS]; /* of the text model */
     int32_t n_parts;
@@ -71,6 +79,7 @@ struct kvs_model {
     kvs_text text;
     bool has_vision, exact; /* exact: the tower computes in float32 */
     kvs_vision vision;
+    kvs_placing text_placing; /* the tower multiplies without int8: its matrices stay where they are */
     kvs_backend *be;
     kvs_work work;
     kvs_turns turns; /* one pass at a time: backend step and work buffers */
@@ -95,6 +104,7 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
 void kvs_vision_unload(kvs_model *model);
 void kvs_text_unload(kvs_model *model);
 
+int kvs_place(kvs_model *model, kvs_placing *placing, const int32_t *cancel, kvs_error *err); /* KVS_OK or KVS_E_CANCELLED */
 /* KVS_E_FORMAT once a file of the model has shrunk or changed: what was computed with it since the last call is not to be used. */
 int kvs_text_check(const kvs_model *model, kvs_error *err);
 int kvs_vision_check(const kvs_model *model, kvs_error *err); /* KVS_OK without an mmproj */

@@ -427,7 +427,8 @@ static bool sane_timeline(const kvs_session *s) {
     }
     for (int32_t i = 0; i < c->n_turns; i++)
         if (c->turns[i] < (i ? c->turns[i - 1] + 1 : 1) || c->turns[i] > c->n_past) return false;
-    return sane_pictures(c) && sane_events(c);
+    bool can_run_again = s->has_logits || kvs_pruned_can_end(c, c->n_past, true); /* the last row, for its logits */
+    return sane_pictures(c) && sane_events(c) && can_run_again;
 }
 
 /* Room for the events, whose numbers must be possible before anything is read by them. */

@@ -87,8 +87,9 @@ class Model:
     tower: "auto" multiplies in bf16 where the CPU has instructions for it and the tower's weights are not F32 (rows of pictures are then
     within about 1 % of "exact"), "exact" in float32 everywhere.
 
-    The files are mapped, not copied: they load at once, and processes share their memory. So they must stay as they are while the model
-    is in use; put another file in place of one by renaming. One that shrinks or is written to ends the call that noticed, and every
+    The files are mapped: they load at once. The first prompt copies the matrices of Q4_0, Q8_0, Q4_K, Q5_K and Q6_K into the order that
+    the kernels read, as many bytes again, and gives the file's pages back; other types are read from the file, and processes share their
+    memory. So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is written to ends the call that noticed, and every
     later one, in a ModelFormatError; the session is as it was before.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
@@ -202,7 +203,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights as the files hold them, the tower's included; they are mapped, so processes share the memory."""
+        """Size of the weights as the files hold them, the tower's included; see Model for what of it a process shares."""
         return int(self._info.weight_bytes)
 
     @property

@@ -11,11 +11,11 @@ static const kvs_bf16 bf16 = {bf16_round, bf16_many, bf16_keys, bf16_values, bf1
 #else
 #define BF16_TABLE NULL
 #endif
-const kvs_dots kvs_dots_avx512 = {"avx512", quantize, few, many, floats, BF16_TABLE};
+const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, BF16_TABLE};
 #elif defined(KVS_ISA_AVX2)
 #include "dots_panel.h"
-const kvs_dots kvs_dots_avx2 = {"avx2", quantize, few, many, floats, NULL};
+const kvs_dots kvs_dots_avx2 = {"avx2", true, quantize, few, many, floats, NULL};
 #else
 #include "dots_base.h"
-const kvs_dots kvs_dots_base = {"base", quantize, few, many, floats, NULL};
+const kvs_dots kvs_dots_base = {"base", false, quantize, few, many, floats, NULL};
 #endif

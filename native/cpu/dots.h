@@ -14,7 +14,8 @@
 enum {
     KVS_KC = 512,        /* columns of a float panel: a multiple of every block */
     KVS_XT = 128,        /* activation rows of one call of gemm at most */
-    KVS_FEW = 3,         /* up to so many activation rows, weights are read once per row, straight from the file */
+    KVS_FEW = 4,         /* up to so many activation rows, stripes are read once, and nothing is unpacked to memory */
+    KVS_FEW_FLOAT = 3,   /* the same for float weights: straight from their rows */
     KVS_ROWS_FLOAT = 32, /* weight rows of a float panel */
     KVS_ROWS_MAX = 32,   /* weight rows of any panel at most */
     KVS_UNIT = 32        /* what matmul.c hands out: a multiple of every panel */
@@ -30,20 +31,18 @@ enum {
 #define KVS_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 #endif
 
-typedef struct kvs_acts { /* activations as integers; block b of row r stands at place r * row_step + b * block_step */
+typedef struct kvs_acts { /* n activation rows as integers; block b of row r stands at place b n + r */
     int32_t block;        /* 32 or 256; 0 = not prepared */
-    int64_t row_step, block_step;
+    int64_t n;
     int8_t *q;    /* (places, block) in -127..127 */
     float *d;     /* (places) q d = x; NaN where x was not finite */
     int16_t *s32; /* (places, block / 32) sums of 32 values of q */
     int16_t *s16; /* (places, 16) sums of 16, for 256 only */
 } kvs_acts;
-/* With few rows, row_step is the number of blocks rounded up to 4, block_step 1, and the places left over hold zeros: kernels
- * work on groups of four blocks. With many, the rows of one block are neighbours: row_step 1. */
 
 typedef struct kvs_panel { /* the part of a weight matrix that one call works on */
     int32_t type;
-    const uint8_t *w; /* first row */
+    const uint8_t *w; /* first row, or the stripe that it begins */
     int64_t row_bytes, rows, cols;
 } kvs_panel;
 
@@ -71,6 +70,7 @@ struct kvs_bf16 {
 
 typedef struct kvs_dots {
     const char *isa;
+    bool striped; /* few and many read stripes (stripes.h), not rows */
     void (*quantize)(const float *x, int64_t cols, const kvs_acts *acts, int64_t row);
     /* y[i * y_step + r] for activation rows row..row + n and all rows of the panel; n <= KVS_FEW: no scratch; n <= KVS_XT */
     void (*few)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step);

@@ -1,4 +1,4 @@
-/* dots_base.h - the integer kernels in plain C: the specification of dots_x86.h and dots_panel.h. */
+/* dots_base.h - the integer kernels in plain C: the specification of dots_stripes.h and dots_panel.h. */
 #ifndef KVS_DOTS_BASE_H
 #define KVS_DOTS_BASE_H
 #include "dots.h"
@@ -27,7 +27,7 @@ static void quantize_block(const float *x, size_t n, int8_t *q, float *d) {
 static void quantize(const float *x, int64_t cols, const kvs_acts *a, int64_t row) {
     int32_t n = a->block;
     for (int64_t b = 0; b < cols / n; b++) {
-        int64_t at = row * a->row_step + b * a->block_step;
+        int64_t at = b * a->n + row;
         int8_t *q = a->q + at * n;
         quantize_block(x + b * n, (size_t)n, q, &a->d[at]);
         if (n == 256) memset(a->s16 + at * 16, 0, 32);
@@ -126,7 +126,7 @@ static void few(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, f
             block w;
             unpack(&w, p->w + r * p->row_bytes + b * bytes);
             for (int64_t i = 0; i < n; i++) {
-                int64_t at = (row + i) * a->row_step + b * a->block_step;
+                int64_t at = b * a->n + row + i;
                 float *sum = &sums[i][b % 4];
                 *sum += w.d * a->d[at] * (float)isum_of(&w, a->q + at * a->block, a->block);
                 if (has_min) *sum -= w.m * a->d[at] * (float)msum_of(&w, a->s32 + at * 8);

@@ -136,7 +136,7 @@ static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y,
 
 /* Few activation rows: plain types are read as they lie, each four rows to their ends, so that memory sees long streams. */
 static void floats(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch) {
-    bool few = n <= KVS_FEW, plain = p->type == KVS_TYPE_F32 || (VW > 1 && (p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16));
+    bool few = n <= KVS_FEW_FLOAT, plain = p->type == KVS_TYPE_F32 || (VW > 1 && (p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16));
     int64_t step = few ? 4 : KVS_ROWS_FLOAT;
     for (int64_t r = 0; r < p->rows; r += step) {
         kvs_panel part = *p;

@@ -1,7 +1,24 @@
 /* dots_widen.h - types without kernels of their own to float32, with 256-bit vectors: the bits of quant.c's decoders. */
 #ifndef KVS_DOTS_WIDEN_H
 #define KVS_DOTS_WIDEN_H
-#include "dots_x86.h"
+#include "dots.h"
+#include "simd.h"
+
+typedef __m256i v8;
+KVS_INLINE v8 load8(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+KVS_INLINE __m128i load8h(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+KVS_INLINE v8 splat8(int x) { return _mm256_set1_epi8((char)x); }
+
+KVS_INLINE v8 nibble_values(const uint8_t *p) { /* 16 bytes: the low nibbles, then the high ones */
+    v8 q = _mm256_broadcastsi128_si256(load8h(p));
+    return _mm256_and_si256(_mm256_srlv_epi32(q, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), splat8(15));
+}
+
+KVS_INLINE float f16_at(const void *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _cvtsh_ss(h);
+}
 
 /* 16 values: scale q - min */
 KVS_INLINE void widen16(float *out, __m128i q, float scale, float min) {

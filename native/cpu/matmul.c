@@ -25,10 +25,8 @@ static uint64_t take(uint64_t *at, uint64_t bytes) {
 
 /* Places for n rows of cols; lays the arrays out from *at in memory, or only counts when memory is NULL. */
 static void acts_layout(kvs_acts *a, uint64_t *at, uint8_t *memory, int32_t block, int64_t n, int64_t cols) {
-    int64_t n_blocks = cols / block;
-    bool few = n <= KVS_FEW;
-    *a = (kvs_acts){.block = block, .row_step = few ? (n_blocks + 3) / 4 * 4 : 1, .block_step = few ? 1 : n};
-    uint64_t places = (uint64_t)(few ? n * a->row_step : n * n_blocks), size = (uint64_t)block;
+    uint64_t places = (uint64_t)(n * (cols / block)), size = (uint64_t)block;
+    *a = (kvs_acts){.block = block, .n = n};
     uint64_t q = take(at, places * size), d = take(at, places * sizeof *a->d);
     uint64_t s32 = take(at, places * size / 32 * sizeof *a->s32), s16 = take(at, block == 256 ? places * 16 * sizeof *a->s16 : 0);
     if (!memory) return;
@@ -36,13 +34,6 @@ static void acts_layout(kvs_acts *a, uint64_t *at, uint8_t *memory, int32_t bloc
     a->d = (float *)(void *)(memory + d);
     a->s32 = (int16_t *)(void *)(memory + s32);
     a->s16 = (int16_t *)(void *)(memory + s16);
-    for (int64_t i = 0; few && i < n; i++) { /* the places after the last block of a row */
-        int64_t first = i * a->row_step + n_blocks, rest = a->row_step - n_blocks;
-        memset(a->q + first * block, 0, (size_t)(rest * block));
-        memset(a->d + first, 0, (size_t)rest * sizeof *a->d);
-        memset(a->s32 + first * (block / 32), 0, (size_t)(rest * (block / 32)) * sizeof *a->s32);
-        if (block == 256) memset(a->s16 + first * 16, 0, (size_t)rest * 16 * sizeof *a->s16);
-    }
 }
 
 uint8_t *kvs_cpu_reserve(kvs_cpu *cpu, uint64_t bytes) {
