@@ -117,7 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     model, processor = reference(args.folder), AutoProcessor.from_pretrained(args.folder)
     bad = 0
-    with kvs.Model(args.model, device="cpu") as ours:
+    with kvs.Model(args.model, device="cpu", precision="exact") as ours:
         policies = {"plain": None, "for this model": kvs.KVSmooth.for_model(ours), "published": kvs.KVSmooth()}
         for name, policy in policies.items():
             tally = check(model, processor, ours, policy, args.scenes)

@@ -73,6 +73,8 @@ static int load(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
 int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_error *err) {
     *out = NULL;
     if (params->struct_size != sizeof *params) return kvs_fail(err, KVS_E_ARGUMENT, "struct_size: kvs_model_params of another version");
+    if (params->precision != KVS_PRECISION_AUTO && params->precision != KVS_PRECISION_EXACT)
+        return kvs_fail(err, KVS_E_ARGUMENT, "precision: there is no kvs_precision %d", (int)params->precision);
     if (!params->text_path) return kvs_fail(err, KVS_E_ARGUMENT, "text_path: a model needs a file");
     kvs_model *model = kvs_calloc(1, sizeof *model);
     if (!model) return kvs_fail_memory(err, sizeof *model, "a model");
@@ -80,6 +82,7 @@ int32_t kvs_model_load(const kvs_model_params *params, kvs_model **out, kvs_erro
         free(model);
         return kvs_fail_memory(err, 0, "a lock");
     }
+    model->exact = params->precision == KVS_PRECISION_EXACT;
     model->max_file_bytes = params->model_bytes;
     model->max_cache_bytes =
         params->cache_bytes ? params->cache_bytes : (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
@@ -111,12 +114,14 @@ void kvs_model_free(kvs_model *model) {
     free(model);
 }
 
-static void get_vision_info(const kvs_vision *v, kvs_model_info *info) {
+static void get_vision_info(const kvs_model *model, kvs_model_info *info) {
+    const kvs_vision *v = &model->vision;
     info->has_vision = 1;
     info->image_size = v->image_size;
     info->patch_size = v->patch_size;
     info->n_image = v->n_image;
     info->n_vision_layer = v->n_layer;
+    info->vision_bf16 = v->rounding == KVS_ROUND_BF16 && model->be->has_bf16;
     memcpy(info->image_mean, v->mean, sizeof info->image_mean);
     memcpy(info->image_std, v->std, sizeof info->image_std);
 }
@@ -146,7 +151,7 @@ void kvs_model_get_info(const kvs_model *model, kvs_model_info *info) {
         .identity = model->identity,
         .mmproj_identity = model->mmproj_identity,
     };
-    if (model->has_vision) get_vision_info(&model->vision, info);
+    if (model->has_vision) get_vision_info(model, info);
     memcpy(info->device, model->be->name, sizeof info->device);
     memcpy(info->device_reason, model->be->reason, sizeof info->device_reason);
 }

@@ -20,6 +20,7 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     const kvs_ops *ops;
     char name[32];                    /* "cpu", "cuda:0" */
     char reason[224];                 /* why this one, and which kernels */
+    bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
 } kvs_backend;
 
@@ -28,13 +29,20 @@ typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a ve
     int64_t rows, cols;
     int64_t row_bytes;
     const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
-    bool placed;      /* in the device's own order: for matmul alone, not for rows() */
+    bool placed;      /* in the device's own order: for matmul with KVS_ROUND_INT8 alone */
 } kvs_weight;
+
+enum kvs_rounding {                     /* of the operands of a product; sums are float32 */
+                    KVS_ROUND_INT8 = 0, /* activations to int8 in blocks, where the weights' type has kernels for it; otherwise float32 */
+                    KVS_ROUND_BF16, /* both to bf16, where the device multiplies those faster and the weights are not F32; otherwise float32 */
+                    KVS_ROUND_NONE /* float32 */
+};
 
 typedef struct kvs_matmul { /* y (n, w->rows) = x (n, w->cols) W^T + bias */
     float *y;               /* [dev] */
     const kvs_weight *w;
     const float *bias; /* [dev] (w->rows), or NULL */
+    int32_t rounding;
 } kvs_matmul;
 
 typedef struct kvs_range {
@@ -158,7 +166,7 @@ struct kvs_ops {
     /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim) */
     void (*attn)(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
     void (*attn_full)(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
-                      int32_t head_dim); /* every row sees all n */
+                      int32_t head_dim, int32_t rounding); /* every row sees all n */
     /* cache rows of the step; k, v (n, n_kv_head * head_dim) */
     void (*kv_put)(kvs_backend *be, int32_t layer, const float *k, const float *v); /* store, and into exact_k, exact_v */
     /* means into kv->entropy and kv->mass; strength = NaN; the newest row's q (n, n_head * head_dim) and lse where kv->query is */

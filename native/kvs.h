@@ -35,7 +35,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 5 };
+enum { KVS_ABI_VERSION = 6 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -149,6 +149,11 @@ const char *kvs_gguf_string(const kvs_gguf *file, int64_t i, int64_t j, int64_t 
 
 /* ---- model ---- */
 typedef struct kvs_model kvs_model;
+/* Of the vision tower; sums are float32 always. The text model does not heed it. */
+enum kvs_precision {
+    KVS_PRECISION_AUTO = 0, /* operands of products in bf16 where weights are not F32 and the CPU multiplies bf16 faster, else float32 */
+    KVS_PRECISION_EXACT     /* float32 */
+};
 typedef struct kvs_model_params {
     uint32_t struct_size;
     int32_t threads;         /* 0 = the processors that affinity and cgroup quota allow */
@@ -159,12 +164,14 @@ typedef struct kvs_model_params {
     int32_t *progress;       /* may be NULL; set to 0..1000 while loading */
     uint64_t model_bytes;    /* limit of all its files together; 0 = none */
     uint64_t cache_bytes;    /* limit of the caches of all its sessions together; 0 = the memory of the machine */
+    int32_t precision;       /* kvs_precision */
 } kvs_model_params;
 typedef struct kvs_model_info {
     uint32_t struct_size;
     int32_t n_ctx_train, n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab;
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
+    int32_t vision_bf16;                                                 /* 1: the tower rounds operands to bf16 (kvs_precision) */
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;
@@ -369,7 +376,7 @@ int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double
 /* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
 int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
-                        int32_t n, const float *bias, float *y);
+                        int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
                       float *y); /* b NULL: RMS */
 int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim, const float *inv_freq,
@@ -394,7 +401,8 @@ int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const
                         int32_t head_dim, int32_t n_ctx, const int32_t *places, int32_t n, float *k_left, float *v_left, float *k_back,
                         float *v_back);
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
-                           int32_t head_dim, float *out); /* not causal */
+                           int32_t head_dim, int32_t rounding, float *out); /* not causal */
+int32_t kvs_test_bf16(const char *isa); /* 1 if these kernels and this CPU multiply bf16, which rounding then asks for */
 
 /* n rows one after the other; rows 1.. are generated and smoothed against the row before. k, v, k_out, v_out (n, n_kv_head, head_dim),
  * entropy (n, n_kv_head), strength (n, groups). */

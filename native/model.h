@@ -39,8 +39,9 @@ typedef struct kvs_vision_layer {
 typedef struct kvs_vision { /* CLIP tower and two-layer projector; E, F, H here are the tower's */
     int32_t n_layer;        /* blocks that run */
     int32_t n_embd, n_ff, n_head, image_size, patch_size;
-    int32_t n_image; /* patches, and rows of one encoded picture: (image_size / patch_size)^2 */
-    int32_t act;     /* kvs_unary of the tower; the projector's is KVS_GELU (erf), as in transformers */
+    int32_t n_image;  /* patches, and rows of one encoded picture: (image_size / patch_size)^2 */
+    int32_t rounding; /* of its products: KVS_ROUND_BF16, or KVS_ROUND_NONE */
+    int32_t act;      /* kvs_unary of the tower; the projector's is KVS_GELU (erf), as in transformers */
     float eps, mean[3], std[3];
     kvs_weight patch_embd;          /* (E, 3 patch_size^2): columns ordered channel, row, column */
     kvs_weight patch_bias;          /* (1, E) or absent */
@@ -76,9 +77,9 @@ struct kvs_model {
     kvs_gguf *mmproj; /* NULL = text only */
     kvs_tokenizer *tokenizer;
     kvs_text text;
-    bool has_vision;
+    bool has_vision, exact; /* exact: the tower computes in float32 */
     kvs_vision vision;
-    kvs_placing text_placing, vision_placing;
+    kvs_placing text_placing; /* the tower multiplies without int8: its matrices stay where they are */
     kvs_backend *be;
     kvs_work work;
     kvs_turns turns; /* one pass at a time: backend step and work buffers */

@@ -58,9 +58,13 @@ static void release(tower *t) {
         if (all[i]) t->model->be->ops->release(t->model->be, all[i]);
 }
 
-static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
-    kvs_matmul job = {.y = y, .w = w, .bias = bias->data};
+static void multiply(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n, int32_t rounding) {
+    kvs_matmul job = {.y = y, .w = w, .bias = bias->data, .rounding = rounding};
     t->model->be->ops->matmul(t->model->be, &job, 1, x, n);
+}
+
+static void linear(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n) {
+    multiply(t, y, x, w, bias, n, t->v->rounding);
 }
 
 /* x = pre_ln([class row; patches W] + positions) */
@@ -70,7 +74,8 @@ static void embed(const tower *t, const int32_t *ids) {
     const kvs_vision *v = t->v;
     int64_t n = (int64_t)t->n * v->n_embd;
     ops->rows(be, t->y, &v->class_embd, ids, 1);
-    linear(t, t->y + v->n_embd, t->patches, &v->patch_embd, &v->patch_bias, v->n_image);
+    /* never rounded: the least of the work, and what is lost here goes through all blocks */
+    multiply(t, t->y + v->n_embd, t->patches, &v->patch_embd, &v->patch_bias, v->n_image, KVS_ROUND_NONE);
     ops->rows(be, t->x, &v->position_embd, ids, t->n);
     ops->add(be, t->y, t->x, n);
     ops->norm(be, t->x, t->y, v->pre_ln.data, v->pre_ln_bias.data, v->eps, t->n, v->n_embd);
@@ -82,10 +87,12 @@ static void block(const tower *t, const kvs_vision_layer *layer) {
     const kvs_vision *v = t->v;
     int64_t size = (int64_t)t->n * v->n_embd;
     ops->norm(be, t->y, t->x, layer->ln1.data, layer->ln1_bias.data, v->eps, t->n, v->n_embd);
-    kvs_matmul qkv[] = {
-        {t->q, &layer->q, layer->q_bias.data}, {t->k, &layer->k, layer->k_bias.data}, {t->val, &layer->v, layer->v_bias.data}};
+    kvs_matmul qkv[] = {{t->q, &layer->q, layer->q_bias.data, v->rounding},
+                        {t->k, &layer->k, layer->k_bias.data, v->rounding},
+                        {t->val, &layer->v, layer->v_bias.data, v->rounding}};
     ops->matmul(be, qkv, 3, t->y, t->n);
-    ops->attn_full(be, t->q, t->k, t->val, t->y, t->n, v->n_head, v->n_embd / v->n_head);
+    ops->attn_full(be, t->q, t->k, t->val, t->y, t->n, v->n_head, v->n_embd / v->n_head,
+                   layer->o.type == KVS_TYPE_F32 ? KVS_ROUND_NONE : v->rounding);
     linear(t, t->q, t->y, &layer->o, &layer->o_bias, t->n);
     ops->add(be, t->x, t->q, size);
     ops->norm(be, t->y, t->x, layer->ln2.data, layer->ln2_bias.data, v->eps, t->n, v->n_embd);
@@ -126,7 +133,6 @@ static int run(tower *t, const float *patches, const int32_t *ids, float *embedd
 
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err) {
     int status = kvs_vision_check(model, err);
-    if (!status) status = kvs_place(model, &model->vision_placing, cancel, err);
     if (status) return status;
     tower t = {.model = model, .v = &model->vision, .n = model->vision.n_image + 1};
     float *patches = kvs_calloc((uint64_t)t.v->n_image, (uint64_t)t.v->patch_embd.cols * sizeof *patches);

@@ -295,23 +295,15 @@ static void load_weights(kvs_loader *ld, kvs_vision *v) {
     kvs_load_refuse_rest(ld, is_idle);
 }
 
-static void reserve_weights(kvs_loader *ld, kvs_vision *v) {
-    enum { PER_LAYER = 6, OTHERS = 3 };
-    kvs_weight **list = kvs_calloc((uint64_t)v->n_layer * PER_LAYER + OTHERS, sizeof *list);
-    if (!list) {
-        ld->status = kvs_fail_memory(ld->err, (uint64_t)v->n_layer * PER_LAYER * sizeof *list, "a list of weights");
-        return;
-    }
-    int32_t n = 0;
+/* KVS_ROUND_BF16 is for the matrices that are not F32; a file without any is told as what it is. */
+static bool all_f32(const kvs_vision *v) {
+    bool same = v->patch_embd.type == KVS_TYPE_F32 && v->mm0.type == KVS_TYPE_F32 && v->mm2.type == KVS_TYPE_F32;
     for (int32_t i = 0; i < v->n_layer; i++) {
-        kvs_vision_layer *l = &v->layers[i];
-        kvs_weight *const of_layer[PER_LAYER] = {&l->q, &l->k, &l->v, &l->o, &l->up, &l->down};
-        memcpy(list + n, of_layer, sizeof of_layer);
-        n += PER_LAYER;
+        const kvs_vision_layer *l = &v->layers[i];
+        const kvs_weight *matrices[] = {&l->q, &l->k, &l->v, &l->o, &l->up, &l->down};
+        for (size_t j = 0; j < sizeof matrices / sizeof *matrices; j++) same = same && matrices[j]->type == KVS_TYPE_F32;
     }
-    list[n++] = &v->patch_embd, list[n++] = &v->mm0, list[n++] = &v->mm2;
-    kvs_load_reserve(ld, &ld->model->vision_placing, list, n);
-    free(list);
+    return same;
 }
 
 static uint64_t hash_hyperparameters(const kvs_vision *v) {
@@ -336,19 +328,17 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     if ((status = blocks_to_run(v, model->mmproj, err))) return status;
     load_weights(&ld, v);
     if (ld.status) return ld.status;
+    v->rounding = model->exact || all_f32(v) ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     kvs_gguf_prefetch(model->mmproj);
     model->mmproj_identity = kvs_load_identity(&ld, hash_hyperparameters(v));
-    reserve_weights(&ld, v);
-    model->has_vision = !ld.status;
-    return ld.status;
+    model->has_vision = true;
+    return KVS_OK;
 }
 
 int kvs_vision_check(const kvs_model *model, kvs_error *err) { return model->mmproj ? kvs_gguf_check(model->mmproj, err) : KVS_OK; }
 
 void kvs_vision_unload(kvs_model *model) {
-    free(model->vision_placing.matrices);
     free(model->vision.layers);
-    model->vision_placing = (kvs_placing){0};
     model->vision = (kvs_vision){0};
     kvs_gguf_free(model->mmproj);
     model->mmproj = NULL;

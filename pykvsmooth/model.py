@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .session import KVType, Session
 
 _log = logging.getLogger("pykvsmooth")
+Precision = Literal["auto", "exact"]
+_PRECISIONS = {"auto": lib.KVS_PRECISION_AUTO, "exact": lib.KVS_PRECISION_EXACT}
 IMAGE_CACHE_BYTES = 64 << 20
 IMAGE_CACHE_PICTURES = 8  # few, because long-lived small arrays would cut the heap to pieces
 END_OF_TURN = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
@@ -81,7 +83,9 @@ class Model:
     PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
     "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
-    returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits().
+    returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits(). precision, of the vision
+    tower: "auto" multiplies in bf16 where the CPU has instructions for it and the tower's weights are not F32 (rows of pictures are then
+    within about 1 % of "exact"), "exact" in float32 everywhere.
 
     The files are mapped: they load at once. The first prompt copies the matrices of Q4_0, Q8_0, Q4_K, Q5_K and Q6_K into the order that
     the kernels read, as many bytes again, and gives the file's pages back; other types are read from the file, and processes share their
@@ -104,16 +108,20 @@ class Model:
         progress: Callable[[float], Any] | None = None,
         *,
         limits: Limits | None = None,
+        precision: Precision = "auto",
     ) -> None:
         begin = time.perf_counter()
         self.path = gguf.model_path(path)
         _check_device(device, gpu_layers)
         self.limits = _limits(limits)
+        utf8("precision", precision)
+        if precision not in _PRECISIONS:
+            raise ValueError(f'precision must be "auto" or "exact", not {shown(precision)}')
         n_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
         self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
         found = gguf.find_mmproj(self.path, self.metadata, mmproj)
         self.mmproj, self._no_vision = found.path, found.reason
-        self._handle = _load(self.path, self.mmproj, device, n_threads, progress, self.limits)
+        self._handle = _load(self.path, self.mmproj, device, n_threads, progress, self.limits, precision)
         self._info = ffi.new("kvs_model_info *")
         self._info.struct_size = ffi.sizeof("kvs_model_info")
         lib.kvs_model_get_info(self._handle.pointer, self._info)
@@ -182,6 +190,11 @@ class Model:
     def has_vision(self) -> bool:
         """Is an mmproj loaded, so that pictures can be given?"""
         return bool(self._info.has_vision)
+
+    @property
+    def vision_precision(self) -> Literal["f32", "bf16"]:
+        """What the vision tower rounds operands of products to: "bf16", or "f32" for precision="exact", F32 weights, other processors."""
+        return "bf16" if self._info.vision_bf16 else "f32"
 
     @property
     def threads(self) -> int:
@@ -387,7 +400,9 @@ def _limits(limits: Any) -> Limits:
     return limits
 
 
-def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None, limits: Limits) -> ModelHandle:
+def _load(
+    path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None, limits: Limits, precision: Precision
+) -> ModelHandle:
     flag, permille, err, handle = Flag(), Flag(), new_error(), ModelHandle()
     names = [ffi.new("char[]", c_path("path", name)) if name else ffi.NULL for name in (path, mmproj, device)]
     params = ffi.new("kvs_model_params *")
@@ -395,6 +410,7 @@ def _load(path: str, mmproj: str | None, device: str, threads: int, progress: Ca
     params.text_path, params.mmproj_path, params.device = names
     params.threads, params.cancel, params.progress = threads, flag.pointer, permille.pointer
     params.model_bytes, params.cache_bytes = limits.model_bytes, limits.cache_bytes or 0
+    params.precision = _PRECISIONS[precision]
 
     def report() -> None:
         if progress is not None and progress(permille.pointer[0] / 1000) is False:

@@ -158,7 +158,7 @@ def test_full_attention(isas: list[str], rng: np.random.Generator, n: int, n_hea
     for isa in isas:
         for threads in (1, 3):
             out = np.full_like(q, np.nan)
-            assert lib.kvs_test_attn_full(isa.encode(), threads, floats(q), floats(k), floats(v), n, n_head, head_dim, floats(out)) == 0
+            assert lib.kvs_test_attn_full(isa.encode(), threads, floats(q), floats(k), floats(v), n, n_head, head_dim, 0, floats(out)) == 0
             np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5, err_msg=isa)
 
 

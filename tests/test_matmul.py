@@ -23,14 +23,16 @@ def pointer(a: np.ndarray) -> object:
     return ffi.cast("float *", a.ctypes.data)
 
 
-def matmul(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+def matmul(
+    isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None, threads: int = 1, rounding: int = 0
+) -> np.ndarray:
     n, rows = len(x), len(w)
     guard = 16  # nothing may be written beyond y
     y = np.full(n * rows + guard, 7.5, np.float32)
     x = np.ascontiguousarray(x)
     code = lib.kvs_test_matmul(
         isa.encode(), threads, type_id(name), ffi.from_buffer(w), rows, x.shape[1], pointer(x), n,
-        ffi.NULL if bias is None else pointer(bias), pointer(y),
+        ffi.NULL if bias is None else pointer(bias), rounding, pointer(y),
     )  # fmt: skip
     assert code == 0
     assert (y[n * rows :] == 7.5).all()
@@ -46,14 +48,15 @@ def rounded(x: np.ndarray, block: int) -> np.ndarray:
     return (q.astype(np.float64) * (top / np.float32(127))).reshape(x.shape)
 
 
-def check(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
+def check(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray, exact: bool = False) -> None:
     weights = expected(name, w).astype(np.float64)
-    seen = rounded(x, BLOCK[name]) if name in BLOCK else x.astype(np.float64)
+    integers = name in BLOCK and not exact
+    seen = rounded(x, BLOCK[name]) if integers else x.astype(np.float64)
     want = seen @ weights.T + (0 if bias is None else bias)
     # Terms of Q4_K and Q5_K are differences of scaled sums: their rounding is relative to both parts
     size = np.abs(seen) @ np.abs(weights).T + (0 if bias is None else np.abs(bias)) + parts_of_minima(name, w, seen)
     error = np.abs(y - want) / (size + 1e-30)
-    bound = 4e-7 if isa != "base" or name in BLOCK else 1.5e-6  # base sums 512 columns one after the other
+    bound = 4e-7 if isa != "base" or integers else 1.5e-6  # base sums 512 columns one after the other
     assert error.max() < bound, f"{isa} {name} {w.shape} x {x.shape}: {error.max():.2e} of the sum of magnitudes"
 
 
@@ -180,7 +183,7 @@ def test_wide_rows(name: str, isas: list[str], rng: np.random.Generator) -> None
 
 def test_bad_arguments() -> None:
     y = np.zeros(8, np.float32)
-    args = (ffi.from_buffer(bytes(1024)), 1, 100, pointer(y), 1, ffi.NULL, pointer(y))
+    args = (ffi.from_buffer(bytes(1024)), 1, 100, pointer(y), 1, ffi.NULL, 0, pointer(y))
     assert lib.kvs_test_matmul(b"base", 1, type_id("Q4_K"), *args) == lib.KVS_E_ARGUMENT
     assert lib.kvs_test_matmul(b"base", 1, 99, *args) == lib.KVS_E_ARGUMENT
     assert lib.kvs_test_matmul(b"no such kernels", 1, type_id("F32"), *args) == lib.KVS_E_DEVICE

@@ -302,16 +302,6 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
     assert errors["exact"] <= (5e-3 if kind in INTEGER_BLOCKS else 1e-9)
 
 
-@pytest.mark.parametrize("v_type", ["f16", "bf16", "q8_0", "q4_0"])
-def test_vision_weight_types(v_type: str, rng: np.random.Generator, tmp_path: Path) -> None:
-    text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), n_layer=1, v_type=v_type)
-    image = picture(rng)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
-        error = nmse(model.encode_image(image), weights.clip.encode(pixels(image)))
-    print(v_type, error)
-    assert error <= {"f16": 1e-5, "bf16": 1e-4}.get(v_type, 1e-3)
-
-
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_each_kernel_set_runs_the_whole_model(
     isa: str, isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch

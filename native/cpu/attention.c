@@ -142,8 +142,13 @@ void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, co
 }
 
 void kvs_cpu_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
-                       int32_t head_dim) {
+                       int32_t head_dim, int32_t rounding) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (cpu->bf16 && rounding == KVS_ROUND_BF16) {
+        kvs_cpu_attn_full_bf16(cpu, q, k, v, out, n, n_head, head_dim);
+        return;
+    }
     attn_job job = {
-        .cpu = (kvs_cpu *)be, .q = q, .k = k, .v = v, .out = out, .n_rows = n, .n_head = n_head, .n_kv_head = n_head, .head_dim = head_dim};
+        .cpu = cpu, .q = q, .k = k, .v = v, .out = out, .n_rows = n, .n_head = n_head, .n_kv_head = n_head, .head_dim = head_dim};
     run(&job, full_task);
 }

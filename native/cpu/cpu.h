@@ -75,7 +75,9 @@ typedef struct kvs_isa {
     const kvs_rowops *rows;
     const kvs_roof_loops *roofs;
 } kvs_isa;
-bool kvs_cpu_has(const char *feature); /* as kvs_cpu_info names it */
+bool kvs_cpu_has(const char *feature);            /* as kvs_cpu_info names it */
+typedef struct kvs_bf16 kvs_bf16;                 /* see dots.h */
+const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa); /* NULL: these kernels have none, or not for this CPU */
 /* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
 const char *kvs_isa_why(void); /* "best of this CPU" | "forced by KVS_CPU": why name NULL gives what it gives */
@@ -84,6 +86,7 @@ typedef struct kvs_cpu {
     kvs_backend base; /* first: a kvs_backend * to it is a kvs_cpu * */
     kvs_pool *pool;
     const kvs_isa *isa;
+    const kvs_bf16 *bf16; /* kvs_isa_bf16(isa) */
     const kvs_step *step; /* between begin and end */
     const int32_t *cancel;
     int32_t status;  /* first failure of the step, KVS_OK so far */
@@ -108,6 +111,8 @@ static inline void kvs_cpu_loop(kvs_cpu *cpu, kvs_task fn, void *arg, int64_t n,
 /* floats_per_thread of scratch for every thread, one after the other, 64-byte lines apart; NULL: the step has failed. */
 float *kvs_cpu_scratch(kvs_cpu *cpu, int64_t floats_per_thread);
 
+uint8_t *kvs_cpu_reserve(kvs_cpu *cpu, uint64_t bytes); /* x_scratch, so long at least; what was in it may be gone; NULL: no memory */
+
 /* What cpu.c's op table points to, by file: matmul.c */
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
 void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
@@ -118,7 +123,11 @@ bool kvs_cpu_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *ca
 /* attention.c */
 void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
 void kvs_cpu_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
-                       int32_t head_dim);
+                       int32_t head_dim, int32_t rounding);
+/* bf16.c: the same with operands rounded to bf16 */
+void kvs_cpu_matmul_bf16(kvs_cpu *cpu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
+void kvs_cpu_attn_full_bf16(kvs_cpu *cpu, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                            int32_t head_dim);
 /* kv.c */
 void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
 void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);

@@ -4,11 +4,18 @@
 #include "dots_float.h"
 #if defined(KVS_ISA_AVX512)
 #include "dots_panel.h"
-const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats};
+#ifdef KVS_HAVE_AVX512BF16
+#include "attn_bf16.h"
+static const kvs_bf16 bf16 = {bf16_round, bf16_many, bf16_keys, bf16_values, bf16_attend};
+#define BF16_TABLE &bf16
+#else
+#define BF16_TABLE NULL
+#endif
+const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, BF16_TABLE};
 #elif defined(KVS_ISA_AVX2)
 #include "dots_panel.h"
-const kvs_dots kvs_dots_avx2 = {"avx2", true, quantize, few, many, floats};
+const kvs_dots kvs_dots_avx2 = {"avx2", true, quantize, few, many, floats, NULL};
 #else
 #include "dots_base.h"
-const kvs_dots kvs_dots_base = {"base", false, quantize, few, many, floats};
+const kvs_dots kvs_dots_base = {"base", false, quantize, few, many, floats, NULL};
 #endif

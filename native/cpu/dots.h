@@ -46,6 +46,28 @@ typedef struct kvs_panel { /* the part of a weight matrix that one call works on
     int64_t row_bytes, rows, cols;
 } kvs_panel;
 
+/* Operands rounded to bf16 first, sums in float32: dots_bf16.h. Turned: pairs of neighbouring columns of KVS_BF16_GROUP rows stand side
+ * by side, (groups, pairs, KVS_BF16_GROUP). */
+enum { KVS_BF16_GROUP = 12 };
+static inline int64_t kvs_bf16_pairs(int64_t cols) { return (cols + 1) / 2; }
+
+typedef struct kvs_bf16_attn { /* one head: its keys and values as keys() and values() turned them */
+    const uint32_t *k, *v;
+    int64_t n_keys, head_dim, step; /* step: from row to row of queries and outputs */
+    float scale;
+} kvs_bf16_attn;
+
+typedef struct kvs_bf16 kvs_bf16;
+struct kvs_bf16 {
+    void (*round)(const float *x, int64_t x_step, int64_t rows, int64_t cols, uint32_t *turned);
+    /* y[i * y_step + r] of n activation rows, from the first of a group on, and all rows of the panel, KVS_UNIT at most; bias may be NULL */
+    void (*many)(const kvs_panel *p, const uint32_t *turned, int64_t n, const float *bias, float *y, int64_t y_step, void *scratch);
+    /* one head of n rows: (n rounded up to KVS_UNIT) * pairs(head_dim), (head_dim rounded up to KVS_UNIT) * pairs(n) */
+    void (*keys)(const float *k, int64_t step, int64_t n, int64_t head_dim, uint32_t *turned);
+    void (*values)(const float *v, int64_t step, int64_t n, int64_t head_dim, uint32_t *turned);
+    void (*attend)(const kvs_bf16_attn *t, const float *q, int64_t n, float *out, void *scratch); /* n rows that see all keys */
+};
+
 typedef struct kvs_dots {
     const char *isa;
     bool striped; /* few and many read stripes (stripes.h), not rows */
@@ -54,6 +76,7 @@ typedef struct kvs_dots {
     void (*few)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step);
     void (*many)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step, void *scratch);
     void (*floats)(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch);
+    const kvs_bf16 *bf16; /* NULL: none in this build. Only for CPUs with avx512bf16: kvs_isa_bf16 */
 } kvs_dots;
 
 enum { KVS_DOTS_SCRATCH = 192 << 10 }; /* bytes per thread, aligned to 64 */

@@ -1,5 +1,6 @@
 /* isa.c - which kernels this CPU, this operating system and this build can run. */
 #include "cpu.h"
+#include "dots.h"
 #include "roofs.h"
 
 #include <stdlib.h>
@@ -80,6 +81,8 @@ bool kvs_cpu_has(const char *feature) {
         if (!strcmp(feature_names[i], feature)) return cpu_features() >> i & 1;
     return false;
 }
+
+const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa) { return isa->dots->bf16 && kvs_cpu_has("avx512bf16") ? isa->dots->bf16 : NULL; }
 
 /* From the plainest to the best. */
 static const struct {

@@ -11,6 +11,8 @@ typedef struct run {
     uint8_t *scratch; /* KVS_DOTS_SCRATCH per thread */
 } run;
 
+/* 0: activations stay float */
+static int32_t block_of(const kvs_matmul *job) { return job->rounding == KVS_ROUND_INT8 ? kvs_acts_block(job->w->type) : 0; }
 static int64_t units(const kvs_weight *w) { return (w->rows + KVS_UNIT - 1) / KVS_UNIT; }
 static const kvs_acts *acts_of(const run *r, int32_t type) { return &r->acts[kvs_acts_block(type) == 256]; }
 
@@ -34,7 +36,7 @@ static void acts_layout(kvs_acts *a, uint64_t *at, uint8_t *memory, int32_t bloc
     a->s16 = (int16_t *)(void *)(memory + s16);
 }
 
-static uint8_t *reserve(kvs_cpu *cpu, uint64_t bytes) {
+uint8_t *kvs_cpu_reserve(kvs_cpu *cpu, uint64_t bytes) {
     if (bytes <= cpu->x_scratch_bytes) return cpu->x_scratch;
     kvs_free_aligned(cpu->x_scratch);
     cpu->x_scratch = kvs_calloc_aligned(bytes, 1);
@@ -46,13 +48,13 @@ static bool prepare(kvs_cpu *cpu, run *r, int32_t n_jobs) {
     int64_t cols = r->jobs[0].w->cols;
     bool need[2] = {false, false};
     for (int32_t j = 0; j < n_jobs; j++) {
-        int32_t block = kvs_acts_block(r->jobs[j].w->type);
+        int32_t block = block_of(&r->jobs[j]);
         if (block) need[block == 256] = true;
     }
     uint64_t threads = (uint64_t)kvs_pool_threads(cpu->pool), bytes = threads * KVS_DOTS_SCRATCH;
     for (int i = 0; i < 2; i++)
         if (need[i]) acts_layout(&r->acts[i], &bytes, NULL, i ? 256 : 32, r->n, cols);
-    r->scratch = reserve(cpu, bytes);
+    r->scratch = kvs_cpu_reserve(cpu, bytes);
     if (!r->scratch) return false;
     uint64_t at = threads * KVS_DOTS_SCRATCH;
     for (int i = 0; i < 2; i++)
@@ -82,7 +84,7 @@ static void multiply(const run *r, const kvs_matmul *job, int64_t row, int64_t r
     kvs_panel p = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, rows, w->cols};
     float *y = job->y + first * w->rows + row;
     void *scratch = r->scratch + (int64_t)thread * KVS_DOTS_SCRATCH;
-    if (!kvs_acts_block(w->type))
+    if (!block_of(job))
         r->dots->floats(&p, r->x + first * w->cols, n, y, w->rows, scratch);
     else if (r->n <= KVS_FEW)
         r->dots->few(&p, acts_of(r, w->type), first, n, y, w->rows);
@@ -111,9 +113,19 @@ static int64_t grain(const run *r, int32_t threads, int64_t total) {
     return KVS_MAX(1, KVS_MIN(pieces, share));
 }
 
+static bool all_bf16(const kvs_matmul *jobs, int32_t n_jobs) {
+    for (int32_t j = 0; j < n_jobs; j++)
+        if (jobs[j].rounding != KVS_ROUND_BF16 || jobs[j].w->type == KVS_TYPE_F32) return false;
+    return true;
+}
+
 void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
     kvs_cpu *cpu = (kvs_cpu *)be;
     if (n_jobs < 1 || n < 1 || kvs_cpu_stopped(cpu)) return;
+    if (cpu->bf16 && all_bf16(jobs, n_jobs)) {
+        kvs_cpu_matmul_bf16(cpu, jobs, n_jobs, x, n);
+        return;
+    }
     run r = {.dots = cpu->isa->dots, .jobs = jobs, .x = x, .n = n, .n_tiles = (n + KVS_XT - 1) / KVS_XT};
     if (!prepare(cpu, &r, n_jobs)) {
         cpu->status = KVS_E_MEMORY;

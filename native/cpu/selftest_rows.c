@@ -11,7 +11,10 @@ static kvs_backend *open_isa(const char *isa, int32_t threads, int *status) {
     kvs_backend *be = NULL;
     *status = kvs_isa_choose(isa, &chosen, NULL);
     if (!*status) *status = kvs_cpu_open(threads, &be, NULL);
-    if (be) ((kvs_cpu *)be)->isa = chosen;
+    if (be) {
+        ((kvs_cpu *)be)->isa = chosen;
+        ((kvs_cpu *)be)->bf16 = kvs_isa_bf16(chosen);
+    }
     return be;
 }
 
@@ -179,13 +182,13 @@ int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const f
 }
 
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
-                           int32_t head_dim, float *out) {
+                           int32_t head_dim, int32_t rounding, float *out) {
     int status;
     kvs_step step;
     kvs_backend *be = open_isa(isa, threads, &status);
     if (!be) return status;
     begin(be, &step, NULL, 0);
-    be->ops->attn_full(be, q, k, v, out, n, n_head, head_dim);
+    be->ops->attn_full(be, q, k, v, out, n, n_head, head_dim, rounding);
     return finish(be);
 }
 

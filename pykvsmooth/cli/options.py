@@ -31,6 +31,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--threads", type=_positive, metavar="N", help="default: the processors that this process may use")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "exact"),
+        default="auto",
+        help="of the vision tower: auto (bf16 where this CPU has it and the weights are not F32) or exact (float32)",
+    )
     group.add_argument("--n-ctx", type=_rows, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)")
     group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
 
@@ -192,7 +198,7 @@ def load_model(args: argparse.Namespace, ui: Ui) -> Model:
         ui.status(f"loading the model: {fraction:.0%}")
 
     try:
-        model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress)
+        model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress, precision=args.precision)
     except ValueError as error:
         if isinstance(error, errors.KVSmoothError):
             raise
