@@ -89,8 +89,8 @@ class Model:
 
     The files are mapped: they load at once. The first prompt copies the matrices of Q4_0, Q8_0, Q4_K, Q5_K and Q6_K into the order that
     the kernels read, as many bytes again, and gives the file's pages back; other types are read from the file, and processes share their
-    memory. So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is written to ends the call that noticed, and every
-    later one, in a ModelFormatError; the session is as it was before.
+    memory. So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is
+    written to ends the call that noticed, and every later one, in a ModelFormatError; the session is as it was before.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
 

@@ -62,7 +62,7 @@ def search(bench: Bench, count: int, final_count: int) -> Searched:
 
 def keep_seed(bench: Bench, seed: int, count: int) -> None:
     """Captions of the test scenes by a model of another seed: plain, under the box's own setting, and as published."""
-    with kvs.Model() as box:
+    with kvs.Model(precision="exact") as box:
         policies = (None, kvs.KVSmooth.for_model(box), kvs.KVSmooth())
     runs = [(policy, bench.run("plain" if policy is None else repr(policy), policy, "test", count)) for policy in policies]
     seeds.keep(seeds.FOLDER / f"{seed}.jsonl.gz", runs)
@@ -80,7 +80,7 @@ def main() -> int:
     args = parser.parse_args()
     if (args.what == "seed") != (args.seed is not None):
         parser.error("seed and --seed N belong together")
-    with kvs.Model(args.model) as model:
+    with kvs.Model(args.model, precision="exact") as model:
         bench = Bench(model)
         if args.what == "seed":
             keep_seed(bench, args.seed, args.count)
