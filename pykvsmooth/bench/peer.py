@@ -70,7 +70,9 @@ class LlamaCpp:
     ) -> tuple[Ended, float | None]:
         """(one whole run that makes so many tokens, seconds of them that went into the picture or None if it does not say so)"""
         argv = ["-m", pair[0], "--mmproj", pair[1], "--image", image, "-p", prompt, "-n", tokens, "-c", n_ctx, "-t", threads, "--temp", 0]
-        more = ["--ignore-eos"] if "--ignore-eos" in self._help("llama-mtmd-cli") else []
+        known = self._help("llama-mtmd-cli")
+        more = ["--ignore-eos"] if "--ignore-eos" in known else []
+        more += ["--chat-template", "vicuna"] if "--chat-template " in known else []  # LLaVA-1.5's; a file without a template is refused
         ended = self._run("llama-mtmd-cli", [*map(str, argv), *more, *setting.flags])
         found = [float(text) for text in _ENCODED.findall(ended.err + ended.out)]
         return ended, sum(found) / 1000 if found else None
