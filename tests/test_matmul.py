@@ -5,14 +5,12 @@ sets must give the bits of the plain C kernels. The other types are exact up to 
 must not depend on the other rows of its batch.
 """
 
-import gguf
 import numpy as np
 import pytest
-from test_quant import HALVES, TYPES, expected, random_blocks, type_id
+from test_quant import HALVES, SIZES, TYPES, expected, random_blocks, type_id
 
 from pykvsmooth._native import ffi, lib
 
-SIZES = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in HALVES}  # values and bytes of a block
 BLOCK = {name: size for name, (size, _) in SIZES.items()}  # of weights, and of rounded activations
 
 

@@ -103,29 +103,23 @@ KVS_INLINE void signed_steps(vi acc[NV][4], int nx, int n, const packed *w, int 
 }
 #endif
 
-KVS_INLINE void add_to_sums(const panel_call *c, int b, int nx, vi acc[NV][4], const float *xd) {
-    KVS_EACH (i, nx)
-        KVS_EACH (v, NV) {
-            float *y = c->sums[(c->first + b) % 4][i] + v * VI;
-            v_store(y, v_add(v_load(y), v_mul(v_mul(v_load(c->w->d[b] + v * VI), v_set(xd[i])), vi_float(acc[v][i]))));
-        }
+/* What block_sums() calls m, for vector v of the panel: of a block of 32, or the products of pairs */
+KVS_INLINE vi sums_times(kind t, const packed *w, int v, const int16_t *sums) {
+    vi m = vi_set(t.block == 32 ? -*sums : 0);
+    for (int j = 0; j < pairs(t); j++) m = vi_madd_to(m, vi_load(w->pair[j] + v * VI), vi_word(sums + 2 * j));
+    return m;
 }
 
-KVS_INLINE void sub_from_sums(const panel_call *c, int b, int nx, vi acc[NV][4], const float *xd) {
+/* Block b to p[b % 4] */
+KVS_INLINE void add_to_sums(kind t, const panel_call *c, int b, int nx, vi acc[NV][4], const int16_t *sums, const float *xd) {
     KVS_EACH (i, nx)
         KVS_EACH (v, NV) {
-            float *y = c->sums[(c->first + b) % 4][i] + v * VI;
-            v_store(y, v_sub(v_load(y), v_mul(v_mul(v_load(c->w->m[b] + v * VI), v_set(xd[i])), vi_float(acc[v][i]))));
-        }
-}
-
-/* What block_sums() calls m: of a block of 32, or the products of pairs */
-KVS_INLINE void sums_times(kind t, vi m[NV][4], int nx, const packed *w, const int16_t *sums) {
-    KVS_EACH (v, NV)
-        KVS_EACH (i, nx) {
-            const int16_t *s = sums + i * (t.block / t.sub);
-            m[v][i] = vi_set(t.block == 32 ? -*s : 0);
-            for (int j = 0; j < pairs(t); j++) m[v][i] = vi_madd_to(m[v][i], vi_load(w->pair[j] + v * VI), vi_word(s + 2 * j));
+            float *to = c->sums[(c->first + b) % 4][i] + v * VI;
+            vi isum = acc[v][i], m = has_sums(t) ? sums_times(t, c->w, v, sums + i * (t.block / t.sub)) : vi_zero();
+            if (t.block == 256 && t.offset && has_sums(t)) isum = vi_sub(isum, vi_left(m, __builtin_ctz((unsigned)t.offset)));
+            vf y = v_add(v_load(to), v_mul(v_mul(v_load(c->w->d[b] + v * VI), v_set(xd[i])), vi_float(isum)));
+            if (t.m) y = v_sub(y, v_mul(v_mul(v_load(c->w->m[b] + v * VI), v_set(xd[i])), vi_float(m)));
+            v_store(to, y);
         }
 }
 
@@ -135,7 +129,7 @@ KVS_INLINE void block_times(int32_t type, const panel_call *c, int nx, int b) {
     const int64_t at = c->at + b * a->n;
     const int16_t *sums = (t.sub == 16 ? a->s16 : a->s32) + at * (t.block / t.sub);
     const int8_t *x[4];
-    vi acc[NV][4], m[NV][4];
+    vi acc[NV][4];
     KVS_EACH (i, nx) {
         x[i] = a->q + (at + i - b) * t.block;
         KVS_EACH (v, NV) acc[v][i] = vi_set(t.block == 32 && has_sums(t) ? -t.offset * sums[i] : 0);
@@ -147,15 +141,7 @@ KVS_INLINE void block_times(int32_t type, const panel_call *c, int nx, int b) {
         else
             steps(acc, nx, t.sub / 4, KVS_MIN(t.sub / 4, fitting(t)), c->w, word, x, scale_row);
     }
-    if (t.block == 256 && t.offset && has_sums(t)) {
-        sums_times(t, m, nx, c->w, sums);
-        KVS_EACH (v, NV)
-            KVS_EACH (i, nx) acc[v][i] = vi_sub(acc[v][i], vi_left(m[v][i], __builtin_ctz((unsigned)t.offset)));
-    }
-    add_to_sums(c, b, nx, acc, a->d + at);
-    if (!t.m) return;
-    sums_times(t, m, nx, c->w, sums);
-    sub_from_sums(c, b, nx, m, a->d + at);
+    add_to_sums(t, c, b, nx, acc, sums, a->d + at);
 }
 
 KVS_INLINE void times(int32_t type, const panel_call *c, int nx) {
