@@ -75,7 +75,8 @@ KVS_INLINE vi bits_of(vi a, int mask, int from, int to) {
 KVS_INLINE vi low_nibbles(vi a) { return bits_of(a, 15, 0, 0); }
 KVS_INLINE vi high_nibbles(vi a) { return bits_of(a, 15, 4, 0); }
 
-/* Compilers turn a chain of sums into a tree, all products first, and then have no registers left for them: this holds the chain. */
+/* Compilers turn a chain of sums into a tree, all products first, and then have no registers left for them; and read memory twice for
+ * two uses of a vector: this holds the chain, or the register. */
 #ifdef KVS_ISA_AVX512
 #define KVS_KEEP(v) __asm__("" : "+v"(v))
 #else
@@ -140,14 +141,20 @@ KVS_INLINE vf halves_of(const uint8_t *block, size_t where, int at) { /* d or m 
     return v_load_f16((const uint16_t *)(const void *)(block + where) + at);
 }
 
+KVS_INLINE vi load_once(const void *p) { /* loads are what limits these loops */
+    vi v = vi_load(p);
+    KVS_KEEP(v);
+    return v;
+}
+
 KVS_INLINE void nibbles(vi out[4], const void *q) {
-    vi v = vi_load(q);
+    vi v = load_once(q);
     out[0] = low_nibbles(v), out[1] = high_nibbles(v);
 }
 
 /* Bits of h that are the high ones of values: of out[r] those of mask from bit first + r step on, to bit to */
 KVS_INLINE void add_bits(vi out[4], int n, const void *h, int mask, int first, int step, int to) {
-    vi high = vi_load(h);
+    vi high = load_once(h);
     KVS_EACH (r, n) out[r] = vi_or(out[r], bits_of(high, mask, first + r * step, to));
 }
 
@@ -179,14 +186,14 @@ KVS_INLINE void values(int32_t type, const void *block, int g, int k, int at, vi
         add_bits(out, 2, q5_k->hq[k][0][at], 1, 2 * g, 1, 4);
         break;
     case KVS_TYPE_Q6_K: {
-        vi a = vi_load(q6_k->qqh[g][k][0][at]), b = vi_load(q6_k->qqh[g][k][1][at]);
+        vi a = load_once(q6_k->qqh[g][k][0][at]), b = load_once(q6_k->qqh[g][k][1][at]);
         out[0] = low_nibbles(a), out[1] = low_nibbles(b), out[2] = high_nibbles(a), out[3] = high_nibbles(b);
         add_bits(out, 4, q6_k->qqh[g][k][2][at], 3, 0, 2, 4);
         break;
     }
     case KVS_TYPE_Q2_K:
     case KVS_TYPE_Q3_K: {
-        vi v = vi_load(type == KVS_TYPE_Q2_K ? q2_k->q[g][k][at] : g ? q3_k->q[k][at] : q3_k->hq[k][1][at]);
+        vi v = load_once(type == KVS_TYPE_Q2_K ? q2_k->q[g][k][at] : g ? q3_k->q[k][at] : q3_k->hq[k][1][at]);
         KVS_EACH (r, 4) out[r] = bits_of(v, 3, 2 * r, 0);
         if (type == KVS_TYPE_Q3_K) add_bits(out, 4, q3_k->hq[k][0][at], 1, 4 * g, 1, 2);
         break;
