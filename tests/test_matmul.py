@@ -1,22 +1,21 @@
 """Matrix products on the CPU: every type, every instruction set that this CPU runs, odd sizes, threads, against NumPy in float64.
 
-Types with integer kernels round activations to int8 first; the NumPy model below does the same, and all instruction sets must
-give the bits of the plain C kernels. The other types are exact up to the rounding of float32 sums. For both, a row's result
+Types of blocks have integer kernels, which round activations to int8 first; the NumPy model below does the same, and all instruction
+sets must give the bits of the plain C kernels. The other types are exact up to the rounding of float32 sums. For both, a row's result
 must not depend on the other rows of its batch.
 """
 
 import numpy as np
 import pytest
-from test_quant import TYPES, expected, random_blocks, type_id
+from test_quant import HALVES, SIZES, TYPES, expected, random_blocks, type_id
 
 from pykvsmooth._native import ffi, lib
 
-BLOCK = {"Q4_0": 32, "Q8_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # of rounded activations
-WEIGHT_BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "IQ4_NL": 32, "Q4_0": 32, "Q8_0": 32}
+BLOCK = {name: size for name, (size, _) in SIZES.items()}  # of weights, and of rounded activations
 
 
 def block_of(name: str) -> int:
-    return WEIGHT_BLOCK.get(name, 256)
+    return BLOCK.get(name, 1)
 
 
 def pointer(a: np.ndarray) -> object:
@@ -53,19 +52,23 @@ def check(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | 
     integers = name in BLOCK and not exact
     seen = rounded(x, BLOCK[name]) if integers else x.astype(np.float64)
     want = seen @ weights.T + (0 if bias is None else bias)
-    # Terms of Q4_K and Q5_K are differences of scaled sums: their rounding is relative to both parts
+    # Terms of types with minima are differences of scaled sums: their rounding is relative to both parts
     size = np.abs(seen) @ np.abs(weights).T + (0 if bias is None else np.abs(bias)) + parts_of_minima(name, w, seen)
     error = np.abs(y - want) / (size + 1e-30)
     bound = 4e-7 if isa != "base" or integers else 1.5e-6  # base sums 512 columns one after the other
     assert error.max() < bound, f"{isa} {name} {w.shape} x {x.shape}: {error.max():.2e} of the sum of magnitudes"
 
 
+MINIMA = {"Q4_1": 1, "Q5_1": 1, "Q2_K": 15, "Q4_K": 63, "Q5_K": 63}  # the greatest factor of m
+
+
 def parts_of_minima(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray | float:
-    if name not in ("Q4_K", "Q5_K"):
+    if name not in MINIMA:
         return 0.0
-    blocks = w.reshape(len(w), -1, 144 if name == "Q4_K" else 176)
-    m = np.abs(blocks[:, :, 2:4].copy().view(np.float16)[:, :, 0].astype(np.float64)) * 63
-    return np.abs(seen).reshape(len(seen), -1, 256).sum(-1) @ m.T
+    size, width = SIZES[name]
+    at = HALVES[name][1]
+    m = w.reshape(len(w), -1, width)[:, :, at : at + 2].copy().view(np.float16)[:, :, 0]
+    return np.abs(seen).reshape(len(seen), -1, size).sum(-1) @ np.abs(m.astype(np.float64) * MINIMA[name]).T
 
 
 def all_isas() -> list[str]:
@@ -149,10 +152,8 @@ def test_extreme_integers(name: str, isas: list[str], rng: np.random.Generator) 
 
 
 def halves_of(name: str, cols: int) -> list[int]:
-    from test_quant import HALVES
-
-    width = lib.kvs_row_bytes(type_id(name), block_of(name))
-    return [b * width + at for b in range(cols // block_of(name)) for at in HALVES[name]]
+    size, width = SIZES[name]
+    return [b * width + at for b in range(cols // size) for at in HALVES[name]]
 
 
 @pytest.mark.parametrize("name", list(BLOCK))

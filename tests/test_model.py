@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from reference import Text
+from test_quant import SIZES
 from test_reference import GOLDEN, half_split
 from twins import BOUNDS, Twins, picture, pixels, tokens
 
@@ -257,7 +258,7 @@ class Rounded:
         return (np.rint(blocks / np.maximum(scale, 1e-30)) * scale).reshape(x.shape) @ self.weight.T
 
 
-INTEGER_BLOCKS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256}  # types with integer kernels
+INTEGER_BLOCKS = {name.lower(): size for name, (size, _) in SIZES.items()}  # types with integer kernels
 WEIGHT_TYPES = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
 MIX = {"attn_v": "q6_k", "ffn_down": "q6_k", "output.weight": "q6_k", "attn_k": "q8_0", "token_embd": "f16"}  # as the _M mixes
 

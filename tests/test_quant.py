@@ -21,6 +21,7 @@ HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
+SIZES = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in HALVES}  # values and bytes of a block
 TYPES = ["F32", "F16", "BF16", *HALVES]
 
 

@@ -1,15 +1,16 @@
 /* dots.h - products of weight rows with activation rows: what dots.c (once per instruction set) gives to matmul.c.
  *
- * Integer types (Q4_0, Q8_0, Q4_K, Q5_K, Q6_K): activations are rounded to int8 first, in blocks as long as the weights'
- * (32 or 256 values) with one float32 scale each. A block's product is an exact int32, so that
- *     p[b % 4] += (d d_x) (float)isum       and, for types with minima,       p[b % 4] -= (m d_x) (float)msum
+ * Integer types (all that have blocks): activations are rounded to int8 first, in blocks as long as the weights' (32 or 256
+ * values) with one float32 scale each. A block's product is an exact int32, so that
+ *     p[b % 4] += (d d_x) (float)isum       and, for types with an m,       p[b % 4] -= (m d_x) (float)msum
  * over the blocks b, without fused operations, and at last (p0 + p1) + (p2 + p3), give the same bits on every instruction set,
- * whatever the batch. dots_base.h says it in plain C.
+ * whatever the batch. Here isum are products of x with scale times q, and msum with the minimum, which is -1 where a type adds m
+ * (Q4_1, Q5_1). dots_base.h says it in plain C.
  * Other types: activations stay float32. Columns are summed in panels of KVS_KC, one vector of partial sums each; the bits do
  * not depend on the batch, but they do on the instruction set. */
 #ifndef KVS_DOTS_H
 #define KVS_DOTS_H
-#include "../quant.h"
+#include "stripes.h"
 
 enum {
     KVS_KC = 512,        /* columns of a float panel: a multiple of every block */
@@ -36,8 +37,8 @@ typedef struct kvs_acts { /* n activation rows as integers; block b of row r sta
     int64_t n;
     int8_t *q;    /* (places, block) in -127..127 */
     float *d;     /* (places) q d = x; NaN where x was not finite */
-    int16_t *s32; /* (places, block / 32) sums of 32 values of q */
-    int16_t *s16; /* (places, 16) sums of 16, for 256 only */
+    int16_t *s32; /* (places, block / 32) sums of 32 values of q; base needs none */
+    int16_t *s16; /* (places, 16) sums of 16, for 256 only; the same */
 } kvs_acts;
 
 typedef struct kvs_panel { /* the part of a weight matrix that one call works on */
@@ -82,13 +83,6 @@ typedef struct kvs_dots {
 enum { KVS_DOTS_SCRATCH = 192 << 10 }; /* bytes per thread, aligned to 64 */
 
 static inline int32_t kvs_acts_block(int32_t type) { /* 0: activations stay float */
-    switch (type) {
-    case KVS_TYPE_Q4_0:
-    case KVS_TYPE_Q8_0: return 32;
-    case KVS_TYPE_Q4_K:
-    case KVS_TYPE_Q5_K:
-    case KVS_TYPE_Q6_K: return 256;
-    default: return 0;
-    }
+    return kvs_striped(type) ? kvs_type_get(type)->block : 0;
 }
 #endif

@@ -28,36 +28,82 @@ static void quantize(const float *x, int64_t cols, const kvs_acts *a, int64_t ro
     int32_t n = a->block;
     for (int64_t b = 0; b < cols / n; b++) {
         int64_t at = b * a->n + row;
-        int8_t *q = a->q + at * n;
-        quantize_block(x + b * n, (size_t)n, q, &a->d[at]);
-        if (n == 256) memset(a->s16 + at * 16, 0, 32);
-        memset(a->s32 + at * (n / 32), 0, (size_t)n / 32 * 2);
-        for (int i = 0; i < n; i++) {
-            if (n == 256) a->s16[at * 16 + i / 16] = (int16_t)(a->s16[at * 16 + i / 16] + q[i]);
-            a->s32[at * (n / 32) + i / 32] = (int16_t)(a->s32[at * (n / 32) + i / 32] + q[i]);
-        }
+        quantize_block(x + b * n, (size_t)n, a->q + at * n, &a->d[at]);
     }
 }
 
-/* A block of any of these types: d (sum of scale q) - m (sum of min). Values in runs of 16, each with a scale; minima per 32. */
+/* A block of any of these types: d (sum of scale q) - m (sum of min), in runs of 16 values. Types that add m have the min -1. */
 typedef struct block {
     float d, m;
     int8_t q[256];
-    int16_t scale[16], min[8];
+    int16_t scale[16], min[16];
 } block;
+
+static void alone(block *out, uint16_t d, uint16_t m) { /* a block of 32 */
+    out->d = kvs_f16_to_f32(d);
+    out->m = kvs_f16_to_f32(m);
+    out->scale[0] = out->scale[1] = 1;
+    out->min[0] = out->min[1] = -1;
+}
+
+static int nibble(const uint8_t q[16], int i) { return q[i % 16] >> i / 16 * 4 & 15; }
+static int with_bit(const uint8_t q[16], const uint8_t h[4], int i) { return nibble(q, i) | (h[i / 8] >> i % 8 & 1) << 4; }
 
 static void q4_0_block(block *out, const void *w) {
     const kvs_q4_0 *b = w;
-    out->d = kvs_f16_to_f32(b->d);
-    out->scale[0] = out->scale[1] = 1;
-    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)((b->q[i % 16] >> i / 16 * 4 & 15) - 8);
+    alone(out, b->d, 0);
+    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)(nibble(b->q, i) - 8);
+}
+
+static void q4_1_block(block *out, const void *w) {
+    const kvs_q4_1 *b = w;
+    alone(out, b->d, b->m);
+    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)nibble(b->q, i);
+}
+
+static void q5_0_block(block *out, const void *w) {
+    const kvs_q5_0 *b = w;
+    alone(out, b->d, 0);
+    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)(with_bit(b->q, b->h, i) - 16);
+}
+
+static void q5_1_block(block *out, const void *w) {
+    const kvs_q5_1 *b = w;
+    alone(out, b->d, b->m);
+    for (int i = 0; i < 32; i++) out->q[i] = (int8_t)with_bit(b->q, b->h, i);
 }
 
 static void q8_0_block(block *out, const void *w) {
     const kvs_q8_0 *b = w;
-    out->d = kvs_f16_to_f32(b->d);
-    out->scale[0] = out->scale[1] = 1;
+    alone(out, b->d, 0);
     memcpy(out->q, b->q, 32);
+}
+
+static void iq4_nl_block(block *out, const void *w) {
+    const kvs_iq4_nl *b = w;
+    alone(out, b->d, 0);
+    for (int i = 0; i < 32; i++) out->q[i] = kvs_iq4_values[nibble(b->q, i)];
+}
+
+/* Q2_K, Q3_K: 32 bytes of q hold four runs of 32 values, the first in the lowest two bits */
+static int two_bits(const uint8_t q[64], int i) { return q[i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3; }
+
+static void q2_k_block(block *out, const void *w) {
+    const kvs_q2_k *b = w;
+    out->d = kvs_f16_to_f32(b->d);
+    out->m = kvs_f16_to_f32(b->m);
+    for (int j = 0; j < 16; j++) out->scale[j] = b->scales[j] & 15, out->min[j] = b->scales[j] >> 4;
+    for (int i = 0; i < 256; i++) out->q[i] = (int8_t)two_bits(b->q, i);
+}
+
+static void q3_k_block(block *out, const void *w) {
+    const kvs_q3_k *b = w;
+    out->d = kvs_f16_to_f32(b->d);
+    for (int j = 0; j < 16; j++) {
+        int low = b->scales[j % 8] >> j / 8 * 4 & 15, high = b->scales[8 + j % 4] >> j / 4 * 2 & 3;
+        out->scale[j] = (int16_t)((low | high << 4) - 32);
+    }
+    for (int i = 0; i < 256; i++) out->q[i] = (int8_t)((two_bits(b->q, i) | (b->h[i % 32] >> i / 32 & 1) << 2) - 4);
 }
 
 static void k4_scales(block *out, uint16_t d, uint16_t m, const uint8_t scales[12]) {
@@ -67,7 +113,7 @@ static void k4_scales(block *out, uint16_t d, uint16_t m, const uint8_t scales[1
         uint8_t scale, min;
         kvs_k4_scale(scales, j, &scale, &min);
         out->scale[2 * j] = out->scale[2 * j + 1] = scale;
-        out->min[j] = min;
+        out->min[2 * j] = out->min[2 * j + 1] = min;
     }
 }
 
@@ -96,6 +142,26 @@ static void q6_k_block(block *out, const void *w) {
         }
 }
 
+static void iq4_xs_block(block *out, const void *w) {
+    const kvs_iq4_xs *b = w;
+    out->d = kvs_f16_to_f32(b->d);
+    for (int j = 0; j < 8; j++) {
+        int low = b->scales_l[j / 2] >> j % 2 * 4 & 15, high = b->scales_h >> 2 * j & 3;
+        out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)((low | high << 4) - 32);
+        for (int i = 0; i < 32; i++) out->q[32 * j + i] = kvs_iq4_values[nibble(b->q + 16 * j, i)];
+    }
+}
+
+static const struct {
+    void (*unpack)(block *, const void *);
+    bool has_m;
+} blocks[] = {
+    [KVS_TYPE_Q4_0] = {q4_0_block, false}, [KVS_TYPE_Q4_1] = {q4_1_block, true},      [KVS_TYPE_Q5_0] = {q5_0_block, false},
+    [KVS_TYPE_Q5_1] = {q5_1_block, true},  [KVS_TYPE_Q8_0] = {q8_0_block, false},     [KVS_TYPE_Q2_K] = {q2_k_block, true},
+    [KVS_TYPE_Q3_K] = {q3_k_block, false}, [KVS_TYPE_Q4_K] = {q4_k_block, true},      [KVS_TYPE_Q5_K] = {q5_k_block, true},
+    [KVS_TYPE_Q6_K] = {q6_k_block, false}, [KVS_TYPE_IQ4_NL] = {iq4_nl_block, false}, [KVS_TYPE_IQ4_XS] = {iq4_xs_block, false},
+};
+
 static int32_t isum_of(const block *w, const int8_t *x, int32_t n) {
     int32_t sum = 0;
     for (int j = 0; j < n / 16; j++) {
@@ -106,30 +172,25 @@ static int32_t isum_of(const block *w, const int8_t *x, int32_t n) {
     return sum;
 }
 
-static int32_t msum_of(const block *w, const int16_t *s32) {
+static int32_t msum_of(const block *w, const int8_t *x, int32_t n) {
     int32_t sum = 0;
-    for (int j = 0; j < 8; j++) sum += w->min[j] * s32[j];
+    for (int i = 0; i < n; i++) sum += w->min[i / 16] * x[i];
     return sum;
 }
 
 static void few(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step) {
-    void (*unpack)(block *, const void *) = p->type == KVS_TYPE_Q4_0   ? q4_0_block
-                                            : p->type == KVS_TYPE_Q8_0 ? q8_0_block
-                                            : p->type == KVS_TYPE_Q4_K ? q4_k_block
-                                            : p->type == KVS_TYPE_Q5_K ? q5_k_block
-                                                                       : q6_k_block;
     int64_t n_blocks = p->cols / a->block, bytes = kvs_type_get(p->type)->block_bytes;
-    bool has_min = p->type == KVS_TYPE_Q4_K || p->type == KVS_TYPE_Q5_K;
     for (int64_t r = 0; r < p->rows; r++) {
         float sums[KVS_XT][4] = {{0}};
         for (int64_t b = 0; b < n_blocks; b++) {
             block w;
-            unpack(&w, p->w + r * p->row_bytes + b * bytes);
+            blocks[p->type].unpack(&w, p->w + r * p->row_bytes + b * bytes);
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = b * a->n + row + i;
+                const int8_t *x = a->q + at * a->block;
                 float *sum = &sums[i][b % 4];
-                *sum += w.d * a->d[at] * (float)isum_of(&w, a->q + at * a->block, a->block);
-                if (has_min) *sum -= w.m * a->d[at] * (float)msum_of(&w, a->s32 + at * 8);
+                *sum += w.d * a->d[at] * (float)isum_of(&w, x, a->block);
+                if (blocks[p->type].has_m) *sum -= w.m * a->d[at] * (float)msum_of(&w, x, a->block);
             }
         }
         for (int64_t i = 0; i < n; i++) y[i * y_step + r] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);

@@ -4,9 +4,6 @@
 #define KVS_DOTS_FLOAT_H
 #include "dots.h"
 #include "simd.h"
-#if defined(KVS_ISA_AVX2) || defined(KVS_ISA_AVX512)
-#include "dots_widen.h"
-#endif
 
 /* sums of the lanes of four vectors */
 KVS_INLINE void lane_sums(float out[4], vf a, vf b, vf c, vf d) {
@@ -102,11 +99,7 @@ static void strip_bf16(const strip *s, const float *x, int64_t x_step, int64_t n
 /* n columns of a row, from column k, as float32 */
 static void widen(const kvs_panel *p, int64_t row, int64_t k, int64_t n, float *out) {
     const kvs_type_traits *t = kvs_type_get(p->type);
-    const uint8_t *from = p->w + row * p->row_bytes + k / t->block * t->block_bytes;
-#ifdef KVS_DOTS_WIDEN_H
-    if (widen_fast(p->type, from, out, n)) return;
-#endif
-    t->to_f32(from, out, n);
+    t->to_f32(p->w + row * p->row_bytes + k / t->block * t->block_bytes, out, n);
 }
 
 /* Rows are taken as they are (wide NULL), or from wide, which holds the panel's columns k..k + n as float32. */
