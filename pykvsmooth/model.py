@@ -84,13 +84,13 @@ class Model:
     "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
     returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits(). precision, of the vision
-    tower: "auto" multiplies in bf16 where the CPU has instructions for it and the tower's weights are not F32 (rows of pictures are then
-    within about 1 % of "exact"), "exact" in float32 everywhere.
+    tower: "auto" multiplies in bf16 where the CPU is fast at it (AMD since Zen 4) and the tower's weights are not F32 (rows of pictures are
+    then within about 1 % of "exact"), "exact" in float32 everywhere.
 
-    The files are mapped: they load at once. The first prompt copies the matrices of Q4_0, Q8_0, Q4_K, Q5_K and Q6_K into the order that
-    the kernels read, as many bytes again, and gives the file's pages back; other types are read from the file, and processes share their
-    memory. So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is
-    written to ends the call that noticed, and every later one, in a ModelFormatError; the session is as it was before.
+    The files are mapped: they load at once. The first prompt copies the text model's quantized matrices into the order that the kernels
+    read, as many bytes again, and gives the file's pages back; F32, F16 and BF16 are read from the file, and processes share their memory.
+    So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is written
+    to ends the call that noticed, and every later one, in a ModelFormatError; the session is as it was before.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
 

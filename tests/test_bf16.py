@@ -18,7 +18,7 @@ ULP = 2.0**-24  # half of the distance of 1 to the next float32: what an additio
 PANEL = 512  # columns of one chain of sums
 ROUNDED = [name for name in TYPES if name != "F32"]
 
-needs_bf16 = pytest.mark.skipif(not lib.kvs_test_bf16(b"avx512"), reason="this CPU or this build has no AVX512-BF16")
+needs_bf16 = pytest.mark.skipif(not lib.kvs_test_bf16(b"avx512"), reason="this CPU or this build has no AVX512-BF16, or only a slow one")
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
