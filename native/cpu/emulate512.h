@@ -44,6 +44,12 @@ static inline __m512i kvs_cvtepu16_epi32(__m256i a) {
     z.half_si[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1));
     return z.si;
 }
+static inline __m512i kvs_srai_epi32(__m512i a, int n) {
+    kvs_zmm z = {.si = a};
+    z.half_si[0] = _mm256_srai_epi32(z.half_si[0], n);
+    z.half_si[1] = _mm256_srai_epi32(z.half_si[1], n);
+    return z.si;
+}
 static inline __m256 kvs_half_ps(__m512 a, int i) {
     kvs_zmm z = {.ps = a};
     return z.half_ps[i];
@@ -69,6 +75,7 @@ static inline float kvs_reduce_max_ps(__m512 a) {
 #define _mm512_cvtepi32_ps(a)        kvs_cvtepi32_ps(a)
 #define _mm512_cvtepi8_epi32(a)      kvs_cvtepi8_epi32(a)
 #define _mm512_cvtepu16_epi32(a)     kvs_cvtepu16_epi32(a)
+#define _mm512_srai_epi32(a, n)      kvs_srai_epi32(a, n)
 #define _mm512_extractf32x8_ps(a, i) kvs_half_ps(a, i)
 #define _mm512_reduce_add_ps(a)      kvs_reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a)      kvs_reduce_max_ps(a)
