@@ -140,7 +140,7 @@ void kvs_load_reserve(kvs_loader *ld, kvs_placing *placing, kvs_weight *const *m
     const kvs_ops *ops = ld->model->be->ops;
     if (!ld->status) placing->matrices = kvs_calloc((uint64_t)n, sizeof *placing->matrices);
     if (!placing->matrices && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)n * sizeof *matrices, "a list of weights");
-    uint64_t total = 0; /* less than their files' sizes, which are mapped */
+    uint64_t total = 0; /* at most 16 times their files' sizes, which are mapped: no sum overflows */
     for (int32_t i = 0; i < n && !ld->status; i++) {
         uint64_t room = matrices[i]->data ? ops->weight_room(ld->model->be, matrices[i]) : 0;
         if (room) placing->matrices[placing->n++] = matrices[i];
@@ -156,7 +156,6 @@ int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_err
         const void *from = w->data;
         if (!m->be->ops->place(m->be, w, placing->room, cancel)) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
         for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, (uint64_t)(w->rows * w->row_bytes));
-        if (m->mmproj) kvs_gguf_forget(m->mmproj, from, (uint64_t)(w->rows * w->row_bytes));
         placing->room += room;
     }
     return KVS_OK;

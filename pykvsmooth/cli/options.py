@@ -35,7 +35,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "exact"),
         default="auto",
-        help="of the vision tower: auto (bf16 where this CPU has it and the weights are not F32) or exact (float32)",
+        help="of the vision tower: auto (bf16 where this CPU is fast at it and the weights are not F32) or exact (float32)",
     )
     group.add_argument("--n-ctx", type=_rows, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)")
     group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
