@@ -185,28 +185,28 @@ struct kvs_ops {
     void (*kv_trim)(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t n_rows); /* memory behind the rows, back to the system */
 };
 
-static inline int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0: the last block may be part empty */
+KVS_SHARED int64_t kvs_kv_row_bytes(int32_t type, int32_t head_dim) { /* Q8_0: the last block may be part empty */
     return type == KVS_TYPE_F32   ? 4 * (int64_t)head_dim
            : type == KVS_TYPE_F16 ? 2 * (int64_t)head_dim
                                   : 34 * (((int64_t)head_dim + 31) / 32);
 }
-static inline float kvs_kv_limit(int32_t type) { /* the largest magnitude that a row of the cache holds */
+KVS_SHARED float kvs_kv_limit(int32_t type) { /* the largest magnitude that a row of the cache holds */
     return type == KVS_TYPE_F32 ? FLT_MAX : type == KVS_TYPE_F16 ? 65504.0f : 127 * 65504.0f;
 }
-static inline uint8_t *kvs_kv_rows(const kvs_kv *kv, uint8_t *base, int32_t layer, int32_t head) { /* base: kv->k or kv->v */
+KVS_SHARED uint8_t *kvs_kv_rows(const kvs_kv *kv, uint8_t *base, int32_t layer, int32_t head) { /* base: kv->k or kv->v */
     return base + ((int64_t)layer * kv->n_kv_head + head) * kv->n_ctx * kv->row_bytes;
 }
-static inline int32_t kvs_kv_place(const kvs_kv *kv, int32_t layer, int32_t index) { /* of a row behind all dropped ones */
+KVS_SHARED int32_t kvs_kv_place(const kvs_kv *kv, int32_t layer, int32_t index) { /* of a row behind all dropped ones */
     return index - (kv->dropped ? kv->dropped[layer] : 0);
 }
-static inline const kvs_range *kvs_kv_spans(const kvs_kv *kv, int32_t layer, int32_t head) { /* (n_spans) of a KV head */
+KVS_SHARED const kvs_range *kvs_kv_spans(const kvs_kv *kv, int32_t layer, int32_t head) { /* (n_spans) of a KV head */
     int64_t list = kv->dropped ? (int64_t)layer * kv->n_sets + (kv->n_sets > 1 ? head : 0) : 0;
     return kv->spans ? kv->spans + list * kv->room_spans : NULL; /* no picture yet */
 }
-static inline int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
+KVS_SHARED int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
     return ((int64_t)layer * kv->n_ctx + index) * kv->n_group;
 }
-static inline int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, int32_t n_head) { /* n_head: of what the ring holds */
+KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, int32_t n_head) { /* n_head: of what the ring holds */
     return ((int64_t)layer * kv->n_exact + index % kv->n_exact) * n_head * kv->head_dim;
 }
 

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-static inline float kvs_f16_to_f32(uint16_t h) {
+KVS_SHARED float kvs_f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = (h >> 10) & 31, man = h & 1023, bits;
     if (exp == 31)
         bits = sign | 0x7f800000u | man << 13;
@@ -22,7 +22,7 @@ static inline float kvs_f16_to_f32(uint16_t h) {
     return y;
 }
 
-static inline uint16_t kvs_f32_to_f16(float x) { /* round to nearest, ties to even */
+KVS_SHARED uint16_t kvs_f32_to_f16(float x) { /* round to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &x, 4);
     uint32_t sign = (bits >> 16) & 0x8000, mag = bits & 0x7fffffff;
@@ -40,7 +40,7 @@ static inline uint16_t kvs_f32_to_f16(float x) { /* round to nearest, ties to ev
     return (uint16_t)(sign | ((mag - 0x38000000 + 0xfff + odd) >> 13));
 }
 
-static inline float kvs_bf16_to_f32(uint16_t h) {
+KVS_SHARED float kvs_bf16_to_f32(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float y;
     memcpy(&y, &bits, 4);
@@ -104,7 +104,7 @@ typedef struct KVS_PACKED kvs_iq4_xs {
 extern const int8_t kvs_iq4_values[16];
 
 /* Q4_K and Q5_K: scale and minimum of sub-block j, six bits each, in 12 bytes. */
-static inline void kvs_k4_scale(const uint8_t s[12], int j, uint8_t *scale, uint8_t *min) {
+KVS_SHARED void kvs_k4_scale(const uint8_t s[12], int j, uint8_t *scale, uint8_t *min) {
     if (j < 4) {
         *scale = s[j] & 63;
         *min = s[j + 4] & 63;

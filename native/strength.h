@@ -1,11 +1,8 @@
 /* strength.h - rank and strength of KVSmooth (arXiv 2602.04268, eq. 13-14; methods.md A.2 step 4), shared by all backends. */
 #ifndef KVS_STRENGTH_H
 #define KVS_STRENGTH_H
-#ifdef __CUDACC__
-#define KVS_SHARED static __host__ __device__ inline
-#else
-#define KVS_SHARED static inline
-#endif
+#include "util.h"
+
 #include <math.h>
 
 /* Rank of value among n entries, itself one of them: how many are smaller; with midrank, others that are equal count 1/2. */

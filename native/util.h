@@ -7,6 +7,12 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#ifdef __CUDACC__ /* functions that kernels of all backends share */
+#define KVS_SHARED static __host__ __device__ inline
+#else
+#define KVS_SHARED static inline
+#endif
+
 #define KVS_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define KVS_MAX(a, b) ((a) > (b) ? (a) : (b))
 

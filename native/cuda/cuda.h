@@ -1,0 +1,156 @@
+/* cuda.h - the CUDA backend's insides: what its files share, on the host's side. Kernels are written with device.cuh.
+ *
+ * An op describes itself as a function that launches its kernels and a plain struct of arguments, and hands both to kvs_cuda_op. Steps of
+ * many rows launch at once. Steps of few rows are only noted down; end() compares the list with those it has met, and what it has met
+ * is a captured graph that is launched as a whole. So arguments must be the same in every step of a kind: whatever changes from step to step
+ * (rows, positions, queues) goes through kvs_cuda_stage, which gives it an address that does not change, and grids are chosen
+ * from sizes that change rarely. Structs of arguments are zeroed first (KVS_ARGS): they are compared byte by byte. */
+#ifndef KVS_CUDA_H
+#define KVS_CUDA_H
+#include "device.cuh"
+
+extern "C" {
+#include "../backend.h"
+}
+
+enum { KVS_GRAPH_ROWS = 16 }; /* steps of more rows are not worth a graph */
+
+typedef struct kvs_cuda kvs_cuda;
+typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
+
+/* On the device, found by finite(): reset by begin, read by end. */
+typedef struct kvs_cuda_fault {
+    int32_t found, place;     /* 0 or 1; of the first call that found something */
+    unsigned long long first; /* row << 32 | bits of the value: the least of that call */
+} kvs_cuda_fault;
+
+typedef struct kvs_cuda_chunk { /* of what is staged for a step: the same bytes in pinned host memory and on the device */
+    uint8_t *host, *device;
+    uint64_t bytes, used, sent;
+    struct kvs_cuda_chunk *next;
+} kvs_cuda_chunk;
+
+typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cuda_noted, then its arguments */
+    uint8_t *bytes;
+    uint64_t used, room;
+} kvs_cuda_list;
+
+enum { KVS_CUDA_GRAPHS = 8 };
+
+typedef struct kvs_cuda_graph {
+    kvs_cuda_list list; /* what it does */
+    cudaGraphExec_t exec;
+    uint64_t last_use;
+} kvs_cuda_graph;
+
+struct kvs_cuda {
+    kvs_backend base; /* first: a kvs_backend * to it is a kvs_cuda * */
+    int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
+    cudaStream_t stream;
+    /* between begin and end */
+    const kvs_step *step;
+    const kvs_row *rows; /* [dev] of the step; their kv points to copies on the device, too: the functions of backend.h work there */
+    const int32_t *cancel;
+    int32_t status; /* first failure of the step, KVS_OK so far */
+    bool noting;    /* ops are noted down, not launched */
+    kvs_cuda_list list;
+    kvs_cuda_chunk *chunks;
+    const kvs_kv **kvs; /* (n_kvs) host structs that are staged, and where */
+    const kvs_kv **kvs_device;
+    int32_t n_kvs, room_kvs;
+    kvs_cuda_fault *fault, *fault_host; /* [dev], pinned */
+    int32_t n_launched;                 /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
+    cudaEvent_t marks[2];
+    /* that outlive a step */
+    kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
+    uint64_t n_steps;
+    uint8_t *scratch; /* [dev] */
+    uint64_t scratch_bytes;
+    void **retired; /* (n_retired) scratch that grew while ops still had its address */
+    int32_t n_retired;
+    char failed[160]; /* the call that failed for good: the device is not used again */
+};
+
+#define KVS_ARGS(type, name) \
+    type name;               \
+    memset(&name, 0, sizeof name)
+
+/* Every op begins with: if (kvs_cuda_stopped(cu)) return; */
+static inline bool kvs_cuda_stopped(kvs_cuda *cu) {
+    if (!cu->status && kvs_cancelled(cu->cancel)) cu->status = KVS_E_CANCELLED;
+    return cu->status != KVS_OK;
+}
+
+/* Launches now or notes down; launch must do nothing but KVS_LAUNCH and asynchronous copies on cu->stream. */
+void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes);
+template <class A> static inline void kvs_cuda_op(kvs_cuda *cu, void (*launch)(kvs_cuda *, const A *), const A *args) {
+    kvs_cuda_do(cu, (kvs_cuda_launch)launch, args, sizeof *args);
+}
+
+/* Bytes of host memory as they will be on the device when the op runs that is described next; NULL: the step has failed. room: the most
+ * that they will ever be in a step of this kind, so that what comes after them keeps its address; at least bytes. */
+void *kvs_cuda_stage(kvs_cuda *cu, const void *host, uint64_t bytes, uint64_t room);
+const kvs_kv *kvs_cuda_kv(kvs_cuda *cu, const kvs_kv *kv); /* [dev] copy, its spans and dropped rows, too */
+
+/* Memory of the device that belongs to one op, until the next op asks. NULL: the step has failed. */
+uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
+
+/* Launches all that is noted down, and from now on at once: for ops that must see results, or move host memory. Waits for nothing. */
+void kvs_cuda_flush(kvs_cuda *cu);
+void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
+
+/* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
+bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
+
+/* KVS_LAUNCH(cu, kernel, grid, threads, bytes of dynamic shared memory, arguments...); a template with commas stands in parentheses. More
+ * than 48 KiB of shared memory are asked for as needed. */
+#define KVS_LAUNCH(cu, kernel, grid, block, shared, ...) kvs_cuda_start(cu, #kernel, kernel, grid, block, shared, __VA_ARGS__)
+template <class... P, class... A>
+static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... args) {
+    if (cu->status) return;
+#ifdef KVS_SHIM
+    kvs_shim_launch(name, grid, block, shared, cu->stream, [=]() { kernel(P(args)...); });
+#else
+    if (shared > 48 * 1024 &&
+        !kvs_cuda_check(cu, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name))
+        return;
+    kernel<<<grid, block, shared, cu->stream>>>(P(args)...);
+    kvs_cuda_check(cu, cudaGetLastError(), name);
+#endif
+}
+
+static inline int64_t kvs_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* What the op table points to, by file. rows.cu: row by row and value by value */
+void kvs_cuda_norm(kvs_backend *be, float *y, const float *x, const float *w, const float *bias, float eps, int32_t n, int32_t cols);
+void kvs_cuda_angles(kvs_backend *be, const kvs_rope *rope);
+void kvs_cuda_rope(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, int32_t n_head, int32_t head_dim);
+void kvs_cuda_add(kvs_backend *be, float *y, const float *x, int64_t n);
+void kvs_cuda_gate(kvs_backend *be, float *g, const float *u, int64_t n);
+void kvs_cuda_unary(kvs_backend *be, int32_t kind, float *x, int64_t n);
+void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
+/* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
+uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
+bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
+/* matmul.cu: which of the two; matvec.cu: few rows; gemm.cu: many, on tensor cores or in float32 */
+void kvs_cuda_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
+void kvs_cuda_matvec(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
+void kvs_cuda_gemm(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
+/* attention.cu */
+void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);
+void kvs_cuda_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
+                        int32_t head_dim, int32_t rounding);
+/* kv.cu */
+void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
+void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
+void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
+void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
+/* mix.cu */
+void kvs_cuda_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
+/* prune.cu */
+void kvs_cuda_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);
+void kvs_cuda_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
+void kvs_cuda_kv_scatter(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);
+void kvs_cuda_kv_trim(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t n_rows);
+#endif
