@@ -96,13 +96,7 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
 
 /* A product that is rounded by itself. The CPU's rows are mixed and turned so, and a compiler that makes one fmaf of a product and a sum
  * would give other bits; this it may not touch, whatever the flags of a build are. */
-KVS_DEVICE float kvs_mul(float a, float b) {
-#ifdef KVS_SHIM
-    return a * b; /* compiled with -ffp-contract=off */
-#else
-    return __fmul_rn(a, b);
-#endif
-}
+KVS_DEVICE float kvs_mul(float a, float b) { return __fmul_rn(a, b); }
 
 KVS_DEVICE float4 kvs_load_float4(const float *p) { /* p is a multiple of 16 bytes */
     uint4 bits = kvs_load16(p);
