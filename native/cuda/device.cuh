@@ -18,8 +18,8 @@
 #define KVS_DEVICE __device__ __forceinline__
 
 /* Shared memory whose size the launch says, aligned to 16 bytes. Once per kernel. */
-#define KVS_DYNAMIC_SHARED(type, name)                       \
-    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[]; \
+#define KVS_DYNAMIC_SHARED(type, name)                                                                                                     \
+    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[];                                                                          \
     type *name = (type *)kvs_dynamic_shared
 
 /* Halves are uint16_t in memory; two of them, the first in the low bits, are a uint32_t. */
@@ -91,7 +91,7 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
 }
 #endif
 
-#define KVS_WARP 32
+#define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
 
 /* A product that is rounded by itself. The CPU's rows are mixed and turned so, and a compiler that makes one fmaf of a product and a sum
