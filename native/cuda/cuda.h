@@ -20,8 +20,9 @@ typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
 
 /* On the device, found by finite(): reset by begin, read by end. */
 typedef struct kvs_cuda_fault {
-    int32_t found, place;     /* 0 or 1; of the first call that found something */
-    unsigned long long first; /* row << 32 | bits of the value: the least of that call */
+    int32_t found, place;     /* number of the first call that found something, from 1 on: places are not unique, each session of a step
+                                 has its keys checked under the same one; 0 = none */
+    unsigned long long first; /* row << 32 | bits of the value: the least of that call; all ones before */
 } kvs_cuda_fault;
 
 typedef struct kvs_cuda_chunk { /* of what is staged for a step: the same bytes in pinned host memory and on the device */
@@ -35,6 +36,14 @@ typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cud
     uint64_t used, room;
 } kvs_cuda_list;
 
+enum { KVS_CUDA_ONCE = 64 };
+
+typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged once: see kvs_cuda_once_slot */
+    const void *host;
+    uint64_t hash;
+    const void *device;
+} kvs_cuda_once;
+
 enum { KVS_CUDA_GRAPHS = 8 };
 
 typedef struct kvs_cuda_graph {
@@ -44,7 +53,7 @@ typedef struct kvs_cuda_graph {
 } kvs_cuda_graph;
 
 struct kvs_cuda {
-    kvs_backend base; /* first: a kvs_backend * to it is a kvs_cuda * */
+    kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
     cudaStream_t stream;
     /* between begin and end */
@@ -58,7 +67,10 @@ struct kvs_cuda {
     const kvs_kv **kvs; /* (n_kvs) host structs that are staged, and where */
     const kvs_kv **kvs_device;
     int32_t n_kvs, room_kvs;
+    kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
+    int32_t n_once;                        /* since begin */
     kvs_cuda_fault *fault, *fault_host; /* [dev], pinned */
+    int32_t n_finite;                   /* calls of finite() since begin */
     int32_t n_launched;                 /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
     /* that outlive a step */
@@ -68,11 +80,12 @@ struct kvs_cuda {
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
     int32_t n_retired;
-    char failed[160]; /* the call that failed for good: the device is not used again */
 };
 
-#define KVS_ARGS(type, name) \
-    type name;               \
+static inline bool kvs_cuda_failed(const kvs_cuda *cu) { return __atomic_load_n(&cu->base.failed, __ATOMIC_ACQUIRE) != 0; }
+
+#define KVS_ARGS(type, name)                                                                                                               \
+    type name;                                                                                                                             \
     memset(&name, 0, sizeof name)
 
 /* Every op begins with: if (kvs_cuda_stopped(cu)) return; */
@@ -99,6 +112,8 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
 void kvs_cuda_flush(kvs_cuda *cu);
 void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
+/* The device is not used again: the first failure of them all is what is told. Any thread. */
+void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 
@@ -118,6 +133,10 @@ static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, void (*kernel)
     kvs_cuda_check(cu, cudaGetLastError(), name);
 #endif
 }
+
+void kvs_cuda_begin(kvs_backend *be, const kvs_step *step); /* step.cu */
+int kvs_cuda_end(kvs_backend *be, kvs_error *err);
+void kvs_cuda_free_steps(kvs_cuda *cu);
 
 static inline int64_t kvs_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -142,6 +161,9 @@ void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, c
 void kvs_cuda_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
                         int32_t head_dim, int32_t rounding);
 /* kv.cu */
+/* Where the device's copy of a host struct is remembered until the step ends: NULL there if it is to be staged now. What its pointers
+ * point to doesn't change in a step. With more structs than KVS_CUDA_ONCE the later ones are staged each time. */
+const void **kvs_cuda_once_slot(kvs_cuda *cu, const void *host, uint64_t bytes);
 void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);

@@ -7,6 +7,7 @@
 #ifndef KVS_DEVICE_CUH
 #define KVS_DEVICE_CUH
 #include <stdint.h>
+#include <string.h>
 
 #ifdef KVS_SHIM
 #include "shim.h" /* defines everything that is declared below, too */
@@ -17,8 +18,8 @@
 #define KVS_DEVICE __device__ __forceinline__
 
 /* Shared memory whose size the launch says, aligned to 16 bytes. Once per kernel. */
-#define KVS_DYNAMIC_SHARED(type, name)                       \
-    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[]; \
+#define KVS_DYNAMIC_SHARED(type, name)                                                                                                     \
+    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[];                                                                          \
     type *name = (type *)kvs_dynamic_shared
 
 /* Halves are uint16_t in memory; two of them, the first in the low bits, are a uint32_t. */
@@ -90,8 +91,41 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
 }
 #endif
 
-#define KVS_WARP 32
+/* A float of these bits; and four bytes of the eight of b, a (a's are 0 to 3): nibble i of the selector, 0..7, is where byte i comes from */
+KVS_DEVICE float kvs_bits_float(uint32_t bits) {
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef KVS_SHIM
+    uint64_t bytes = (uint64_t)b << 32 | a;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; i++) y |= (uint32_t)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return y;
+#else
+    return __byte_perm(a, b, selector);
+#endif
+}
+
+#define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
+
+/* A product that is rounded by itself. The CPU's rows are mixed and turned so, and a compiler that makes one fmaf of a product and a sum
+ * would give other bits; this it may not touch, whatever the flags of a build are. */
+KVS_DEVICE float kvs_mul(float a, float b) { return __fmul_rn(a, b); }
+
+KVS_DEVICE float4 kvs_load_float4(const float *p) { /* p is a multiple of 16 bytes */
+    uint4 bits = kvs_load16(p);
+    float4 x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+KVS_DEVICE void kvs_store_float4(float *p, float4 x) {
+    uint4 bits;
+    memcpy(&bits, &x, sizeof bits);
+    kvs_store16(p, bits);
+}
 
 KVS_DEVICE float kvs_warp_sum(float x) {
     for (int d = KVS_WARP / 2; d; d /= 2) x += __shfl_xor_sync(KVS_ALL_LANES, x, d);
