@@ -4,7 +4,7 @@
  * returns leaves its stack to the next one that has not begun: threads without primitives cost a call each. */
 #include "shim.h"
 
-#include "fiber.h"
+#include "shim_fiber.h"
 
 #include <cstdarg>
 #include <memory>

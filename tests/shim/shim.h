@@ -69,7 +69,7 @@ KVS_DEVICE int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 KVS_DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 KVS_DEVICE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-#include "runtime.h"
+#include "shim_runtime.h"
 
 /* ---- where a thread is; shim.cpp ---- */
 

@@ -1,4 +1,4 @@
-/* runtime.h - the part of CUDA's runtime API that the backend uses, over plain memory, for tests: runtime.cpp. Everything is done when a
+/* shim_runtime.h - the part of CUDA's runtime API that the backend uses, over plain memory, for tests: shim_runtime.cpp. Everything is done when a
  * call returns, except between cudaStreamBeginCapture and cudaStreamEndCapture.
  *
  * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), and

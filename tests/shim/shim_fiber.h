@@ -1,4 +1,4 @@
-/* fiber.h - stacks that the threads of a kernel run on, and the switch from one to another. */
+/* shim_fiber.h - stacks that the threads of a kernel run on, and the switch from one to another. */
 #ifndef KVS_SHIM_FIBER_H
 #define KVS_SHIM_FIBER_H
 #include <cstddef>

@@ -1,6 +1,6 @@
-/* runtime.cpp - see runtime.h. */
-#include "fiber.h" /* KVS_SHIM_ASAN */
+/* shim_runtime.cpp - see shim_runtime.h. */
 #include "shim.h"
+#include "shim_fiber.h" /* KVS_SHIM_ASAN */
 
 #include <chrono>
 #include <map>

@@ -1,5 +1,5 @@
-/* fiber.cpp - see fiber.h. Assembly where it is known (x86-64, ELF), else ucontext, which is slow: it asks the kernel for the signal mask. */
-#include "fiber.h"
+/* shim_fiber.cpp - see shim_fiber.h. Assembly where it is known (x86-64, ELF), else ucontext, which is slow: it asks the kernel for the signal mask. */
+#include "shim_fiber.h"
 
 #include <cstdint>
 #include <cstdio>
