@@ -91,6 +91,23 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
 }
 #endif
 
+/* A float of these bits; and four bytes of the eight of b, a (a's are 0 to 3): nibble i of the selector, 0..7, is where byte i comes from */
+KVS_DEVICE float kvs_bits_float(uint32_t bits) {
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef KVS_SHIM
+    uint64_t bytes = (uint64_t)b << 32 | a;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; i++) y |= (uint32_t)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return y;
+#else
+    return __byte_perm(a, b, selector);
+#endif
+}
+
 #define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
 
