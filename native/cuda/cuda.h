@@ -35,6 +35,11 @@ typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cud
     uint64_t used, room;
 } kvs_cuda_list;
 
+enum { KVS_PIECE_BYTES = 8 << 20 };
+typedef struct kvs_cuda_piece { /* of weights on their way, KVS_PIECE_BYTES each: pinned, and on the device; NULL before the first */
+    uint8_t *host, *device;
+} kvs_cuda_piece;
+
 enum { KVS_CUDA_GRAPHS = 8 };
 
 typedef struct kvs_cuda_graph {
@@ -64,6 +69,7 @@ struct kvs_cuda {
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
     uint64_t n_steps;
+    kvs_cuda_piece pieces[2];
     uint8_t *scratch; /* [dev] */
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
@@ -139,6 +145,7 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
 /* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
 bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+void kvs_cuda_free_pieces(kvs_cuda *cu);
 void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
 /* matmul.cu: which of the two; matvec.cu: few rows; gemm.cu: many, on tensor cores or in float32 */
 void kvs_cuda_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);
