@@ -21,6 +21,9 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     char name[32];                    /* "cpu", "cuda:0" */
     char reason[224];                 /* why this one, and which kernels */
     bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here */
+    bool host_memory;                 /* [dev] pointers are plain ones: weights can be read where the file is mapped */
+    int32_t failed;                   /* atomic; not 0: what it holds, and gave since then, is not to be used: kvs_device_check */
+    char failure[160];                /* why, once failed is 2 */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
 } kvs_backend;
 
@@ -212,4 +215,11 @@ KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, 
 
 /* threads: 0 = what affinity and cgroup quota allow */
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
+/* KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
+static inline int kvs_device_check(const kvs_backend *be, kvs_error *err) {
+    int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);
+    if (!failed) return KVS_OK;
+    return kvs_fail(err, KVS_E_DEVICE, "%s failed: %s; load the model again", be->name, failed == 2 ? be->failure : "see the first error");
+}
+int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err); /* cuda:index, or KVS_E_DEVICE with the reason */
 #endif

@@ -91,6 +91,7 @@ const char *kvs_version(void);
 int32_t kvs_struct_size(const char *name);       /* sizeof of a public struct by its name, -1 if unknown: the binding compares */
 void kvs_flag_set(int32_t *flag, int32_t value); /* atomic store, for cancel flags */
 int32_t kvs_cpu_info(char *text, int32_t size);  /* "NAME; features: ...; kernels: avx2 (why)": length needed, cut to size */
+int32_t kvs_cuda_info(char *text, int32_t size); /* "archs 75 80 ...; available: ..." or "...; unavailable: reason", the same */
 const char *kvs_type_name(int32_t type);         /* "Q4_K"; NULL for a type that does not load */
 int64_t kvs_row_bytes(int32_t type, int64_t n);  /* bytes of n elements, -1 if n does not fit whole blocks */
 

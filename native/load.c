@@ -83,6 +83,20 @@ static void check_shape(kvs_loader *ld, const kvs_found *t, kvs_shape want) {
     }
 }
 
+static void remember(kvs_loader *ld, kvs_weight *w) {
+    if (ld->n_bound == ld->room_bound) {
+        int32_t room = 2 * ld->room_bound + 64;
+        kvs_weight **grown = kvs_realloc(ld->bound, (uint64_t)room, sizeof *grown);
+        if (!grown) {
+            ld->status = kvs_fail_memory(ld->err, (uint64_t)room * sizeof *grown, "a list of weights");
+            return;
+        }
+        ld->bound = grown;
+        ld->room_bound = room;
+    }
+    ld->bound[ld->n_bound++] = w;
+}
+
 void kvs_load_bind(kvs_loader *ld, kvs_weight *w, const kvs_found *t, int64_t rows, int64_t cols) {
     *w = (kvs_weight){.type = t->info.type,
                       .rows = rows,
@@ -91,6 +105,7 @@ void kvs_load_bind(kvs_loader *ld, kvs_weight *w, const kvs_found *t, int64_t ro
                       .data = kvs_gguf_tensor_data(t->file, t->index)};
     kvs_gguf_use_tensor(t->file, t->index);
     ld->model->weight_bytes += (uint64_t)t->info.bytes;
+    if (!ld->model->be->host_memory) remember(ld, w);
 }
 
 void kvs_load_matrix(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *name, kvs_shape shape) {
@@ -138,6 +153,7 @@ const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
 
 void kvs_load_reserve(kvs_loader *ld, kvs_placing *placing, kvs_weight *const *matrices, int32_t n) {
     const kvs_ops *ops = ld->model->be->ops;
+    if (!ld->model->be->host_memory) matrices = ld->bound, n = ld->n_bound;
     if (!ld->status) placing->matrices = kvs_calloc((uint64_t)n, sizeof *placing->matrices);
     if (!placing->matrices && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)n * sizeof *matrices, "a list of weights");
     uint64_t total = 0; /* at most 16 times their files' sizes, which are mapped: no sum overflows */
@@ -146,7 +162,9 @@ void kvs_load_reserve(kvs_loader *ld, kvs_placing *placing, kvs_weight *const *m
         if (room) placing->matrices[placing->n++] = matrices[i];
         total += room;
     }
-    if (placing->n) placing->room = own(ld, ops->alloc_weights, total, "the weights of the model");
+    if (placing->n && !ld->status) placing->room = own(ld, ops->alloc_weights, total, "the weights of the model");
+    free(ld->bound);
+    ld->bound = NULL;
 }
 
 int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_error *err) {
@@ -154,8 +172,13 @@ int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_err
         kvs_weight *w = placing->matrices[placing->done];
         uint64_t room = m->be->ops->weight_room(m->be, w);
         const void *from = w->data;
-        if (!m->be->ops->place(m->be, w, placing->room, cancel)) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
-        for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, (uint64_t)(w->rows * w->row_bytes));
+        uint64_t bytes = (uint64_t)(w->rows * w->row_bytes);
+        if (!m->be->ops->place(m->be, w, placing->room, cancel)) {
+            int status = kvs_device_check(m->be, err);
+            return status ? status : kvs_fail(err, KVS_E_CANCELLED, "cancelled");
+        }
+        for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, bytes);
+        if (m->mmproj) kvs_gguf_forget(m->mmproj, from, bytes);
         placing->room += room;
     }
     return KVS_OK;
@@ -181,7 +204,8 @@ void kvs_load_vector(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *n
         check_finite(ld, &t, kvs_gguf_tensor_data(t.file, t.index));
         return;
     }
-    float *host = widen(ld, &t);
+    if (!ld->model->be->host_memory && !ld->status) ld->n_bound--; /* its data will not be the file's */
+    float *host = ld->status ? NULL : widen(ld, &t);
     if (host) check_finite(ld, &t, host);
     if (host) *w = (kvs_weight){.type = KVS_TYPE_F32, .rows = 1, .cols = w->cols, .row_bytes = 4 * w->cols};
     if (host) w->data = kvs_load_own(ld, host, w->cols);

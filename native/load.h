@@ -10,6 +10,8 @@ typedef struct kvs_loader {
     int32_t n_files;
     const char *block;     /* "blk": layer 3 of "attn_q.weight" is "blk.3.attn_q.weight" */
     const int32_t *cancel; /* or NULL */
+    kvs_weight **bound;    /* (n_bound) where the device can't read the file: all weights that point into it; from malloc */
+    int32_t n_bound, room_bound;
     int status;
     kvs_error *err;
 } kvs_loader;
@@ -36,7 +38,8 @@ void kvs_load_bind(kvs_loader *loader, kvs_weight *w, const kvs_found *t, int64_
 void kvs_load_fail(kvs_loader *loader, const kvs_found *t, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* A device copy of n floats that the model owns; NULL after a failure. */
 const float *kvs_load_own(kvs_loader *loader, const float *host, int64_t n);
-/* Reserves memory for those of the n matrices that the backend wants in an order of its own: kvs_place copies them there. */
+/* Reserves memory for those of the n matrices that the backend wants in an order of its own, or for all that were bound where the device
+ * can't read the file: kvs_place copies them there. Frees the list of them. */
 void kvs_load_reserve(kvs_loader *loader, kvs_placing *placing, kvs_weight *const *matrices, int32_t n);
 /* After all weights: a tensor that nobody has taken, but for those that change nothing, would change the result of whoever knows it. */
 void kvs_load_refuse_rest(kvs_loader *loader, bool (*changes_nothing)(const kvs_model *model, const char *name));

@@ -271,7 +271,8 @@ static void load_weights(kvs_loader *ld) {
     kvs_load_matrix(ld, &t->token_embd, KVS_NO_LAYER, "token_embd.weight", (kvs_shape){t->n_vocab, t->n_embd, false});
     kvs_load_vector(ld, &t->output_norm, KVS_NO_LAYER, "output_norm.weight", t->n_embd, false);
     kvs_load_matrix(ld, &t->output, KVS_NO_LAYER, "output.weight", (kvs_shape){t->n_vocab, t->n_embd, true});
-    if (!t->output.data) t->output = t->token_embd; /* tied */
+    t->tied = !t->output.data;
+    if (t->tied) t->output = t->token_embd;
     t->layers = kvs_calloc((uint64_t)t->n_layer, sizeof *t->layers);
     if (!t->layers && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)t->n_layer * sizeof *t->layers, "the layers of a model");
     for (int32_t i = 0; i < t->n_layer && !ld->status; i++) load_layer(ld, t, &t->layers[i], i);
@@ -321,7 +322,10 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     load_rope(&ld);
     load_weights(&ld);
     kvs_load_refuse_rest(&ld, is_angles);
-    if (ld.status) return ld.status;
+    if (ld.status) {
+        free(ld.bound);
+        return ld.status;
+    }
     for (int32_t i = 0; i < model->n_parts; i++) kvs_gguf_prefetch(model->parts[i]);
     model->identity = kvs_load_identity(&ld, model->identity);
     reserve_weights(&ld);
@@ -340,8 +344,9 @@ void kvs_text_unload(kvs_model *model) {
     free(model->owned);
     model->owned = NULL, model->n_owned = 0;
     free(model->text_placing.matrices);
+    free(model->vision_placing.matrices);
     free(model->text.layers);
-    model->text_placing = (kvs_placing){0};
+    model->text_placing = model->vision_placing = (kvs_placing){0};
     model->text = (kvs_text){0};
     kvs_tokenizer_free(model->tokenizer);
     model->tokenizer = NULL;

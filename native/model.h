@@ -25,6 +25,7 @@ typedef struct kvs_text {
     kvs_weight token_embd;  /* (V, E) */
     kvs_weight output_norm; /* (1, E) F32 */
     kvs_weight output;      /* (V, E); the token embedding where it is tied */
+    bool tied;
     kvs_text_layer *layers; /* (n_layer) */
 } kvs_text;
 
@@ -79,7 +80,8 @@ struct kvs_model {
     kvs_text text;
     bool has_vision, exact; /* exact: the tower computes in float32 */
     kvs_vision vision;
-    kvs_placing text_placing; /* the tower multiplies without int8: its matrices stay where they are */
+    kvs_placing text_placing;
+    kvs_placing vision_placing; /* only where the device can't read the file: the tower multiplies without int8 */
     kvs_backend *be;
     kvs_work work;
     kvs_turns turns; /* one pass at a time: backend step and work buffers */

@@ -327,7 +327,11 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     if ((status = read_hyperparameters(v, model->mmproj, err))) return status;
     if ((status = blocks_to_run(v, model->mmproj, err))) return status;
     load_weights(&ld, v);
-    if (ld.status) return ld.status;
+    if (!model->be->host_memory) kvs_load_reserve(&ld, &model->vision_placing, NULL, 0);
+    if (ld.status) {
+        free(ld.bound);
+        return ld.status;
+    }
     v->rounding = model->exact || all_f32(v) ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     kvs_gguf_prefetch(model->mmproj);
     model->mmproj_identity = kvs_load_identity(&ld, hash_hyperparameters(v));

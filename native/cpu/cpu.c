@@ -249,6 +249,7 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
     cpu->isa = isa;
     cpu->bf16 = kvs_isa_bf16(isa);
     cpu->base.ops = &cpu_ops;
+    cpu->base.host_memory = true;
     cpu->base.has_bf16 = cpu->bf16 != NULL;
     cpu->base.threads = kvs_pool_threads(cpu->pool);
     cpu->base.threads_missing = kvs_pool_missing(cpu->pool);

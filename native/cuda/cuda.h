@@ -20,8 +20,8 @@ typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
 
 /* On the device, found by finite(): reset by begin, read by end. */
 typedef struct kvs_cuda_fault {
-    int32_t found, place;     /* 0 or 1; of the first call that found something */
-    unsigned long long first; /* row << 32 | bits of the value: the least of that call */
+    int32_t found, place;     /* found: 0 or 1; place of the first call that found something */
+    unsigned long long first; /* row << 32 | bits of the value: the least of that call; all ones before */
 } kvs_cuda_fault;
 
 typedef struct kvs_cuda_chunk { /* of what is staged for a step: the same bytes in pinned host memory and on the device */
@@ -44,7 +44,7 @@ typedef struct kvs_cuda_graph {
 } kvs_cuda_graph;
 
 struct kvs_cuda {
-    kvs_backend base; /* first: a kvs_backend * to it is a kvs_cuda * */
+    kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
     cudaStream_t stream;
     /* between begin and end */
@@ -68,11 +68,12 @@ struct kvs_cuda {
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
     int32_t n_retired;
-    char failed[160]; /* the call that failed for good: the device is not used again */
 };
 
-#define KVS_ARGS(type, name) \
-    type name;               \
+static inline bool kvs_cuda_failed(const kvs_cuda *cu) { return __atomic_load_n(&cu->base.failed, __ATOMIC_ACQUIRE) != 0; }
+
+#define KVS_ARGS(type, name)                                                                                                               \
+    type name;                                                                                                                             \
     memset(&name, 0, sizeof name)
 
 /* Every op begins with: if (kvs_cuda_stopped(cu)) return; */
@@ -99,6 +100,8 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
 void kvs_cuda_flush(kvs_cuda *cu);
 void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
+/* The device is not used again: the first failure of them all is what is told. Any thread. */
+void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 
@@ -118,6 +121,10 @@ static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, void (*kernel)
     kvs_cuda_check(cu, cudaGetLastError(), name);
 #endif
 }
+
+void kvs_cuda_begin(kvs_backend *be, const kvs_step *step); /* step.cu */
+int kvs_cuda_end(kvs_backend *be, kvs_error *err);
+void kvs_cuda_free_steps(kvs_cuda *cu);
 
 static inline int64_t kvs_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -18,8 +18,8 @@
 #define KVS_DEVICE __device__ __forceinline__
 
 /* Shared memory whose size the launch says, aligned to 16 bytes. Once per kernel. */
-#define KVS_DYNAMIC_SHARED(type, name)                       \
-    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[]; \
+#define KVS_DYNAMIC_SHARED(type, name)                                                                                                     \
+    extern __shared__ __align__(16) uint8_t kvs_dynamic_shared[];                                                                          \
     type *name = (type *)kvs_dynamic_shared
 
 /* Halves are uint16_t in memory; two of them, the first in the low bits, are a uint32_t. */
@@ -108,7 +108,7 @@ KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
-#define KVS_WARP 32
+#define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
 
 KVS_DEVICE float kvs_warp_sum(float x) {

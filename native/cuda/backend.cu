@@ -1,0 +1,237 @@
+/* backend.cu - a GPU as a backend: found, opened, its memory, the table of ops. */
+#include "cuda.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static thread_local const kvs_cuda *stepping; /* whose step this thread has begun: its copies wait their turn in the step */
+
+/* ---- memory ---- */
+
+static bool use(kvs_cuda *cu) { return !kvs_cuda_failed(cu) && kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice"); }
+
+/* Sessions may ask for memory, and read it, while another thread has a step open: what happens outside of a step leaves its status alone. */
+static bool outside(kvs_cuda *cu, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();
+    if (error != cudaErrorMemoryAllocation) kvs_cuda_fail(cu, error, what);
+    return false;
+}
+
+static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    void *block = NULL;
+    if (kvs_cuda_failed(cu) || kvs_refused() || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
+    if (!outside(cu, cudaMalloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
+    bool ok = outside(cu, cudaMemsetAsync(block, 0, bytes, 0), "cudaMemset") && outside(cu, cudaStreamSynchronize(0), "cudaMemset");
+    if (ok) return block;
+    cudaFree(block);
+    return NULL;
+}
+
+static void cuda_release(kvs_backend *be, void *block) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cudaSetDevice(cu->device);
+    outside(cu, cudaFree(block), "cudaFree");
+}
+
+/* Copies are synchronous for the caller. In a step they come after what was launched before them. */
+static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (!bytes || kvs_cuda_failed(cu)) return;
+    cudaStream_t stream = 0;
+    if (stepping == cu) {
+        if (kvs_cuda_stopped(cu)) return;
+        kvs_cuda_flush(cu);
+        stream = cu->stream;
+    }
+    if (!outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return;
+    if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
+}
+
+static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    move(be, dst, src, bytes, cudaMemcpyHostToDevice, "a copy to the device");
+}
+
+static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    move(be, dst, src, bytes, cudaMemcpyDeviceToHost, "a copy from the device");
+}
+
+typedef struct copy_args {
+    void *dst;
+    const void *src;
+    uint64_t bytes;
+} copy_args;
+
+static void launch_copy(kvs_cuda *cu, const copy_args *a) {
+    kvs_cuda_check(cu, cudaMemcpyAsync(a->dst, a->src, a->bytes, cudaMemcpyDeviceToDevice, cu->stream), "a copy on the device");
+}
+
+static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (stepping != cu) {
+        move(be, dst, src, bytes, cudaMemcpyDeviceToDevice, "a copy on the device");
+        return;
+    }
+    if (!bytes || kvs_cuda_stopped(cu)) return;
+    KVS_ARGS(copy_args, a);
+    a.dst = dst;
+    a.src = src;
+    a.bytes = bytes;
+    kvs_cuda_op(cu, launch_copy, &a);
+}
+
+static void cuda_begin(kvs_backend *be, const kvs_step *step) {
+    stepping = (kvs_cuda *)be;
+    kvs_cuda_begin(be, step);
+}
+
+static int cuda_end(kvs_backend *be, kvs_error *err) {
+    int status = kvs_cuda_end(be, err);
+    stepping = NULL;
+    return status;
+}
+
+/* ---- finding a device ---- */
+
+/* The architectures that are inside, "75 80 86": CMake says it. */
+#ifndef KVS_CUDA_ARCHS
+#define KVS_CUDA_ARCHS "shim"
+#endif
+
+/* NULL: devices are there, *n of them. Else why not. */
+static const char *count_devices(int *n) {
+    int driver = 0, runtime = 0;
+    static thread_local char reason[128];
+    *n = 0;
+    cudaError_t error = cudaGetDeviceCount(n);
+    cudaGetLastError();
+    if (error == cudaSuccess && *n > 0) return NULL;
+    if (error == cudaSuccess || error == cudaErrorNoDevice) return "no GPU was found";
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (error == cudaErrorInsufficientDriver && !driver) return "no NVIDIA driver is installed";
+    if (error == cudaErrorInsufficientDriver)
+        snprintf(reason, sizeof reason, "the NVIDIA driver knows CUDA %d.%d, and this build needs %d.0", driver / 1000, driver % 1000 / 10,
+                 runtime / 1000);
+    else
+        snprintf(reason, sizeof reason, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+    return reason;
+}
+
+int32_t kvs_cuda_info(char *text, int32_t size) {
+    int n;
+    const char *reason = count_devices(&n);
+    cudaDeviceProp prop;
+    if (!reason && cudaGetDeviceProperties(&prop, 0) != cudaSuccess) reason = "its properties can't be read";
+    cudaGetLastError();
+    if (reason) return snprintf(text, (size_t)size, "archs %s; unavailable: %s", KVS_CUDA_ARCHS, reason);
+    return snprintf(text, (size_t)size, "archs %s; available: %d device%s, cuda:0 is %.64s, compute capability %d.%d, %.1f GiB",
+                    KVS_CUDA_ARCHS, n, n == 1 ? "" : "s", prop.name, prop.major, prop.minor, (double)prop.totalGlobalMem / (1 << 30));
+}
+
+/* ---- open and close ---- */
+
+static void cuda_close(kvs_backend *be) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (!cu) return;
+    cudaSetDevice(cu->device);
+    kvs_cuda_free_steps(cu);
+    for (int i = 0; i < 2; i++)
+        if (cu->marks[i]) cudaEventDestroy(cu->marks[i]);
+    cudaFree(cu->fault);
+    if (cu->fault_host) cudaFreeHost(cu->fault_host);
+    if (cu->stream) cudaStreamDestroy(cu->stream);
+    cudaGetLastError();
+    free(cu);
+}
+
+static const kvs_ops cuda_ops = {
+    .close = cuda_close,
+    .alloc = cuda_alloc,
+    .release = cuda_release,
+    .upload = cuda_upload,
+    .download = cuda_download,
+    .copy = cuda_copy,
+    .weight_room = kvs_cuda_weight_room,
+    .alloc_weights = cuda_alloc,
+    .place = kvs_cuda_place,
+    .begin = cuda_begin,
+    .end = cuda_end,
+    .rows = kvs_cuda_rows,
+    .matmul = kvs_cuda_matmul,
+    .norm = kvs_cuda_norm,
+    .angles = kvs_cuda_angles,
+    .rope = kvs_cuda_rope,
+    .add = kvs_cuda_add,
+    .gate = kvs_cuda_gate,
+    .unary = kvs_cuda_unary,
+    .finite = kvs_cuda_finite,
+    .attn = kvs_cuda_attn,
+    .attn_full = kvs_cuda_attn_full,
+    .kv_put = kvs_cuda_kv_put,
+    .kv_record = kvs_cuda_kv_record,
+    .kv_smooth = kvs_cuda_kv_smooth,
+    .kv_mix = kvs_cuda_kv_mix,
+    .kv_put_out = kvs_cuda_kv_put_out,
+    .kv_score = kvs_cuda_kv_score,
+    .kv_gather = kvs_cuda_kv_gather,
+    .kv_scatter = kvs_cuda_kv_scatter,
+    .kv_trim = kvs_cuda_kv_trim,
+};
+
+static bool prepare(kvs_cuda *cu) {
+    int major = 0, minor = 0;
+    const int device = cu->device;
+    bool ok = use(cu) &&
+              kvs_cuda_check(cu, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute") &&
+              kvs_cuda_check(cu, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute") &&
+              kvs_cuda_check(cu, cudaDeviceGetAttribute(&cu->n_sm, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute") &&
+              kvs_cuda_check(cu, cudaDeviceGetAttribute(&cu->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                             "cudaDeviceGetAttribute") &&
+              kvs_cuda_check(cu, cudaStreamCreateWithFlags(&cu->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    for (int i = 0; i < 2 && ok; i++)
+        ok = kvs_cuda_check(cu, cudaEventCreateWithFlags(&cu->marks[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    ok = ok && kvs_cuda_check(cu, cudaMalloc((void **)&cu->fault, sizeof *cu->fault), "cudaMalloc") &&
+         kvs_cuda_check(cu, cudaMallocHost((void **)&cu->fault_host, sizeof *cu->fault_host), "cudaMallocHost");
+    cu->sm = 10 * major + minor;
+    return ok;
+}
+
+static void describe(kvs_cuda *cu) {
+    cudaDeviceProp prop;
+    snprintf(cu->base.name, sizeof cu->base.name, "cuda:%d", (int)cu->device);
+    if (cudaGetDeviceProperties(&prop, cu->device) != cudaSuccess) snprintf(prop.name, sizeof prop.name, "a GPU");
+    cudaGetLastError();
+    snprintf(cu->base.reason, sizeof cu->base.reason, "%.100s, compute capability %d.%d", prop.name, (int)cu->sm / 10, (int)cu->sm % 10);
+}
+
+int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
+    *out = NULL;
+    int n;
+    const char *reason = count_devices(&n);
+    if (reason) return kvs_fail(err, KVS_E_DEVICE, "%s", reason);
+    if (index < 0 || index >= n)
+        return kvs_fail(err, KVS_E_DEVICE, "there is no cuda:%d: this machine has %d device%s, from cuda:0 on", (int)index, n,
+                        n == 1 ? "" : "s");
+    kvs_cuda *cu = (kvs_cuda *)kvs_calloc(1, sizeof *cu);
+    if (!cu) return kvs_fail_memory(err, sizeof *cu, "the CUDA backend");
+    cu->device = index;
+    cu->base.ops = &cuda_ops;
+    cu->base.has_bf16 = true;
+    bool ok = prepare(cu);
+    describe(cu);
+    int status = KVS_OK;
+    if (!ok && kvs_cuda_failed(cu))
+        status = kvs_fail(err, KVS_E_DEVICE, "%s", cu->base.failure);
+    else if (!ok)
+        status = kvs_fail(err, KVS_E_MEMORY, "out of memory on cuda:%d", (int)index);
+    else if (cu->sm < 75)
+        status = kvs_fail(err, KVS_E_DEVICE, "cuda:%d has compute capability %d.%d, and at least 7.5 is needed", (int)index,
+                          (int)cu->sm / 10, (int)cu->sm % 10);
+    if (status)
+        cuda_close(&cu->base);
+    else
+        *out = &cu->base;
+    return status;
+}

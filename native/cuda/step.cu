@@ -1,0 +1,334 @@
+/* step.cu - steps: what is staged for them, ops launched at once or noted down, graphs, and how a step ends. */
+#include "cuda.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { CHUNK_BYTES = 1 << 18, ALIGN = 256, MARK_EVERY = 4 };
+
+void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what) {
+    int32_t expected = 0;
+    if (!__atomic_compare_exchange_n(&cu->base.failed, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+    snprintf(cu->base.failure, sizeof cu->base.failure, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    __atomic_store_n(&cu->base.failed, 2, __ATOMIC_RELEASE);
+}
+
+bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError(); /* one that does not stick is forgotten */
+    if (error == cudaErrorMemoryAllocation) {
+        if (!cu->status) cu->status = KVS_E_MEMORY;
+        return false;
+    }
+    kvs_cuda_fail(cu, error, what);
+    cu->status = KVS_E_DEVICE;
+    return false;
+}
+
+/* ---- staging ---- */
+
+static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, uint64_t bytes) {
+    kvs_cuda_chunk *chunk = (kvs_cuda_chunk *)kvs_calloc(1, sizeof *chunk);
+    if (!chunk) {
+        cu->status = KVS_E_MEMORY;
+        return NULL;
+    }
+    chunk->bytes = KVS_MAX(bytes, (uint64_t)CHUNK_BYTES);
+    bool ok = kvs_cuda_check(cu, cudaMallocHost((void **)&chunk->host, chunk->bytes), "cudaMallocHost") &&
+              kvs_cuda_check(cu, cudaMalloc((void **)&chunk->device, chunk->bytes), "cudaMalloc");
+    if (!ok) {
+        cudaFreeHost(chunk->host);
+        free(chunk);
+        return NULL;
+    }
+    kvs_cuda_chunk **last = &cu->chunks;
+    while (*last) last = &(*last)->next;
+    return *last = chunk;
+}
+
+/* The first chunk with room. Chunks never move: addresses stand in graphs. */
+static kvs_cuda_chunk *chunk_for(kvs_cuda *cu, uint64_t bytes) {
+    kvs_cuda_chunk *chunk = cu->chunks;
+    while (chunk && chunk->bytes - chunk->used < bytes) chunk = chunk->next;
+    return chunk ? chunk : add_chunk(cu, bytes);
+}
+
+void *kvs_cuda_stage(kvs_cuda *cu, const void *host, uint64_t bytes, uint64_t room) {
+    if (cu->status) return NULL;
+    room = (KVS_MAX(room, (uint64_t)1) + ALIGN - 1) / ALIGN * ALIGN;
+    kvs_cuda_chunk *chunk = chunk_for(cu, room);
+    if (!chunk) return NULL;
+    uint64_t at = chunk->used;
+    if (bytes) memcpy(chunk->host + at, host, bytes);
+    memset(chunk->host + at + bytes, 0, room - bytes);
+    chunk->used += room;
+    return chunk->device + at;
+}
+
+static void send_staged(kvs_cuda *cu) {
+    for (kvs_cuda_chunk *chunk = cu->chunks; chunk && !cu->status; chunk = chunk->next) {
+        if (chunk->sent == chunk->used) continue;
+        uint64_t at = chunk->sent;
+        chunk->sent = chunk->used;
+        kvs_cuda_check(cu, cudaMemcpyAsync(chunk->device + at, chunk->host + at, chunk->used - at, cudaMemcpyHostToDevice, cu->stream),
+                       "cudaMemcpyAsync of a step's rows");
+    }
+}
+
+static bool remember_kv(kvs_cuda *cu, const kvs_kv *kv, const kvs_kv *device) {
+    if (cu->n_kvs == cu->room_kvs) {
+        int32_t room = 2 * cu->room_kvs + 8;
+        const kvs_kv **grown = (const kvs_kv **)kvs_realloc(cu->kvs, (uint64_t)room, sizeof *grown);
+        if (grown) cu->kvs = grown;
+        const kvs_kv **grown_too = (const kvs_kv **)kvs_realloc(cu->kvs_device, (uint64_t)room, sizeof *grown_too);
+        if (grown_too) cu->kvs_device = grown_too;
+        if (!grown || !grown_too) {
+            cu->status = KVS_E_MEMORY;
+            return false;
+        }
+        cu->room_kvs = room;
+    }
+    cu->kvs[cu->n_kvs] = kv;
+    cu->kvs_device[cu->n_kvs++] = device;
+    return true;
+}
+
+const kvs_kv *kvs_cuda_kv(kvs_cuda *cu, const kvs_kv *kv) {
+    for (int32_t i = cu->n_kvs - 1; i >= 0; i--) /* rows of one session are neighbours: the last one it is, mostly */
+        if (cu->kvs[i] == kv) return cu->kvs_device[i];
+    kvs_kv copy = *kv;
+    int64_t lists = kv->dropped ? (int64_t)kv->n_layer * kv->n_sets : 1;
+    uint64_t bytes = kv->spans ? (uint64_t)lists * (uint64_t)kv->room_spans * sizeof *kv->spans : 0;
+    copy.spans = bytes ? (kvs_range *)kvs_cuda_stage(cu, kv->spans, bytes, bytes) : NULL;
+    if (kv->dropped)
+        copy.dropped = (const int32_t *)kvs_cuda_stage(cu, kv->dropped, (uint64_t)kv->n_layer * sizeof *kv->dropped,
+                                                       (uint64_t)kv->n_layer * sizeof *kv->dropped);
+    const kvs_kv *device = (const kvs_kv *)kvs_cuda_stage(cu, &copy, sizeof copy, sizeof copy);
+    return device && remember_kv(cu, kv, device) ? device : NULL;
+}
+
+static void stage_rows(kvs_cuda *cu, const kvs_step *step) {
+    cu->rows = NULL;
+    if (!step->n) return;
+    kvs_row *rows = (kvs_row *)kvs_calloc((uint64_t)step->n, sizeof *rows);
+    if (!rows) {
+        cu->status = KVS_E_MEMORY;
+        return;
+    }
+    for (int32_t i = 0; i < step->n; i++) {
+        rows[i].index = step->rows[i].index;
+        rows[i].pos = step->rows[i].pos;
+        rows[i].kv = (kvs_kv *)kvs_cuda_kv(cu, step->rows[i].kv);
+    }
+    uint64_t bytes = (uint64_t)step->n * sizeof *rows;
+    cu->rows = (const kvs_row *)kvs_cuda_stage(cu, rows, bytes, bytes);
+    free(rows);
+}
+
+/* ---- scratch ---- */
+
+uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes) {
+    if (cu->status) return NULL;
+    if (bytes <= cu->scratch_bytes) return cu->scratch;
+    void **grown = (void **)kvs_realloc(cu->retired, (uint64_t)cu->n_retired + 1, sizeof *grown);
+    uint8_t *block = NULL;
+    if (grown) cu->retired = grown;
+    if (!grown)
+        cu->status = KVS_E_MEMORY;
+    else if (kvs_cuda_check(cu, cudaMalloc((void **)&block, bytes), "cudaMalloc of working space")) {
+        if (cu->scratch) cu->retired[cu->n_retired++] = cu->scratch;
+        cu->scratch = block;
+        cu->scratch_bytes = bytes;
+    }
+    return block;
+}
+
+static void free_retired(kvs_cuda *cu) {
+    for (int32_t i = 0; i < cu->n_retired; i++) cudaFree(cu->retired[i]);
+    cu->n_retired = 0;
+}
+
+/* ---- ops: noted down or launched ---- */
+
+typedef struct noted {
+    kvs_cuda_launch launch;
+    uint64_t bytes; /* of arguments behind it, in whole words */
+} noted;
+
+static void note(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
+    kvs_cuda_list *list = &cu->list;
+    uint64_t padded = (bytes + 7) / 8 * 8, need = list->used + sizeof(noted) + padded;
+    if (need > list->room) {
+        uint8_t *grown = (uint8_t *)kvs_realloc(list->bytes, 2 * need, 1);
+        if (!grown) {
+            cu->status = KVS_E_MEMORY;
+            return;
+        }
+        list->bytes = grown;
+        list->room = 2 * need;
+    }
+    noted *op = (noted *)(list->bytes + list->used);
+    memset(op, 0, sizeof *op + padded);
+    op->launch = launch;
+    op->bytes = padded;
+    memcpy(op + 1, args, bytes);
+    list->used = need;
+}
+
+static void launch_noted(kvs_cuda *cu) {
+    for (uint64_t at = 0; at < cu->list.used && !cu->status;) {
+        const noted *op = (const noted *)(cu->list.bytes + at);
+        op->launch(cu, op + 1);
+        at += sizeof *op + op->bytes;
+    }
+}
+
+/* Not too far ahead of the device: what is launched can't be taken back, and a cancellation is to be obeyed soon. */
+static void keep_close(kvs_cuda *cu) {
+    int32_t mark = cu->n_launched / MARK_EVERY;
+    if (cu->n_launched++ % MARK_EVERY || cu->status) return;
+    if (mark >= 2) kvs_cuda_check(cu, cudaEventSynchronize(cu->marks[mark % 2]), "cudaEventSynchronize");
+    kvs_cuda_check(cu, cudaEventRecord(cu->marks[mark % 2], cu->stream), "cudaEventRecord");
+}
+
+void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
+    if (cu->status) return;
+    if (cu->noting) {
+        note(cu, launch, args, bytes);
+        return;
+    }
+    send_staged(cu);
+    launch(cu, args);
+    keep_close(cu);
+}
+
+void kvs_cuda_flush(kvs_cuda *cu) {
+    if (!cu->noting) return;
+    cu->noting = false;
+    send_staged(cu);
+    launch_noted(cu);
+    cu->list.used = 0;
+}
+
+void kvs_cuda_wait(kvs_cuda *cu) {
+    kvs_cuda_flush(cu);
+    if (!kvs_cuda_failed(cu)) kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), "cudaStreamSynchronize");
+}
+
+/* ---- graphs ---- */
+
+static kvs_cuda_graph *known_graph(kvs_cuda *cu) {
+    for (int i = 0; i < KVS_CUDA_GRAPHS; i++) {
+        kvs_cuda_graph *graph = &cu->graphs[i];
+        if (graph->exec && graph->list.used == cu->list.used && !memcmp(graph->list.bytes, cu->list.bytes, cu->list.used)) return graph;
+    }
+    return NULL;
+}
+
+static void forget_graph(kvs_cuda_graph *graph) {
+    if (graph->exec) cudaGraphExecDestroy(graph->exec);
+    graph->exec = NULL;
+}
+
+/* What is noted down becomes a graph in the place that was not used for longest; its list changes places with ours. */
+static kvs_cuda_graph *capture(kvs_cuda *cu) {
+    kvs_cuda_graph *graph = cu->graphs;
+    for (int i = 1; i < KVS_CUDA_GRAPHS; i++)
+        if (cu->graphs[i].last_use < graph->last_use) graph = &cu->graphs[i];
+    forget_graph(graph);
+    cudaGraph_t captured = NULL;
+    if (!kvs_cuda_check(cu, cudaStreamBeginCapture(cu->stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture")) return NULL;
+    launch_noted(cu);
+    bool ok = kvs_cuda_check(cu, cudaStreamEndCapture(cu->stream, &captured), "cudaStreamEndCapture") && !cu->status &&
+              kvs_cuda_check(cu, cudaGraphInstantiate(&graph->exec, captured, 0), "cudaGraphInstantiate");
+    if (captured) cudaGraphDestroy(captured);
+    if (!ok) {
+        graph->exec = NULL;
+        return NULL;
+    }
+    kvs_cuda_list old = graph->list;
+    graph->list = cu->list;
+    cu->list = old;
+    return graph;
+}
+
+static void run_noted(kvs_cuda *cu) {
+    if (!cu->list.used || kvs_cuda_stopped(cu)) return;
+    send_staged(cu);
+    kvs_cuda_graph *graph = known_graph(cu);
+    if (!graph) graph = capture(cu);
+    if (!graph) return;
+    graph->last_use = cu->n_steps;
+    kvs_cuda_check(cu, cudaGraphLaunch(graph->exec, cu->stream), "cudaGraphLaunch");
+}
+
+void kvs_cuda_free_steps(kvs_cuda *cu) {
+    for (int i = 0; i < KVS_CUDA_GRAPHS; i++) {
+        forget_graph(&cu->graphs[i]);
+        free(cu->graphs[i].list.bytes);
+    }
+    while (cu->chunks) {
+        kvs_cuda_chunk *chunk = cu->chunks;
+        cu->chunks = chunk->next;
+        cudaFreeHost(chunk->host);
+        cudaFree(chunk->device);
+        free(chunk);
+    }
+    free_retired(cu);
+    free(cu->retired);
+    cudaFree(cu->scratch);
+    free(cu->list.bytes);
+    free(cu->kvs);
+    free(cu->kvs_device);
+}
+
+/* ---- begin and end ---- */
+
+void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cu->step = step;
+    cu->cancel = step->cancel;
+    cu->status = kvs_cuda_failed(cu) ? KVS_E_DEVICE : KVS_OK;
+    cu->noting = step->n > 0 && step->n <= KVS_GRAPH_ROWS;
+    cu->list.used = 0;
+    cu->n_kvs = 0;
+    cu->n_launched = 0;
+    cu->n_steps++;
+    for (kvs_cuda_chunk *chunk = cu->chunks; chunk; chunk = chunk->next) chunk->used = chunk->sent = 0;
+    if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return;
+    free_retired(cu);
+    kvs_cuda_check(cu, cudaMemsetAsync(cu->fault, 0, sizeof *cu->fault, cu->stream), "cudaMemsetAsync");
+    kvs_cuda_check(cu, cudaMemsetAsync(&cu->fault->first, 0xff, sizeof cu->fault->first, cu->stream), "cudaMemsetAsync");
+    stage_rows(cu, step);
+}
+
+static void read_fault(kvs_cuda *cu) {
+    if (cu->status || !kvs_cuda_check(cu, cudaMemcpyAsync(cu->fault_host, cu->fault, sizeof *cu->fault, cudaMemcpyDeviceToHost, cu->stream),
+                                      "cudaMemcpyAsync of what was found"))
+        return;
+    kvs_cuda_wait(cu);
+    if (cu->status || !cu->fault_host->found) return;
+    cu->status = KVS_E_NUMERIC;
+    if (!cu->step->fault) return;
+    uint32_t bits = (uint32_t)cu->fault_host->first;
+    cu->step->fault->place = cu->fault_host->place;
+    cu->step->fault->row = (int32_t)(cu->fault_host->first >> 32);
+    memcpy(&cu->step->fault->value, &bits, sizeof bits);
+}
+
+int kvs_cuda_end(kvs_backend *be, kvs_error *err) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (cu->noting) run_noted(cu);
+    cu->noting = false;
+    read_fault(cu);
+    if (cu->status && !kvs_cuda_failed(cu)) cudaStreamSynchronize(cu->stream); /* what was launched still reads what the caller owns */
+    int status = cu->status;
+    cu->step = NULL;
+    cu->rows = NULL;
+    cu->cancel = NULL;
+    cu->status = KVS_OK;
+    if (status == KVS_E_CANCELLED) return kvs_fail(err, status, "cancelled");
+    if (status == KVS_E_MEMORY) return kvs_fail(err, status, "out of memory on %s: no room for the working space of a step", cu->base.name);
+    if (status == KVS_E_NUMERIC) return kvs_fail(err, status, "values that are not finite");
+    return status ? kvs_device_check(be, err) : KVS_OK;
+}
