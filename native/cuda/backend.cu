@@ -29,23 +29,33 @@ static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     return NULL;
 }
 
+static void *cuda_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer) {
+    uint64_t bytes;
+    return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cuda_alloc(be, bytes) : NULL;
+}
+
 static void cuda_release(kvs_backend *be, void *block) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaSetDevice(cu->device);
     outside(cu, cudaFree(block), "cudaFree");
 }
 
-/* Copies are synchronous for the caller. In a step they come after what was launched before them. */
+/* Copies are synchronous for the caller. In a step they come after what was launched before them; elsewhere nothing is under way. false: the
+ * step has failed, or the device. */
+static bool copies_on(kvs_cuda *cu, cudaStream_t *stream) {
+    *stream = 0;
+    if (kvs_cuda_failed(cu)) return false;
+    if (stepping != cu) return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
+    if (kvs_cuda_stopped(cu)) return false;
+    kvs_cuda_flush(cu);
+    *stream = cu->stream;
+    return true;
+}
+
 static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
     kvs_cuda *cu = (kvs_cuda *)be;
-    if (!bytes || kvs_cuda_failed(cu)) return;
-    cudaStream_t stream = 0;
-    if (stepping == cu) {
-        if (kvs_cuda_stopped(cu)) return;
-        kvs_cuda_flush(cu);
-        stream = cu->stream;
-    }
-    if (!outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return;
+    cudaStream_t stream;
+    if (!bytes || !copies_on(cu, &stream)) return;
     if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
 }
 
@@ -55,6 +65,14 @@ static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t by
 
 static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
     move(be, dst, src, bytes, cudaMemcpyDeviceToHost, "a copy from the device");
+}
+
+static void cuda_download_rows(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cudaStream_t stream;
+    if (!bytes || n < 1 || !copies_on(cu, &stream)) return;
+    cudaError_t error = cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream);
+    if (outside(cu, error, "a copy from the device")) outside(cu, cudaStreamSynchronize(stream), "a copy from the device");
 }
 
 typedef struct copy_args {
@@ -150,9 +168,11 @@ static void cuda_close(kvs_backend *be) {
 static const kvs_ops cuda_ops = {
     .close = cuda_close,
     .alloc = cuda_alloc,
+    .alloc_layers = cuda_alloc_layers,
     .release = cuda_release,
     .upload = cuda_upload,
     .download = cuda_download,
+    .download_rows = cuda_download_rows,
     .copy = cuda_copy,
     .weight_room = kvs_cuda_weight_room,
     .alloc_weights = cuda_alloc,

@@ -294,6 +294,17 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     kvs_shim_do(stream, [=]() { memmove(to, from, bytes); });
     return cudaSuccess;
 }
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t n, cudaMemcpyKind kind,
+                              cudaStream_t stream) {
+    ENTER(stream && stream->capture);
+    if (!width || !n) return cudaSuccess;
+    if (width > to_pitch || width > from_pitch) return fail(cudaErrorInvalidValue);
+    if (!may_copy(to, from, (n - 1) * (to_pitch < from_pitch ? to_pitch : from_pitch) + width, kind)) return fail(cudaErrorInvalidValue);
+    kvs_shim_do(stream, [=]() {
+        for (size_t i = 0; i < n; i++) memmove((uint8_t *)to + i * to_pitch, (const uint8_t *)from + i * from_pitch, width);
+    });
+    return cudaSuccess;
+}
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     ENTER(false);
     if (bytes && where_is(to, bytes) != DEVICE) return fail(cudaErrorInvalidValue);
