@@ -40,27 +40,23 @@ static void cuda_release(kvs_backend *be, void *block) {
     outside(cu, cudaFree(block), "cudaFree");
 }
 
-/* Copies are synchronous for the caller. In a step they come after what was launched before them; elsewhere nothing is under way. false: the
- * step has failed, or the device. */
-static bool copies_on(kvs_cuda *cu, cudaStream_t *stream) {
+/* Copies are synchronous for the caller. In a step they come after what was launched before them. false: there is nothing to be copied. */
+static bool ready_to_copy(kvs_cuda *cu, uint64_t bytes, cudaStream_t *stream) {
     *stream = 0;
-    if (kvs_cuda_failed(cu)) return false;
-    if (stepping != cu) return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
-    if (kvs_cuda_stopped(cu)) return false;
-    kvs_cuda_flush(cu);
-    *stream = cu->stream;
-    return true;
+    if (!bytes || kvs_cuda_failed(cu)) return false;
+    if (stepping == cu) {
+        if (kvs_cuda_stopped(cu)) return false;
+        kvs_cuda_flush(cu);
+        *stream = cu->stream;
+    }
+    return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
 }
 
 static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaStream_t stream;
-    if (!bytes || !copies_on(cu, &stream)) return;
+    if (!ready_to_copy(cu, bytes, &stream)) return;
     if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
-}
-
-static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
-    move(be, dst, src, bytes, cudaMemcpyHostToDevice, "a copy to the device");
 }
 
 static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
@@ -70,9 +66,10 @@ static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t 
 static void cuda_download_rows(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaStream_t stream;
-    if (!bytes || n < 1 || !copies_on(cu, &stream)) return;
-    cudaError_t error = cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream);
-    if (outside(cu, error, "a copy from the device")) outside(cu, cudaStreamSynchronize(stream), "a copy from the device");
+    const char *what = "a copy of rows from the device";
+    if (n < 1 || !ready_to_copy(cu, bytes, &stream)) return;
+    if (outside(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
+        outside(cu, cudaStreamSynchronize(stream), what);
 }
 
 typedef struct copy_args {
@@ -85,13 +82,7 @@ static void launch_copy(kvs_cuda *cu, const copy_args *a) {
     kvs_cuda_check(cu, cudaMemcpyAsync(a->dst, a->src, a->bytes, cudaMemcpyDeviceToDevice, cu->stream), "a copy on the device");
 }
 
-static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
-    kvs_cuda *cu = (kvs_cuda *)be;
-    if (stepping != cu) {
-        move(be, dst, src, bytes, cudaMemcpyDeviceToDevice, "a copy on the device");
-        return;
-    }
-    if (!bytes || kvs_cuda_stopped(cu)) return;
+static void note_copy(kvs_cuda *cu, void *dst, const void *src, uint64_t bytes) {
     KVS_ARGS(copy_args, a);
     a.dst = dst;
     a.src = src;
@@ -99,10 +90,42 @@ static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t byte
     kvs_cuda_op(cu, launch_copy, &a);
 }
 
+/* In a step that is only noted down, what is small goes with all that is staged for it: it stays a graph. */
+static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    enum { SMALL = 1 << 20 };
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (stepping != cu || !cu->noting || bytes > SMALL) {
+        move(be, dst, src, bytes, cudaMemcpyHostToDevice, "a copy to the device");
+        return;
+    }
+    if (!bytes || kvs_cuda_stopped(cu)) return;
+    const void *staged = kvs_cuda_stage(cu, src, bytes, bytes);
+    if (staged) note_copy(cu, dst, staged, bytes);
+}
+
+static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (stepping != cu) {
+        move(be, dst, src, bytes, cudaMemcpyDeviceToDevice, "a copy on the device");
+        return;
+    }
+    if (bytes && !kvs_cuda_stopped(cu)) note_copy(cu, dst, src, bytes);
+}
+
+static uint64_t cuda_free_memory(kvs_backend *be) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    size_t free_bytes = 0, total = 0;
+    bool ok = !kvs_cuda_failed(cu) && outside(cu, cudaSetDevice(cu->device), "cudaSetDevice") &&
+              outside(cu, cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo");
+    return ok ? KVS_MAX((uint64_t)free_bytes, (uint64_t)1) : 0;
+}
+
 static void cuda_begin(kvs_backend *be, const kvs_step *step) {
     stepping = (kvs_cuda *)be;
     kvs_cuda_begin(be, step);
 }
+
+static int cuda_status(kvs_backend *be) { return ((kvs_cuda *)be)->status; }
 
 static int cuda_end(kvs_backend *be, kvs_error *err) {
     int status = kvs_cuda_end(be, err);
@@ -169,6 +192,7 @@ static const kvs_ops cuda_ops = {
     .close = cuda_close,
     .alloc = cuda_alloc,
     .alloc_layers = cuda_alloc_layers,
+    .free_memory = cuda_free_memory,
     .release = cuda_release,
     .upload = cuda_upload,
     .download = cuda_download,
@@ -178,6 +202,7 @@ static const kvs_ops cuda_ops = {
     .alloc_weights = cuda_alloc,
     .place = kvs_cuda_place,
     .begin = cuda_begin,
+    .status = cuda_status,
     .end = cuda_end,
     .rows = kvs_cuda_rows,
     .matmul = kvs_cuda_matmul,
