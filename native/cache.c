@@ -415,5 +415,5 @@ int kvs_cache_read(const kvs_cache *cache, int32_t layer, float *k, float *v, kv
         }
     }
     free(raw);
-    return KVS_OK;
+    return kvs_device_check(cache->be, err);
 }

@@ -178,5 +178,5 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
         int64_t vocab = model->text.n_vocab;
         ops->download(model->be, pass->logits_out[s], model->work.logits + s * vocab, (uint64_t)vocab * sizeof(float));
     }
-    return status;
+    return status ? status : kvs_device_check(model->be, err);
 }

@@ -125,7 +125,7 @@ static int triggered(const prunehal *s, const kvs_cache *cache, const sequence *
     cache->be->ops->download(cache->be, mass, cache->kv.mass + (int64_t)q->first * cache->kv.n_layer, (uint64_t)n * sizeof *mass);
     *yes = majority(s, cache, q, mass);
     free(mass);
-    return KVS_OK;
+    return kvs_device_check(cache->be, err);
 }
 
 /* ---- which ---- */
@@ -252,7 +252,7 @@ static int score_all(const prunehal *s, kvs_cache *cache, chooser *c, kvs_error 
         ops->kv_score(cache->be, &cache->kv, s->params.layers[i], s->params.reduction_max, c->on_device + i * width);
     int status = ops->end(cache->be, err);
     if (!status) ops->download(cache->be, c->scores, c->on_device, (uint64_t)(s->params.n_layers * width) * sizeof *c->scores);
-    return status;
+    return status ? status : kvs_device_check(cache->be, err);
 }
 
 static void drop_plan(prunehal *s) {

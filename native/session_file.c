@@ -220,12 +220,14 @@ static int write_temporary(kvs_session *s, const char *path, const char *tempora
     errno = 0;
     if (memory) write_all(&f, s);
     int code = errno;
-    bool failed = !memory || f.failed || fflush(f.file) || fsync(fileno(f.file)) || rename(temporary, path);
+    int lost = kvs_device_check(s->cache.be, err); /* what was read there can't be trusted */
+    bool failed = !memory || lost || f.failed || fflush(f.file) || fsync(fileno(f.file)) || rename(temporary, path);
     if (failed && errno) code = errno;
     fclose(f.file); /* and the lock goes, which must last until the rename; all that could fail has been flushed */
     free(f.buffer);
     if (!memory) return kvs_fail_memory(err, f.buffer_bytes, "saving a session");
     if (f.cancelled) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
+    if (lost) return kvs_device_check(s->cache.be, err);
     return failed ? io_error(err, path, code ? code : EIO, "saving the session") : KVS_OK;
 }
 
@@ -489,7 +491,7 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
     if (saved != sum || !sane_timeline(s)) return file_error(err, f->path, "checksum", "the file is damaged");
     finish_events(c);
     kvs_pruned_refresh(c);
-    return KVS_OK;
+    return kvs_device_check(c->be, err);
 }
 
 static int load(stream *f, kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {

@@ -95,7 +95,8 @@ static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float 
         row--;
     }
     free(groups);
-    return row < 0 ? KVS_OK : kvs_fail(err, KVS_E_ARGUMENT, "n: more rows than were generated");
+    if (row >= 0) return kvs_fail(err, KVS_E_ARGUMENT, "n: more rows than were generated");
+    return kvs_device_check(cache->be, err);
 }
 
 int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {

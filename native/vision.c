@@ -128,7 +128,7 @@ static int run(tower *t, const float *patches, const int32_t *ids, float *embedd
     if (status == KVS_E_NUMERIC) status = fail_numeric(v, &fault, err);
     if (kvs_vision_check(t->model, err)) status = KVS_E_FORMAT;
     if (!status) ops->download(t->model->be, embeddings, t->out, (uint64_t)v->n_image * (uint64_t)v->mm2.rows * sizeof(float));
-    return status;
+    return status ? status : kvs_device_check(t->model->be, err);
 }
 
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,18 @@ def facts() -> dict[str, Any]:
 
 def cpu_text() -> str:
     """NAME; features: ...; kernels: avx2 (why)"""
-    size = lib.kvs_cpu_info(ffi.NULL, 0) + 1
+    return _text(lib.kvs_cpu_info)
+
+
+def cuda_text() -> str:
+    """archs 75 80 ...; available: ..., or unavailable: reason"""
+    return _text(lib.kvs_cuda_info)
+
+
+def _text(fill: Callable[[Any, int], int]) -> str:
+    size = fill(ffi.NULL, 0) + 1
     text = ffi.new("char[]", max(size, 1))
-    lib.kvs_cpu_info(text, size)
+    fill(text, size)
     return string(text)
 
 

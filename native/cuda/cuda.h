@@ -20,7 +20,8 @@ typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
 
 /* On the device, found by finite(): reset by begin, read by end. */
 typedef struct kvs_cuda_fault {
-    int32_t found, place;     /* found: 0 or 1; place of the first call that found something */
+    int32_t found, place;     /* number of the first call that found something, from 1 on: places are not unique, each session of a step
+                                 has its keys checked under the same one; 0 = none */
     unsigned long long first; /* row << 32 | bits of the value: the least of that call; all ones before */
 } kvs_cuda_fault;
 
@@ -34,6 +35,14 @@ typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cud
     uint8_t *bytes;
     uint64_t used, room;
 } kvs_cuda_list;
+
+enum { KVS_CUDA_ONCE = 64 };
+
+typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged once: see kvs_cuda_once_slot */
+    const void *host;
+    uint64_t hash;
+    const void *device;
+} kvs_cuda_once;
 
 enum { KVS_CUDA_GRAPHS = 8 };
 
@@ -58,7 +67,10 @@ struct kvs_cuda {
     const kvs_kv **kvs; /* (n_kvs) host structs that are staged, and where */
     const kvs_kv **kvs_device;
     int32_t n_kvs, room_kvs;
+    kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
+    int32_t n_once;                        /* since begin */
     kvs_cuda_fault *fault, *fault_host; /* [dev], pinned */
+    int32_t n_finite;                   /* calls of finite() since begin */
     int32_t n_launched;                 /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
     /* that outlive a step */
@@ -149,6 +161,9 @@ void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, c
 void kvs_cuda_attn_full(kvs_backend *be, const float *q, const float *k, const float *v, float *out, int32_t n, int32_t n_head,
                         int32_t head_dim, int32_t rounding);
 /* kv.cu */
+/* Where the device's copy of a host struct is remembered until the step ends: NULL there if it is to be staged now. What its pointers
+ * point to doesn't change in a step. With more structs than KVS_CUDA_ONCE the later ones are staged each time. */
+const void **kvs_cuda_once_slot(kvs_cuda *cu, const void *host, uint64_t bytes);
 void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);

@@ -123,6 +123,22 @@ KVS_DEVICE uint32_t kvs_half2_fma(uint32_t a, uint32_t b, uint32_t c) {
 #define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
 
+/* A product that is rounded by itself. The CPU's rows are mixed and turned so, and a compiler that makes one fmaf of a product and a sum
+ * would give other bits; this it may not touch, whatever the flags of a build are. */
+KVS_DEVICE float kvs_mul(float a, float b) { return __fmul_rn(a, b); }
+
+KVS_DEVICE float4 kvs_load_float4(const float *p) { /* p is a multiple of 16 bytes */
+    uint4 bits = kvs_load16(p);
+    float4 x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+KVS_DEVICE void kvs_store_float4(float *p, float4 x) {
+    uint4 bits;
+    memcpy(&bits, &x, sizeof bits);
+    kvs_store16(p, bits);
+}
+
 KVS_DEVICE float kvs_warp_sum(float x) {
     for (int d = KVS_WARP / 2; d; d /= 2) x += __shfl_xor_sync(KVS_ALL_LANES, x, d);
     return x;

@@ -292,6 +292,8 @@ void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
     cu->noting = step->n > 0 && step->n <= KVS_GRAPH_ROWS;
     cu->list.used = 0;
     cu->n_kvs = 0;
+    cu->n_once = 0;
+    cu->n_finite = 0;
     cu->n_launched = 0;
     cu->n_steps++;
     for (kvs_cuda_chunk *chunk = cu->chunks; chunk; chunk = chunk->next) chunk->used = chunk->sent = 0;

@@ -33,13 +33,13 @@ def _facts() -> Iterator[tuple[str, str]]:
 
     from .. import __version__
     from .._native import lib, library_path
-    from ..machine import cpu_text
+    from ..machine import cpu_text, cuda_text
 
     yield "pykvsmooth", f"{__version__} (ABI {lib.kvs_abi_version()})"
     yield "library", f"{library_path} ({bytes_text(os.path.getsize(library_path))})"
     yield "cpu", cpu_text()
     yield "threads", _threads()
-    yield "cuda", "archs none; unavailable: this build has no CUDA backend"
+    yield "cuda", cuda_text()
     yield "memory", _memory()
     for variable in ("PYKVSMOOTH_MODEL", "PYKVSMOOTH_MMPROJ"):
         yield variable, _file(os.environ.get(variable))

@@ -1,0 +1,423 @@
+/* shim_runtime.cpp - see shim_runtime.h. */
+#include "shim.h"
+#include "shim_fiber.h" /* KVS_SHIM_ASAN */
+
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+#ifdef KVS_SHIM_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
+#undef free /* builds with KVS_INJECT count blocks of kvs_calloc alone */
+
+typedef std::vector<std::function<void()>> work_list;
+struct kvs_shim_graph {
+    work_list work;
+};
+struct kvs_shim_exec {
+    work_list work;
+};
+struct kvs_shim_stream {
+    kvs_shim_graph *capture; /* what is being captured, or NULL */
+    bool spoilt;             /* by a call that may not be captured */
+};
+struct kvs_shim_event {
+    std::chrono::steady_clock::time_point time;
+};
+
+static std::mutex lock; /* of all that is static here */
+static thread_local cudaError_t last;
+static thread_local int device;
+static thread_local kvs_shim_stream *capturing; /* by this host thread, in a mode that forbids what is not safe */
+
+/* ---- errors, and failures that tests ask for ---- */
+
+static const struct {
+    cudaError_t error;
+    const char *name, *text;
+} errors[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver", "CUDA driver version is insufficient for CUDA runtime version"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorNoKernelImageForDevice, "cudaErrorNoKernelImageForDevice", "no kernel image is available for execution on the device"},
+    {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
+    {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
+    {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"}};
+
+const char *cudaGetErrorName(cudaError_t error) {
+    for (const auto &e : errors)
+        if (e.error == error) return e.name;
+    return "unrecognized error code";
+}
+const char *cudaGetErrorString(cudaError_t error) {
+    for (const auto &e : errors)
+        if (e.error == error) return e.text;
+    return "unrecognized error code";
+}
+
+static cudaError_t fail(cudaError_t error) {
+    if (error) last = error;
+    return error;
+}
+cudaError_t cudaPeekAtLastError(void) { return last; }
+cudaError_t cudaGetLastError(void) {
+    cudaError_t error = last;
+    last = cudaSuccess;
+    return error;
+}
+
+/* What KVS_SHIM_FAIL says of this call. */
+static cudaError_t asked_failure(const char *name) {
+    static std::string asked;
+    static long calls;
+    static bool broken;
+    const char *text = getenv("KVS_SHIM_FAIL");
+    std::lock_guard<std::mutex> hold(lock);
+    if (asked != (text ? text : "")) {
+        asked = text ? text : "";
+        calls = 0;
+        broken = false;
+    }
+    if (broken) return cudaErrorIllegalAddress;
+    size_t colon = asked.find(':');
+    if (asked.empty() || asked.compare(0, colon, name) || ++calls != (colon == asked.npos ? 1 : atol(asked.c_str() + colon + 1)))
+        return cudaSuccess;
+    broken = !strcmp(name, "cudaStreamSynchronize");
+    return broken                                                           ? cudaErrorIllegalAddress
+           : !strcmp(name, "cudaMalloc") || !strcmp(name, "cudaMallocHost") ? cudaErrorMemoryAllocation
+                                                                            : cudaErrorUnknown;
+}
+
+/* Every call that can fail begins with it. safe: it may be called while this thread captures. */
+static cudaError_t enter(const char *name, bool safe) {
+    if (cudaError_t error = asked_failure(name)) return fail(error);
+    if (safe || !capturing) return cudaSuccess;
+    capturing->spoilt = true;
+    return fail(cudaErrorStreamCaptureUnsupported);
+}
+#define ENTER(safe)                                                                                                                        \
+    if (cudaError_t error = enter(__func__, safe)) return error
+
+/* ---- devices ---- */
+
+static int64_t number(const char *variable, int64_t otherwise) {
+    const char *text = getenv(variable);
+    return text && *text ? strtoll(text, nullptr, 10) : otherwise;
+}
+static int n_devices(void) { return (int)number("KVS_SHIM_DEVICES", 1); }
+static uint64_t device_memory(void) { return (uint64_t)number("KVS_SHIM_MEMORY", (int64_t)4 << 30); }
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    ENTER(true);
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    ENTER(true);
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int *n) {
+    *n = 0;
+    ENTER(true);
+    *n = n_devices();
+    return *n ? cudaSuccess : fail(cudaErrorNoDevice);
+}
+cudaError_t cudaSetDevice(int which) {
+    ENTER(true);
+    if (which < 0 || which >= n_devices()) return fail(cudaErrorInvalidDevice);
+    device = which;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int *which) {
+    ENTER(true);
+    *which = device;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int which) {
+    ENTER(true);
+    if (which < 0 || which >= n_devices()) return fail(cudaErrorInvalidDevice);
+    *p = {"shim on the CPU", device_memory(), 48 * 1024, 99 * 1024, 8, 0, 4, 32, 1024, 0, 1 << 20};
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int which) {
+    cudaDeviceProp p;
+    ENTER(true);
+    if (cudaError_t error = cudaGetDeviceProperties(&p, which)) return error;
+    switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
+    case cudaDevAttrWarpSize: *value = p.warpSize; break;
+    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+    case cudaDevAttrIntegrated: *value = p.integrated; break;
+    case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 164 * 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
+    default: return fail(cudaErrorInvalidValue);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize(void) {
+    ENTER(false);
+    return cudaSuccess;
+}
+
+/* ---- memory ---- */
+
+enum { ZONE = 256, ZONE_BYTE = 0xa5 };
+static std::map<const uint8_t *, size_t> blocks; /* of devices: address, bytes; zones around each */
+static uint64_t allocated;
+
+static size_t whole(size_t bytes) { return (bytes + ZONE - 1) / ZONE * ZONE; }
+static uint64_t total_allocated(void) {
+    std::lock_guard<std::mutex> hold(lock);
+    return allocated;
+}
+
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    ENTER(true);
+    uint64_t used = total_allocated();
+    *total = device_memory();
+    *available = *total - KVS_MIN(used, *total);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **p, size_t bytes) {
+    *p = nullptr;
+    ENTER(false);
+    if (!bytes) return cudaSuccess;
+    if (bytes > device_memory()) return fail(cudaErrorMemoryAllocation);
+    std::lock_guard<std::mutex> hold(lock);
+    if (allocated + whole(bytes) > device_memory()) return fail(cudaErrorMemoryAllocation);
+    uint8_t *block = (uint8_t *)aligned_alloc(ZONE, whole(bytes) + 2 * ZONE);
+    if (!block) return fail(cudaErrorMemoryAllocation);
+    memset(block, ZONE_BYTE, ZONE);
+    memset(block + ZONE, 0xff, bytes);
+    memset(block + ZONE + bytes, ZONE_BYTE, whole(bytes) - bytes + ZONE);
+#ifdef KVS_SHIM_ASAN
+    __asan_poison_memory_region(block, ZONE);
+    __asan_poison_memory_region(block + ZONE + bytes, whole(bytes) - bytes + ZONE);
+#endif
+    allocated += whole(bytes);
+    blocks[block + ZONE] = bytes;
+    *p = block + ZONE;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *p) {
+    ENTER(false);
+    if (!p) return cudaSuccess;
+    std::lock_guard<std::mutex> hold(lock);
+    auto found = blocks.find((const uint8_t *)p);
+    if (found == blocks.end()) kvs_shim_fatal("cudaFree of %p, which is not there", p);
+    uint8_t *block = (uint8_t *)p - ZONE;
+    size_t bytes = found->second, all = whole(bytes) + 2 * ZONE;
+#ifdef KVS_SHIM_ASAN
+    __asan_unpoison_memory_region(block, all);
+#endif
+    for (size_t i = 0; i < all; i++) {
+        if (i == ZONE) i += bytes;
+        if (block[i] != ZONE_BYTE) kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device", (long long)i - ZONE, bytes);
+    }
+    allocated -= whole(bytes);
+    blocks.erase(found);
+    free(block);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void **p, size_t bytes) {
+    *p = nullptr;
+    ENTER(false);
+    *p = malloc(KVS_MAX(bytes, (size_t)1));
+    return *p ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeHost(void *p) {
+    ENTER(false);
+    free(p);
+    return cudaSuccess;
+}
+cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned) {
+    ENTER(true);
+    return p && bytes ? cudaSuccess : fail(cudaErrorInvalidValue);
+}
+cudaError_t cudaHostUnregister(void *p) {
+    ENTER(true);
+    return p ? cudaSuccess : fail(cudaErrorInvalidValue);
+}
+
+/* ---- copies ---- */
+
+enum where { HOST, DEVICE, ACROSS };
+static where where_is(const void *p, size_t bytes) {
+    std::lock_guard<std::mutex> hold(lock);
+    const uint8_t *first = (const uint8_t *)p;
+    auto next = blocks.upper_bound(first);
+    if (next == blocks.begin()) return HOST;
+    --next;
+    const uint8_t *end = next->first + next->second;
+    if (first >= end + ZONE) return HOST;
+    return first <= end && bytes <= (size_t)(end - first) ? DEVICE : ACROSS;
+}
+
+static bool may_copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    where left = where_is(to, bytes), right = where_is(from, bytes);
+    if (left == ACROSS || right == ACROSS) return false;
+    return kind == cudaMemcpyDefault || (left == (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? DEVICE : HOST) &&
+                                         right == (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? DEVICE : HOST));
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    ENTER(false);
+    if (!bytes) return cudaSuccess;
+    if (!may_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    ENTER(stream && stream->capture);
+    if (!bytes) return cudaSuccess;
+    if (!may_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
+    kvs_shim_do(stream, [=]() { memmove(to, from, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void *to, int value, size_t bytes) {
+    ENTER(false);
+    if (bytes && where_is(to, bytes) != DEVICE) return fail(cudaErrorInvalidValue);
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
+    ENTER(stream && stream->capture);
+    if (bytes && where_is(to, bytes) != DEVICE) return fail(cudaErrorInvalidValue);
+    kvs_shim_do(stream, [=]() { memset(to, value, bytes); });
+    return cudaSuccess;
+}
+
+/* ---- streams and events ---- */
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = nullptr;
+    ENTER(true);
+    *stream = new kvs_shim_stream();
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    ENTER(true);
+    if (!stream) return fail(cudaErrorInvalidResourceHandle);
+    if (capturing == stream) capturing = nullptr;
+    delete stream->capture;
+    delete stream;
+    return cudaSuccess;
+}
+static cudaError_t look_at(cudaStream_t stream) { /* which no stream allows that is being captured */
+    if (!stream || !stream->capture) return cudaSuccess;
+    stream->spoilt = true;
+    return fail(cudaErrorStreamCaptureUnsupported);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    ENTER(true);
+    return look_at(stream);
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    ENTER(true);
+    return look_at(stream);
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+    ENTER(true);
+    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    *event = nullptr;
+    ENTER(true);
+    *event = new kvs_shim_event();
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    ENTER(true);
+    delete event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    ENTER(true);
+    if (!event) return fail(cudaErrorInvalidResourceHandle);
+    if (!stream || !stream->capture) event->time = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    ENTER(false);
+    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    ENTER(false);
+    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
+    ENTER(true);
+    if (!from || !to) return fail(cudaErrorInvalidResourceHandle);
+    *milliseconds = std::chrono::duration<float, std::milli>(to->time - from->time).count();
+    return cudaSuccess;
+}
+
+/* ---- graphs: lists of what was to be done ---- */
+
+void kvs_shim_do(cudaStream_t stream, std::function<void()> work) {
+    if (stream && stream->capture)
+        stream->capture->work.push_back(std::move(work));
+    else
+        work();
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    ENTER(true);
+    if (!stream || stream->capture || capturing) return fail(cudaErrorStreamCaptureUnsupported);
+    stream->capture = new kvs_shim_graph();
+    stream->spoilt = false;
+    if (mode != cudaStreamCaptureModeRelaxed) capturing = stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    *graph = nullptr;
+    cudaError_t asked = asked_failure(__func__);
+    if (!stream || !stream->capture) return fail(cudaErrorInvalidValue);
+    kvs_shim_graph *made = stream->capture;
+    stream->capture = nullptr;
+    if (capturing == stream) capturing = nullptr;
+    if (!asked && !stream->spoilt) *graph = made;
+    if (!*graph) delete made;
+    return fail(asked ? asked : stream->spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    *exec = nullptr;
+    ENTER(true);
+    if (!graph) return fail(cudaErrorInvalidValue);
+    *exec = new kvs_shim_exec{graph->work};
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    ENTER(true);
+    if (!exec || (stream && stream->capture)) return fail(cudaErrorInvalidValue);
+    for (const auto &work : exec->work) work();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    ENTER(true);
+    delete exec;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    ENTER(true);
+    delete graph;
+    return cudaSuccess;
+}
