@@ -137,6 +137,7 @@ static void cuda_close(kvs_backend *be) {
     if (!cu) return;
     cudaSetDevice(cu->device);
     kvs_cuda_free_steps(cu);
+    kvs_cuda_free_pieces(cu);
     for (int i = 0; i < 2; i++)
         if (cu->marks[i]) cudaEventDestroy(cu->marks[i]);
     cudaFree(cu->fault);
