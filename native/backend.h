@@ -144,6 +144,7 @@ struct kvs_ops {
     void *(*alloc)(kvs_backend *be, uint64_t bytes);
     /* an array of a cache, n_layer pieces of bytes_per_layer: what of a layer is only used by ops of that layer, and by copies */
     void *(*alloc_layers)(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer);
+    uint64_t (*free_memory)(kvs_backend *be); /* bytes that alloc still has, about; 0 = unknown: the system's */
     void (*release)(kvs_backend *be, void *block);
     void (*upload)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*download)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
@@ -157,6 +158,7 @@ struct kvs_ops {
     bool (*place)(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
     /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
+    int (*status)(kvs_backend *be); /* of the step so far, as far as the host knows: what end would give */
     int (*end)(kvs_backend *be, kvs_error *err);
     /* dense; n rows each */
     void (*rows)(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);    /* ids: host */
@@ -220,6 +222,8 @@ KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, 
 
 /* threads: 0 = what affinity and cgroup quota allow */
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
+/* With these kernels, for tests: KVS_E_DEVICE where there are none of that name, or not for this CPU; NULL: the best. */
+int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 static inline int kvs_device_check(const kvs_backend *be, kvs_error *err) {
     int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);
