@@ -82,7 +82,7 @@ struct kvs_shim_place { /* a thread's own struct begins with it */
     uint3 index;
     const kvs_shim_block *block;
 };
-extern thread_local kvs_shim_place *kvs_shim_self __attribute__((tls_model("initial-exec")));
+extern thread_local kvs_shim_place *kvs_shim_self;
 #define threadIdx                      (kvs_shim_self->index)
 #define blockIdx                       (kvs_shim_self->block->index)
 #define blockDim                       (kvs_shim_self->block->dim)
@@ -91,6 +91,7 @@ extern thread_local kvs_shim_place *kvs_shim_self __attribute__((tls_model("init
 
 /* Runs body() for every thread, at once, or whenever the graph runs that stream is being captured for. name: a literal. */
 void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body);
+const char *kvs_shim_last(void); /* the name of the last one that ran */
 /* Ends the process; the message begins with the kernel, the block and the thread. */
 [[noreturn]] void kvs_shim_fatal(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
