@@ -19,6 +19,7 @@ SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny
 from answers import SMOOTH
+from devices import DEVICE
 
 import pykvsmooth as kvs
 from pykvsmooth.cli.main import main
@@ -77,7 +78,7 @@ def isas() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model:
         model._end_ids = frozenset()  # random weights may choose </s> anywhere
         yield model
 

@@ -108,6 +108,18 @@ KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
+/* a b + c of two halves at once */
+KVS_DEVICE uint32_t kvs_half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef KVS_SHIM
+    const float2 x = kvs_half2_float2(a), y = kvs_half2_float2(b), z = kvs_half2_float2(c);
+    return kvs_float2_half2(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+#else
+    uint32_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+#endif
+}
+
 #define KVS_WARP      32
 #define KVS_ALL_LANES 0xffffffffu
 

@@ -76,10 +76,13 @@ KVS_DEVICE void kvs_kv_put32(int type, uint8_t *row, int32_t head_dim, int32_t f
         ((uint16_t *)(void *)row)[i] = kvs_float_half(x);
 }
 
-/* Value i of a row x in float32 whose leading n_rot values are turned in pairs by angles (n_rot / 2, 2): cos and sin. back: by -angles. */
-KVS_DEVICE float kvs_turned(const float *x, int32_t i, const float *angles, int32_t n_rot, bool back) {
-    if (i >= n_rot) return x[i];
-    float c = angles[i / 2 * 2], s = back ? -angles[i / 2 * 2 + 1] : angles[i / 2 * 2 + 1], x0 = x[i / 2 * 2], x1 = x[i / 2 * 2 + 1];
-    return i % 2 ? kvs_mul(x0, s) + kvs_mul(x1, c) : kvs_mul(x0, c) - kvs_mul(x1, s);
+/* Value i of a row in float32 whose leading n_rot values are turned in pairs by angles (n_rot / 2, 2): cos and sin; back: by -angles. A lane
+ * gives its value x and has i % 32 for its number; all lanes of the warp call it together. As the CPU, each product rounded. */
+KVS_DEVICE float kvs_turned(float x, int32_t i, const float *angles, int32_t n_rot, bool back) {
+    float other = __shfl_xor_sync(KVS_ALL_LANES, x, 1);
+    if (i >= n_rot) return x;
+    float c = angles[i / 2 * 2], s = angles[i / 2 * 2 + 1];
+    if (back) s = -s;
+    return i % 2 ? kvs_mul(other, s) + kvs_mul(x, c) : kvs_mul(x, c) - kvs_mul(other, s);
 }
 #endif

@@ -51,7 +51,7 @@ struct machine { /* of a host thread */
 thread_local kvs_shim_place *kvs_shim_self;
 static const char *last_kernel; /* of any host thread */
 static thread_local std::unique_ptr<machine> owned;
-static thread_local machine *m __attribute__((tls_model("initial-exec"))); /* owned, without a look whether it is there */
+static thread_local machine *m; /* owned, without a look whether it is there */
 
 void kvs_shim_fatal(const char *format, ...) {
     char text[800];

@@ -82,7 +82,7 @@ struct kvs_shim_place { /* a thread's own struct begins with it */
     uint3 index;
     const kvs_shim_block *block;
 };
-extern thread_local kvs_shim_place *kvs_shim_self __attribute__((tls_model("initial-exec")));
+extern thread_local kvs_shim_place *kvs_shim_self;
 #define threadIdx                      (kvs_shim_self->index)
 #define blockIdx                       (kvs_shim_self->block->index)
 #define blockDim                       (kvs_shim_self->block->dim)

@@ -1,0 +1,343 @@
+/* kv.cu - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix (methods.md A.2, steps 4 and 6). The strengths that
+ * come out are ranks, and sessions go from device to device: products and sums are those of the CPU, one by one, and never an fmaf. */
+#include "kv.cuh"
+
+#include "../strength.h"
+#include "cuda.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum { WARPS = 4, THREADS = WARPS * KVS_WARP };
+
+/* ---- what is staged once in a step ---- */
+
+const void **kvs_cuda_once_slot(kvs_cuda *cu, const void *host, uint64_t bytes) {
+    uint64_t hash = kvs_hash(0, host, bytes);
+    for (int32_t i = 0; i < cu->n_once; i++)
+        if (cu->once[i].host == host && cu->once[i].hash == hash) return &cu->once[i].device;
+    kvs_cuda_once *slot = &cu->once[cu->n_once];
+    if (cu->n_once < KVS_CUDA_ONCE) cu->n_once++;
+    slot->host = host;
+    slot->hash = hash;
+    slot->device = NULL;
+    return &slot->device;
+}
+
+/* ---- kv_put, kv_put_out ---- */
+
+typedef struct put_args {
+    const kvs_row *rows;
+    const float *k, *v; /* (n, n_kv_head * head_dim); kv_put_out: k (n, n_head * head_dim) */
+    int32_t layer, n, heads;
+} put_args;
+
+/* A slot of the ring of exact rows is shared by rows n_exact apart: only the newest of a step may write it. */
+KVS_DEVICE bool newest_of_slot(const kvs_row *rows, int32_t n, int32_t i) {
+    const kvs_kv *kv = rows[i].kv;
+    int64_t next = (int64_t)i + kv->n_exact;
+    return kv->n_exact > 0 && (next >= n || rows[next].kv != kv);
+}
+
+/* One warp for each row of a head of K and of V. */
+static __global__ void put_kernel(put_args a) {
+    int64_t task = (int64_t)blockIdx.x * WARPS + threadIdx.x / KVS_WARP;
+    int32_t lane = threadIdx.x % KVS_WARP, head = (int32_t)(task / 2 % a.heads), i = (int32_t)(task / 2 / a.heads);
+    if (i >= a.n) return;
+    bool key = task % 2 == 0;
+    const kvs_row *row = &a.rows[i];
+    const kvs_kv *kv = row->kv;
+    int32_t head_dim = kv->head_dim;
+    const float *x = (key ? a.k : a.v) + ((int64_t)i * a.heads + head) * head_dim;
+    uint8_t *stored = kvs_kv_rows(kv, key ? kv->k : kv->v, a.layer, head) + kvs_kv_place(kv, a.layer, row->index) * kv->row_bytes;
+    float *exact = key ? kv->exact_k : kv->exact_v;
+    if (exact) exact = newest_of_slot(a.rows, a.n, i) ? exact + kvs_kv_exact(kv, a.layer, row->index, a.heads) + head * head_dim : NULL;
+    for (int32_t first = 0; first < head_dim; first += KVS_WARP) {
+        int32_t d = first + lane;
+        float value = d < head_dim ? x[d] : 0.0f;
+        kvs_kv_put32(kv->type, stored, head_dim, first, value);
+        if (exact && d < head_dim) exact[d] = value;
+    }
+}
+
+static void launch_put(kvs_cuda *cu, const put_args *a) {
+    int64_t blocks = kvs_ceil_div(2 * (int64_t)a->n * a->heads, WARPS);
+    KVS_LAUNCH(cu, put_kernel, dim3((unsigned)blocks), dim3(THREADS), 0, *a);
+}
+
+void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (kvs_cuda_stopped(cu) || cu->step->n < 1) return;
+    KVS_ARGS(put_args, a);
+    a.rows = cu->rows;
+    a.k = k;
+    a.v = v;
+    a.layer = layer;
+    a.n = cu->step->n;
+    a.heads = cu->step->rows->kv->n_kv_head;
+    kvs_cuda_op(cu, launch_put, &a);
+}
+
+/* One block for each row. */
+static __global__ void put_out_kernel(put_args a) {
+    const kvs_row *row = &a.rows[blockIdx.x];
+    const kvs_kv *kv = row->kv;
+    if (!kv->exact_o || !newest_of_slot(a.rows, a.n, blockIdx.x)) return;
+    int32_t width = a.heads * kv->head_dim;
+    const float *x = a.k + (int64_t)blockIdx.x * width;
+    float *exact = kv->exact_o + kvs_kv_exact(kv, a.layer, row->index, a.heads);
+    for (int32_t d = threadIdx.x; d < width; d += blockDim.x) exact[d] = x[d];
+}
+
+static void launch_put_out(kvs_cuda *cu, const put_args *a) {
+    KVS_LAUNCH(cu, put_out_kernel, dim3((unsigned)a->n), dim3(2 * THREADS), 0, *a);
+}
+
+void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (kvs_cuda_stopped(cu)) return;
+    bool wanted = false; /* hardly ever */
+    for (int32_t i = 0; i < cu->step->n && !wanted; i++) wanted = cu->step->rows[i].kv->exact_o != NULL;
+    if (!wanted) return;
+    KVS_ARGS(put_args, a);
+    a.rows = cu->rows;
+    a.k = out;
+    a.layer = layer;
+    a.n = cu->step->n;
+    a.heads = cu->step->rows->kv->n_head;
+    kvs_cuda_op(cu, launch_put_out, &a);
+}
+
+/* ---- kv_record ---- */
+
+typedef struct record_args {
+    const kvs_row *rows;
+    const float *q, *entropy, *mass, *lse; /* q (n, n_head * head_dim), the others (n, n_head) */
+    int32_t layer, n, n_head;
+} record_args;
+
+KVS_DEVICE float mean(const float *x, int32_t n) { /* in the CPU's order: it decides ranks */
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += (double)x[i];
+    return (float)(sum / n);
+}
+
+/* One block for each row; a thread for the mean of each group, and one for the share of pictures. */
+static __global__ void record_kernel(record_args a) {
+    KVS_DYNAMIC_SHARED(float, entropy); /* (2, n_head): then come the shares of pictures */
+    float *mass = entropy + a.n_head;
+    int32_t i = blockIdx.x;
+    const kvs_kv *kv = a.rows[i].kv;
+    for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) {
+        entropy[h] = a.entropy[(int64_t)i * a.n_head + h];
+        mass[h] = a.mass[(int64_t)i * a.n_head + h];
+    }
+    __syncthreads();
+    int64_t place = kvs_kv_history(kv, a.layer, a.rows[i].index);
+    int32_t heads = a.n_head / kv->n_group; /* query heads of a KV head are neighbours */
+    for (int32_t g = threadIdx.x; g <= kv->n_group; g += blockDim.x) {
+        if (g == kv->n_group)
+            kv->mass[kvs_kv_mass(kv, a.layer, a.rows[i].index)] = mean(mass, a.n_head);
+        else {
+            kv->entropy[place + g] = mean(entropy + g * heads, heads);
+            kv->strength[place + g] = NAN;
+        }
+    }
+    if (!kv->query || (i + 1 < a.n && a.rows[i + 1].kv == kv)) return;
+    int32_t width = a.n_head * kv->head_dim;
+    for (int32_t d = threadIdx.x; d < width; d += blockDim.x) kv->query[(int64_t)a.layer * width + d] = a.q[(int64_t)i * width + d];
+    for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) kv->lse[a.layer * a.n_head + h] = a.lse[(int64_t)i * a.n_head + h];
+}
+
+static void launch_record(kvs_cuda *cu, const record_args *a) {
+    KVS_LAUNCH(cu, record_kernel, dim3((unsigned)a->n), dim3(THREADS), 2 * (size_t)a->n_head * sizeof(float), *a);
+}
+
+void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (kvs_cuda_stopped(cu) || cu->step->n < 1) return;
+    KVS_ARGS(record_args, a);
+    a.rows = cu->rows;
+    a.q = q;
+    a.entropy = taps->entropy;
+    a.mass = taps->mass;
+    a.lse = taps->lse;
+    a.layer = layer;
+    a.n = cu->step->n;
+    a.n_head = cu->step->rows->kv->n_head;
+    kvs_cuda_op(cu, launch_record, &a);
+}
+
+/* ---- kv_smooth ---- */
+
+/* A kvs_smooth_job as it is staged; room entries of its queue follow, then as many of missing. */
+typedef struct staged_job {
+    const kvs_kv *kv;         /* [dev] */
+    kvs_smooth_params params; /* without its lists */
+    int32_t row, index, prev, pos_delta, n_queue, has_missing;
+} staged_job;
+
+typedef struct smooth_args {
+    const uint8_t *jobs; /* (n_jobs) of stride bytes */
+    float *out;
+    const float *inv_freq; /* NULL: no turns */
+    int32_t stride, room, n_jobs, layer, n_rot, heads;
+} smooth_args;
+
+typedef struct smoother { /* one KV head of one job on one layer */
+    const staged_job *job;
+    const kvs_kv *kv;
+    const int32_t *queue, *missing;
+    const float *turn; /* (n_rot / 2, 2); n_rot: of the turn that brings the previous key here, 0 = it stays as it is */
+    int32_t n_rot, layer, head;
+    float lambda;
+} smoother;
+
+/* What is ranked: the entropy of a row, divided by the most that it could be where norm_log_len asks for that. */
+KVS_DEVICE float score(const smoother &s, int32_t entry, int32_t group) {
+    int32_t index = s.queue[entry];
+    float z = s.kv->entropy[kvs_kv_history(s.kv, s.layer, index) + group];
+    if (!s.job->params.norm_log_len) return z;
+    bool dropped = s.job->has_missing && s.kv->dropped && s.kv->dropped[s.layer];
+    int32_t seen = index + 1 - (s.kv->exclude_self ? 1 : 0) - (dropped ? s.missing[entry] : 0);
+    return z / logf((float)KVS_MAX(seen, 2));
+}
+
+/* For all threads of the block, which count the entries of the queue together. */
+KVS_DEVICE float find_strength(const smoother &s, int32_t group, float *lines) {
+    const kvs_smooth_params *p = &s.job->params;
+    int32_t n = s.job->n_queue, smaller = 0, equal = 0;
+    float self = score(s, n - 1, group);
+    for (int32_t i = threadIdx.x; i + 1 < n; i += blockDim.x) {
+        float z = score(s, i, group);
+        smaller += z < self;
+        equal += z == self;
+    }
+    smaller = (int32_t)kvs_block_sum((float)smaller, lines); /* small whole numbers: exact */
+    equal = (int32_t)kvs_block_sum((float)equal, lines);
+    return kvs_strength(kvs_rank(smaller, equal, p->midrank), n, p->window, p->den_capacity, p->lambda_ref, p->half_width, p->lambda_max,
+                        p->lambda_fixed);
+}
+
+/* By all threads of the block; the barrier is the caller's. */
+KVS_DEVICE int32_t set_turn(const smooth_args &a, const staged_job *job, float *turn) {
+    const kvs_smooth_params *p = &job->params;
+    if (!p->rope_relative || !(p->target & KVS_TARGET_K) || !job->pos_delta || !a.inv_freq) return 0;
+    for (int32_t i = threadIdx.x; i < a.n_rot / 2; i += blockDim.x) {
+        double angle = (double)job->pos_delta * (double)a.inv_freq[i];
+        turn[2 * i] = (float)cos(angle);
+        turn[2 * i + 1] = (float)sin(angle);
+    }
+    return a.n_rot;
+}
+
+/* (1 - lambda) x + lambda previous, or only the first half of it */
+KVS_DEVICE float mixed(const smoother &s, float x, float previous) {
+    float keep = kvs_mul(1.0f - s.lambda, x);
+    return s.job->params.damp ? keep + kvs_mul(0.0f, x) : keep + kvs_mul(s.lambda, previous);
+}
+
+/* One of K and V: from exact rows to the store, quantized once, and back into the exact row for the next mix. */
+KVS_DEVICE void smooth_rows(const smoother &s, uint8_t *base, float *exact, int32_t n_rot) {
+    const kvs_kv *kv = s.kv;
+    int32_t n = kv->head_dim, lane = threadIdx.x % KVS_WARP, offset = s.head * n;
+    float *self = exact + kvs_kv_exact(kv, s.layer, s.job->index, kv->n_kv_head) + offset;
+    const float *previous = exact + kvs_kv_exact(kv, s.layer, s.job->prev, kv->n_kv_head) + offset;
+    uint8_t *row = kvs_kv_rows(kv, base, s.layer, s.head) + kvs_kv_place(kv, s.layer, s.job->index) * kv->row_bytes;
+    for (int32_t first = threadIdx.x - lane; first < n; first += blockDim.x) {
+        int32_t i = first + lane;
+        float turned = kvs_turned(i < n ? previous[i] : 0.0f, i, s.turn, n_rot, false);
+        float x = i < n ? mixed(s, self[i], turned) : 0.0f;
+        kvs_kv_put32(kv->type, row, n, first, x);
+        if (i < n && !s.job->params.ema_one_step) self[i] = x;
+    }
+}
+
+/* The outputs of the query heads that belong to the KV head. */
+KVS_DEVICE void smooth_outputs(const smoother &s, float *out) {
+    const kvs_kv *kv = s.kv;
+    int32_t heads = kv->n_head / kv->n_kv_head, width = heads * kv->head_dim;
+    int64_t offset = (int64_t)s.head * width;
+    float *row = out + (int64_t)s.job->row * kv->n_head * kv->head_dim + offset;
+    float *self = kv->exact_o + kvs_kv_exact(kv, s.layer, s.job->index, kv->n_head) + offset;
+    const float *previous = kv->exact_o + kvs_kv_exact(kv, s.layer, KVS_MAX(s.job->prev, 0), kv->n_head) + offset;
+    bool mixes = s.job->prev >= 0 && s.lambda != 0.0f;
+    for (int32_t i = threadIdx.x; i < width; i += blockDim.x) {
+        float x = row[i], y = mixes ? mixed(s, x, previous[i]) : x;
+        if (mixes) row[i] = y;
+        self[i] = s.job->params.ema_one_step ? x : y;
+    }
+}
+
+/* One block for each KV head (along x) of each job (along y). Each finds the strength for itself. */
+static __global__ void smooth_kernel(smooth_args a) {
+    __shared__ float lines[KVS_WARP], turn[KVS_MAX_HEAD_DIM];
+    const staged_job *job = (const staged_job *)(a.jobs + (int64_t)blockIdx.y * a.stride);
+    const kvs_kv *kv = job->kv;
+    const int32_t *queue = (const int32_t *)(job + 1);
+    int32_t head = blockIdx.x, target = job->params.target, group = kv->n_group > 1 ? head : 0;
+    smoother s = {job, kv, queue, queue + a.room, turn, 0, a.layer, head, 0.0f};
+    if (job->prev >= 0) {
+        s.lambda = find_strength(s, group, lines);
+        s.n_rot = set_turn(a, job, turn);
+        __syncthreads();
+        if (!threadIdx.x && head == group) kv->strength[kvs_kv_history(kv, a.layer, job->index) + group] = s.lambda;
+        bool mixes = s.lambda != 0.0f; /* else not a bit may change */
+        if (mixes && (target & KVS_TARGET_K) && kv->exact_k) smooth_rows(s, kv->k, kv->exact_k, s.n_rot);
+        if (mixes && (target & KVS_TARGET_V) && kv->exact_v) smooth_rows(s, kv->v, kv->exact_v, 0);
+    }
+    if ((target & KVS_TARGET_O) && kv->exact_o && a.out) smooth_outputs(s, a.out);
+}
+
+static void launch_smooth(kvs_cuda *cu, const smooth_args *a) {
+    KVS_LAUNCH(cu, smooth_kernel, dim3((unsigned)a->heads, (unsigned)a->n_jobs), dim3(THREADS), 0, *a);
+}
+
+static void fill_job(kvs_cuda *cu, const kvs_smooth_job *job, int32_t room, uint8_t *to) {
+    staged_job *staged = (staged_job *)to;
+    int32_t *queue = (int32_t *)(staged + 1);
+    staged->kv = kvs_cuda_kv(cu, job->kv);
+    staged->params = *job->params;
+    staged->params.layers = staged->params.skip_ids = NULL;
+    staged->row = job->row;
+    staged->index = job->index;
+    staged->prev = job->prev;
+    staged->pos_delta = job->pos_delta;
+    staged->n_queue = job->n_queue;
+    staged->has_missing = job->missing != NULL;
+    memcpy(queue, job->queue, (size_t)job->n_queue * sizeof *queue);
+    if (job->missing) memcpy(queue + room, job->missing, (size_t)job->n_queue * sizeof *queue);
+}
+
+/* Room for whole windows: a queue grows from step to step, and nothing else may change its address for that. */
+static const uint8_t *stage_jobs(kvs_cuda *cu, const kvs_smooth_job *jobs, int32_t n_jobs, smooth_args *a) {
+    for (int32_t i = 0; i < n_jobs; i++) a->room = KVS_MAX(a->room, KVS_MAX(jobs[i].params->window, jobs[i].n_queue));
+    a->room = (a->room + 3) / 4 * 4;
+    a->stride = (int32_t)sizeof(staged_job) + 2 * a->room * (int32_t)sizeof *jobs->queue;
+    const void **device = kvs_cuda_once_slot(cu, jobs, (uint64_t)n_jobs * sizeof *jobs);
+    if (*device) return (const uint8_t *)*device;
+    uint64_t bytes = (uint64_t)n_jobs * (uint64_t)a->stride;
+    uint8_t *host = (uint8_t *)kvs_calloc(bytes, 1);
+    if (!host) {
+        cu->status = KVS_E_MEMORY;
+        return NULL;
+    }
+    for (int32_t i = 0; i < n_jobs; i++) fill_job(cu, &jobs[i], a->room, host + (int64_t)i * a->stride);
+    *device = kvs_cuda_stage(cu, host, bytes, bytes);
+    free(host);
+    return (const uint8_t *)*device;
+}
+
+void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (kvs_cuda_stopped(cu) || n_jobs < 1) return;
+    KVS_ARGS(smooth_args, a);
+    a.jobs = stage_jobs(cu, jobs, n_jobs, &a);
+    a.out = out;
+    a.inv_freq = rope ? rope->inv_freq : NULL;
+    a.n_jobs = n_jobs;
+    a.layer = layer;
+    a.n_rot = rope ? rope->n_rot : 0;
+    a.heads = jobs->kv->n_kv_head;
+    if (a.jobs) kvs_cuda_op(cu, launch_smooth, &a);
+}
