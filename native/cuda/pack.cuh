@@ -112,13 +112,14 @@ template <class B> KVS_DEVICE void kvs_raw_six_bits(const B *b, int j, uint32_t 
 }
 
 template <class B> KVS_DEVICE void kvs_pack_six_bits(const B *b, uint8_t *to) {
-    uint32_t words[3] = {0, 0, 0};
+    uint32_t words[4] = {0, 0, 0, 0}; /* the last for what is shifted out of the third: zeros */
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         uint32_t n[2];
         kvs_raw_six_bits(b, j, n);
-        words[j / 4] |= ((n[0] & 15) | (n[1] & 15) << 4) << 8 * (j % 4);
-        words[2] |= (n[0] >> 4 | n[1] >> 4 << 2) << 4 * j;
+        const uint64_t bits = (uint64_t)(n[0] | n[1] << 6) << 12 * j % 32;
+        words[12 * j / 32] |= (uint32_t)bits;
+        words[12 * j / 32 + 1] |= (uint32_t)(bits >> 32);
     }
     for (int w = 0; w < 3; w++) kvs_put_word(to, 1 + w, words[w]);
 }
