@@ -306,9 +306,9 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_each_kernel_set_runs_the_whole_model(
-    isa: str, isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    isa: str, cpu_isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isa not in isas:
+    if isa not in cpu_isas:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     with (
