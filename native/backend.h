@@ -64,7 +64,7 @@ typedef struct kvs_kv {
     float *entropy;       /* [dev] (n_layer, n_ctx, n_group) row entropy in nats of every row */
     float *strength;      /* [dev] (n_layer, n_ctx, n_group) lambda; NaN where a row was not smoothed */
     int32_t exclude_self; /* entropies leave the newest key out */
-    float *mass;          /* [dev] (n_ctx, n_layer) share of attention that goes to rows of pictures, mean over heads */
+    float *mass;          /* [dev] (n_layer, n_ctx) share of attention that goes to rows of pictures, mean over heads */
     /* Where rows of pictures are and where they are missing; host memory. One list for all layers if dropped is NULL, else n_sets
      * for each: 1, or n_kv_head where the heads of a layer keep different rows (equally many). */
     int32_t n_sets, n_spans, room_spans;
@@ -142,9 +142,14 @@ struct kvs_ops {
     void (*close)(kvs_backend *be);
     /* memory: alloc gives zeroed memory or NULL; copies are synchronous */
     void *(*alloc)(kvs_backend *be, uint64_t bytes);
+    /* an array of a cache, n_layer pieces of bytes_per_layer: what of a layer is only used by ops of that layer, and by copies */
+    void *(*alloc_layers)(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer);
+    uint64_t (*free_memory)(kvs_backend *be); /* bytes that alloc still has, about; 0 = unknown: the system's */
     void (*release)(kvs_backend *be, void *block);
     void (*upload)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
     void (*download)(kvs_backend *be, void *dst, const void *src, uint64_t bytes);
+    /* n pieces of bytes that lie stride bytes apart, to dst one behind the other */
+    void (*download_rows)(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n);
     void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
     /* weights that are only multiplied by: bytes that place() wants for one, 0 = it is best read where it is; memory for the sum of them,
      * to be released like any other; place() copies w there, and false means that it was cancelled */
@@ -153,6 +158,7 @@ struct kvs_ops {
     bool (*place)(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
     /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
+    int (*status)(kvs_backend *be); /* of the step so far, as far as the host knows: what end would give */
     int (*end)(kvs_backend *be, kvs_error *err);
     /* dense; n rows each */
     void (*rows)(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);    /* ids: host */
@@ -209,12 +215,15 @@ KVS_SHARED const kvs_range *kvs_kv_spans(const kvs_kv *kv, int32_t layer, int32_
 KVS_SHARED int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index) { /* into entropy and strength */
     return ((int64_t)layer * kv->n_ctx + index) * kv->n_group;
 }
+KVS_SHARED int64_t kvs_kv_mass(const kvs_kv *kv, int32_t layer, int32_t index) { return (int64_t)layer * kv->n_ctx + index; }
 KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, int32_t n_head) { /* n_head: of what the ring holds */
     return ((int64_t)layer * kv->n_exact + index % kv->n_exact) * n_head * kv->head_dim;
 }
 
 /* threads: 0 = what affinity and cgroup quota allow */
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
+/* With these kernels, for tests: KVS_E_DEVICE where there are none of that name, or not for this CPU; NULL: the best. */
+int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 static inline int kvs_device_check(const kvs_backend *be, kvs_error *err) {
     int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);

@@ -4,40 +4,43 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void *device_buffer(kvs_cache *cache, uint64_t bytes) {
-    void *block = cache->be->ops->alloc(cache->be, bytes);
-    if (block) cache->bytes += bytes;
+static void *device_layers(kvs_cache *cache, uint64_t bytes) { /* of one layer */
+    void *block = cache->be->ops->alloc_layers(cache->be, cache->kv.n_layer, bytes);
+    if (block) cache->bytes += (uint64_t)cache->kv.n_layer * bytes;
     return block;
 }
 
 static bool alloc_query(kvs_cache *cache) {
     kvs_kv *kv = &cache->kv;
-    uint64_t heads = (uint64_t)kv->n_layer * (uint64_t)kv->n_head * sizeof(float);
-    kv->query = device_buffer(cache, heads * (uint64_t)kv->head_dim);
-    kv->lse = device_buffer(cache, heads);
+    uint64_t heads = (uint64_t)kv->n_head * sizeof(float);
+    kv->query = device_layers(cache, heads * (uint64_t)kv->head_dim);
+    kv->lse = device_layers(cache, heads);
     return kv->query && kv->lse;
+}
+
+static bool alloc_exact(kvs_cache *cache, bool outputs) {
+    kvs_kv *kv = &cache->kv;
+    uint64_t head = (uint64_t)kv->head_dim * sizeof(float), ring = (uint64_t)kv->n_exact * head;
+    kv->exact_k = device_layers(cache, ring * (uint64_t)kv->n_kv_head);
+    kv->exact_v = device_layers(cache, ring * (uint64_t)kv->n_kv_head);
+    if (outputs) kv->exact_o = device_layers(cache, ring * (uint64_t)kv->n_head);
+    cache->kept = device_layers(cache, head * (2 * (uint64_t)kv->n_kv_head + (outputs ? (uint64_t)kv->n_head : 0)));
+    return cache->kept && kv->exact_k && kv->exact_v && (!outputs || kv->exact_o);
 }
 
 /* The sizes can't overflow: n_ctx <= 2^20, n_layer <= 1024, heads and head_dim bounded by the loader. */
 static bool alloc_device(kvs_cache *cache, const kvs_cache_shape *shape) {
     kvs_kv *kv = &cache->kv;
-    uint64_t rows = (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx;
-    uint64_t numbers = (uint64_t)kv->n_layer * (uint64_t)kv->n_ctx * sizeof(float), history = numbers * (uint64_t)kv->n_group;
-    uint64_t ring = (uint64_t)kv->n_layer * (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
-    kv->k = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
-    kv->v = device_buffer(cache, rows * (uint64_t)kv->row_bytes);
-    kv->entropy = device_buffer(cache, history);
-    kv->strength = device_buffer(cache, history);
-    kv->mass = device_buffer(cache, numbers);
+    uint64_t rows = (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx;
+    uint64_t numbers = (uint64_t)kv->n_ctx * sizeof(float), history = numbers * (uint64_t)kv->n_group;
+    kv->k = device_layers(cache, rows * (uint64_t)kv->row_bytes);
+    kv->v = device_layers(cache, rows * (uint64_t)kv->row_bytes);
+    kv->entropy = device_layers(cache, history);
+    kv->strength = device_layers(cache, history);
+    kv->mass = device_layers(cache, numbers);
     if (!kv->k || !kv->v || !kv->entropy || !kv->strength || !kv->mass) return false;
     if (shape->prune && !alloc_query(cache)) return false;
-    if (!kv->n_exact) return true;
-    kv->exact_k = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
-    kv->exact_v = device_buffer(cache, ring * (uint64_t)kv->n_kv_head);
-    if (shape->exact_o) kv->exact_o = device_buffer(cache, ring * (uint64_t)kv->n_head);
-    uint64_t row = (uint64_t)kv->n_layer * (uint64_t)kv->head_dim * sizeof(float);
-    cache->kept = device_buffer(cache, row * (2 * (uint64_t)kv->n_kv_head + (shape->exact_o ? (uint64_t)kv->n_head : 0)));
-    return cache->kept && kv->exact_k && kv->exact_v && (!shape->exact_o || kv->exact_o);
+    return !kv->n_exact || alloc_exact(cache, shape->exact_o);
 }
 
 static bool alloc_timeline(kvs_cache *cache) {
@@ -96,7 +99,6 @@ void kvs_cache_free(kvs_cache *cache) {
 
 static bool copy_rows(const kvs_cache *from, kvs_cache *to, const int32_t *cancel) {
     const kvs_kv *src = &from->kv;
-    from->be->ops->copy(from->be, to->kv.mass, src->mass, (uint64_t)from->n_past * (uint64_t)src->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < src->n_layer; layer++) {
         uint64_t bytes = (uint64_t)kvs_cache_n_rows(from, layer) * (uint64_t)src->row_bytes;
         for (int32_t head = 0; head < src->n_kv_head; head++) {
@@ -108,6 +110,8 @@ static bool copy_rows(const kvs_cache *from, kvs_cache *to, const int32_t *cance
         int64_t at = kvs_kv_history(src, layer, 0);
         from->be->ops->copy(from->be, to->kv.entropy + at, src->entropy + at, history);
         from->be->ops->copy(from->be, to->kv.strength + at, src->strength + at, history);
+        at = kvs_kv_mass(src, layer, 0);
+        from->be->ops->copy(from->be, to->kv.mass + at, src->mass + at, (uint64_t)from->n_past * sizeof(float));
     }
     uint64_t ring = (uint64_t)src->n_layer * (uint64_t)src->n_exact * (uint64_t)src->head_dim * sizeof(float);
     if (src->exact_k) from->be->ops->copy(from->be, to->kv.exact_k, src->exact_k, ring * (uint64_t)src->n_kv_head);
@@ -238,13 +242,13 @@ void kvs_cache_touched(kvs_cache *cache, int32_t n) {
 static void move_newest_exact(const kvs_cache *cache, bool back) {
     const kvs_kv *kv = &cache->kv;
     float *rings[] = {kv->exact_k, kv->exact_v, kv->exact_o}, *kept = cache->kept;
-    for (int i = 0; i < 3; i++) {
-        int32_t heads = i < 2 ? kv->n_kv_head : kv->n_head;
-        for (int32_t layer = 0; rings[i] && layer < kv->n_layer; layer++, kept += (int64_t)heads * kv->head_dim) {
+    for (int32_t layer = 0; layer < kv->n_layer; layer++)
+        for (int i = 0; i < 3 && rings[i]; i++) {
+            int32_t heads = i < 2 ? kv->n_kv_head : kv->n_head;
             float *row = rings[i] + kvs_kv_exact(kv, layer, cache->n_past - 1, heads);
             cache->be->ops->copy(cache->be, back ? row : kept, back ? kept : row, (uint64_t)heads * (uint64_t)kv->head_dim * sizeof *row);
+            kept += (int64_t)heads * kv->head_dim;
         }
-    }
 }
 
 void kvs_cache_keep_exact(kvs_cache *cache) {

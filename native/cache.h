@@ -27,7 +27,7 @@ typedef struct kvs_cache {
     kvs_picture *pictures; /* (n_pictures), rising; of a feed under way, too */
     int32_t n_pictures, room_pictures;
     kvs_pruned pruned;
-    float *kept;         /* [dev] the newest exact row of each layer while a prompt runs that may fail, or NULL */
+    float *kept;         /* [dev] (n_layer, rings' rows) the newest exact row of each layer while a prompt runs that may fail, or NULL */
     int32_t exact_from;  /* the ring of exact rows holds the indices exact_from..n_past-1 */
     bool store_is_exact; /* a float32 store that is what the next mix wants: rows can go back into the ring */
     uint64_t bytes;      /* of all buffers */

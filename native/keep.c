@@ -34,9 +34,9 @@ static void carry_all(kvs_keep *keep) {
         }
         carry(keep, kv->entropy + kvs_kv_history(kv, layer, keep->first), n * (uint64_t)kv->n_group, sizeof(float));
         carry(keep, kv->strength + kvs_kv_history(kv, layer, keep->first), n * (uint64_t)kv->n_group, sizeof(float));
+        carry(keep, kv->mass + kvs_kv_mass(kv, layer, keep->first), n, sizeof(float));
         if (kv->n_exact) carry_ring(keep, layer);
     }
-    carry(keep, kv->mass + (int64_t)keep->first * kv->n_layer, n * (uint64_t)kv->n_layer, sizeof(float));
 }
 
 int kvs_keep_rows(kvs_keep *keep, kvs_cache *cache, int32_t first, int32_t n, const int32_t *cancel, kvs_error *err) {

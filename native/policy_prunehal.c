@@ -87,10 +87,10 @@ static void reference_rows(const prunehal *s, const kvs_cache *cache, const sequ
         *from = q->reset + 1, *to = cache->n_past - 1;
 }
 
-/* mass: history from row q->first on. Mean over the rows of pictures that were there when the row ran: A_l of methods.md B.2. */
+/* mass: (n_layer, rows) history from row q->first up to the newest. Mean over the rows of pictures that were there when the row ran: A_l of methods.md B.2. */
 static double attention_of(const kvs_cache *cache, const sequence *q, const float *mass, int32_t row, int32_t layer) {
     double rows = picture_rows(cache) - kvs_pruned_missing(&cache->pruned, row);
-    return (double)mass[(int64_t)(row - q->first) * cache->kv.n_layer + layer] / rows;
+    return (double)mass[(int64_t)layer * (cache->n_past + 1 - q->first) + row - q->first] / rows;
 }
 
 static bool votes(const prunehal *s, const kvs_cache *cache, const sequence *q, const float *mass, int32_t layer) {
@@ -119,10 +119,11 @@ static bool majority(const prunehal *s, const kvs_cache *cache, const sequence *
 static int triggered(const prunehal *s, const kvs_cache *cache, const sequence *q, bool *yes, kvs_error *err) {
     *yes = q->m == s->params.force_step;
     if (*yes) return KVS_OK;
-    int64_t n = (int64_t)(cache->n_past + 1 - q->first) * cache->kv.n_layer;
-    float *mass = kvs_calloc((uint64_t)n, sizeof *mass);
-    if (!mass) return kvs_fail_memory(err, (uint64_t)n * sizeof *mass, "PruneHal's votes");
-    cache->be->ops->download(cache->be, mass, cache->kv.mass + (int64_t)q->first * cache->kv.n_layer, (uint64_t)n * sizeof *mass);
+    const kvs_kv *kv = &cache->kv;
+    uint64_t bytes = (uint64_t)(cache->n_past + 1 - q->first) * sizeof(float); /* of one layer */
+    float *mass = kvs_calloc((uint64_t)kv->n_layer, bytes);
+    if (!mass) return kvs_fail_memory(err, (uint64_t)kv->n_layer * bytes, "PruneHal's votes");
+    cache->be->ops->download_rows(cache->be, mass, kv->mass + q->first, bytes, (uint64_t)kv->n_ctx * sizeof *mass, kv->n_layer);
     *yes = majority(s, cache, q, mass);
     free(mass);
     return kvs_device_check(cache->be, err);

@@ -17,7 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FILE_VERSION = 3, MAX_PATH = PATH_MAX };
+enum { FILE_VERSION = 4, MAX_PATH = PATH_MAX };
 
 typedef struct saved_policy {
     char name[16];
@@ -115,7 +115,6 @@ static void transfer_cache(stream *f, kvs_cache *cache) {
     transfer(f, cache->turns, (uint64_t)cache->n_turns * sizeof *cache->turns);
     transfer_pictures(f, cache);
     transfer_events(f, cache);
-    transfer_device(f, kv->mass, (uint64_t)cache->n_past * (uint64_t)kv->n_layer * sizeof(float));
     for (int32_t layer = 0; layer < kv->n_layer; layer++) {
         uint64_t rows = (uint64_t)kvs_cache_n_rows(cache, layer) * (uint64_t)kv->row_bytes;
         for (int32_t head = 0; head < kv->n_kv_head; head++) {
@@ -124,6 +123,7 @@ static void transfer_cache(stream *f, kvs_cache *cache) {
         }
         transfer_device(f, kv->entropy + kvs_kv_history(kv, layer, 0), history);
         transfer_device(f, kv->strength + kvs_kv_history(kv, layer, 0), history);
+        transfer_device(f, kv->mass + kvs_kv_mass(kv, layer, 0), (uint64_t)cache->n_past * sizeof(float));
     }
     uint64_t ring = (uint64_t)kv->n_layer * (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
     if (kv->exact_k) transfer_device(f, kv->exact_k, ring * (uint64_t)kv->n_kv_head);

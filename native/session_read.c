@@ -90,8 +90,8 @@ static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float 
             entropies[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.entropy, layer, i, groups);
             strengths[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.strength, layer, i, groups);
         }
-        uint64_t bytes = (uint64_t)n_layer * sizeof *masses;
-        cache->be->ops->download(cache->be, masses + (int64_t)row * n_layer, cache->kv.mass + (int64_t)i * n_layer, bytes);
+        cache->be->ops->download_rows(cache->be, masses + (int64_t)row * n_layer, cache->kv.mass + i, sizeof *masses,
+                                      (uint64_t)cache->kv.n_ctx * sizeof *masses, n_layer);
         row--;
     }
     free(groups);

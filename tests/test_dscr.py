@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import SEED
+from devices import DEVICE
 from reference import DSCR, KVSmooth, Session
 from twins import feed_with_flag, picture, pixels, tokens
 
@@ -49,7 +50,7 @@ Case = tuple[kvs.Model, tiny.Weights]
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     heads = {"mha": {}, "gqa": {"n_head_kv": 2, "n_rot": 12}}[request.param]
     text, mmproj, weights = tiny.write_pair(tmp_path_factory.mktemp(request.param), seed=SEED ^ 7, gain=1.3, **heads)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         model._end_ids = frozenset()
         yield model, weights
 
@@ -159,7 +160,7 @@ def test_shapes_that_cross_passes(rng: np.random.Generator, tmp_path: Path) -> N
     rows = rng.standard_normal((576, 32)).astype(np.float32)
     values = rng.random((24, 24)).astype(np.float32)
     patches = (values - values.min()) / (values.max() - values.min())
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         for phase in PHASES:
             options = {"layers": [0, 1], "phase": phase, "rope_mode": "pre"}
             truth = Session(weights.text, None, "f32", DSCR([patches.reshape(-1)], (24, 24), patch_size=4, **options))
@@ -400,7 +401,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kvs.Model]:
         "v_head": 2,
     }
     text, mmproj, _ = tiny.write_pair(tmp_path_factory.mktemp("wide"), seed=SEED, load=False, v_ff=32, **sizes)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         yield model
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import Pair
+from devices import DEVICE
 from reference import KVSmooth, Session
 from twins import Twins, new_turn, picture, step_together, tokens
 
@@ -70,7 +71,7 @@ def gqa(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[kvs.Model, t
     from conftest import SEED
 
     text, mmproj, weights = tiny.write_pair(tmp_path_factory.mktemp("gqa"), seed=SEED ^ 1, n_head_kv=2, n_rot=12)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         yield model, weights
 
 
@@ -162,7 +163,7 @@ def test_generated_without_prompt(gqa: tuple[kvs.Model, tiny.Weights], rng: np.r
 def test_heads_of_one_group(switch: str, tiny_pair: Pair, rng: np.random.Generator) -> None:
     """The same on a model with as many KV heads as query heads, with a picture in the prompt."""
     with (
-        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model,
+        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model,
         Twins(model, tiny_pair.weights, BASE | SWITCHES[switch]) as twins,
     ):
         twins.feed([1, 300])

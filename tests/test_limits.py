@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Pair
+from devices import DEVICE
 from PIL import Image
 
 import pykvsmooth as kvs
@@ -19,7 +20,7 @@ from pykvsmooth.images import load_image
 
 
 def load(pair: Pair, **limits: Any) -> kvs.Model:
-    return kvs.Model(pair.text, mmproj=pair.mmproj, device="cpu", limits=kvs.Limits(**limits))
+    return kvs.Model(pair.text, mmproj=pair.mmproj, device=DEVICE, limits=kvs.Limits(**limits))
 
 
 def check(error: kvs.LimitError, name: str, value: int, allowed: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from devices import DEVICE
 from reference import Text
 from test_quant import SIZES
 from test_reference import GOLDEN, half_split
@@ -27,7 +28,7 @@ def golden(shared_data: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, An
 
 @pytest.fixture(scope="module", params=["mmproj-f32.gguf", "mmproj-legacy-f32.gguf"])
 def golden_model(golden: tuple, request: pytest.FixtureRequest) -> Iterator[kvs.Model]:
-    with kvs.Model(golden[0] / "text-f32.gguf", mmproj=golden[0] / request.param, device="cpu") as model:
+    with kvs.Model(golden[0] / "text-f32.gguf", mmproj=golden[0] / request.param, device=DEVICE) as model:
         yield model
 
 
@@ -111,7 +112,7 @@ def test_text_shapes(shape: str, rng: np.random.Generator, tmp_path: Path) -> No
     """Prompt with a picture, then greedy tokens under KVSmooth, everything compared at each step."""
     text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), **TEXT_SHAPES[shape])
     layers = [0] if shape == "one_layer" else [1, 2, 3]
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model, Twins(model, weights, {"layers": layers}) as twins:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model, Twins(model, weights, {"layers": layers}) as twins:
         twins.feed([1, *tokens(rng, 7)])
         twins.feed_image(picture(rng))
         twins.feed(tokens(rng, 9))
@@ -143,7 +144,7 @@ VISION_SHAPES: dict[str, dict[str, Any]] = {
 def test_vision_shapes(shape: str, rng: np.random.Generator, tmp_path: Path) -> None:
     text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), n_layer=1, **VISION_SHAPES[shape])
     image = picture(rng, weights.clip.image_size)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         rows, truth = model.encode_image(image), weights.clip.encode(pixels(image))
     assert rows.dtype == np.float32 and rows.shape == truth.shape
     error = float(np.abs(rows - truth).max())
@@ -155,7 +156,7 @@ def test_vision_takes_the_last_but_one_block(rng: np.random.Generator, tmp_path:
     """24 blocks without a feature_layer give what their first 23 give, and not what 24 or 22 give."""
     text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), n_layer=1, blocks=24, v_embd=32, v_ff=48)
     image, clip = picture(rng), weights.clip
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         rows = model.encode_image(image)
     errors = {}
     for n in (22, 23, 24):
@@ -166,7 +167,7 @@ def test_vision_takes_the_last_but_one_block(rng: np.random.Generator, tmp_path:
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny_pair: Any) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model:
         yield model
 
 
@@ -204,7 +205,7 @@ def test_feeding_in_pieces_equals_feeding_at_once(tiny_model: kvs.Model, rng: np
 
 def test_a_prompt_longer_than_a_block(rng: np.random.Generator, tmp_path: Path) -> None:
     text, _, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), vision=False, n_layer=2, n_head_kv=2, n_ctx_train=1024)
-    with kvs.Model(text, device="cpu") as model, Twins(model, weights, {"layers": [1]}, n_ctx=1024) as twins:
+    with kvs.Model(text, device=DEVICE) as model, Twins(model, weights, {"layers": [1]}, n_ctx=1024) as twins:
         twins.feed(tokens(rng, 1001))  # one whole block of 512 and a part
         twins.compare("logits", twins.ours.logits(), twins.truth.logits())
         twins.greedy(6)
@@ -213,7 +214,7 @@ def test_a_prompt_longer_than_a_block(rng: np.random.Generator, tmp_path: Path) 
 
 def test_text_only_model_has_no_vision(rng: np.random.Generator, tmp_path: Path) -> None:
     text, _, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), vision=False)
-    with kvs.Model(text, device="cpu") as model:
+    with kvs.Model(text, device=DEVICE) as model:
         assert not model.has_vision
         with pytest.raises(kvs.UnsupportedModelError):
             model.encode_image(picture(rng))
@@ -227,7 +228,7 @@ def test_text_only_model_has_no_vision(rng: np.random.Generator, tmp_path: Path)
 def test_cache_types(kv_type: str, shape: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """The reference rounds its rows as the cache does; the strengths agree to the order of entropies within rounding."""
     text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), **TEXT_SHAPES[shape])
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model, Twins(model, weights, {"layers": [1, 2, 3]}, kv_type) as twins:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model, Twins(model, weights, {"layers": [1, 2, 3]}, kv_type) as twins:
         twins.feed([1, *tokens(rng, 7)])
         twins.feed_image(picture(rng))
         twins.feed(tokens(rng, 9))
@@ -284,7 +285,7 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
     rounded = tiny.Weights(as_the_kernels_see_it(weights.text, kind, kinds), None)
     bound = dict.fromkeys(("entropy", "logits", "kv"), np.inf)
     errors = {}
-    with kvs.Model(text, device="cpu") as model:
+    with kvs.Model(text, device=DEVICE) as model:
         for name, truth in {"rounded": rounded, "exact": weights}.items():
             with Twins(model, truth, bounds=bound) as twins:
                 draw = np.random.default_rng(seed)
@@ -305,13 +306,13 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_each_kernel_set_runs_the_whole_model(
-    isa: str, isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    isa: str, cpu_isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isa not in isas:
+    if isa not in cpu_isas:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     with (
-        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model,
+        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model,
         Twins(model, tiny_pair.weights, {"layers": [1, 2, 3]}) as twins,
     ):
         assert isa in model.device_reason
@@ -327,7 +328,7 @@ def test_number_of_threads_changes_no_bit(threads: int, tiny_pair: Any, rng: np.
     ids = tokens(rng, 40)
     logits = []
     for n in (1, threads):
-        with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu", threads=n) as model, model.session(n_ctx=64) as session:
+        with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE, threads=n) as model, model.session(n_ctx=64) as session:
             session.feed(ids)
             session.feed(ids[:5], generated=True)
             logits.append(session.logits())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import SEED
+from devices import DEVICE
 from twins import Twins, picture, step_together, tokens
 
 import pykvsmooth as kvs
@@ -53,7 +54,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
     made: Pairs = {}
     for name, n_head_kv in (("mha", 4), ("gqa", 2)):
         text, mmproj, weights = tiny.write_pair(tmp_path_factory.mktemp(name), seed=SEED ^ 5, n_head_kv=n_head_kv, gain=1.3)
-        made[name] = kvs.Model(text, mmproj=mmproj, device="cpu"), weights
+        made[name] = kvs.Model(text, mmproj=mmproj, device=DEVICE), weights
         made[name][0]._end_ids = frozenset()
     yield made
     for model, _ in made.values():

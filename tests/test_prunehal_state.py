@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import SEED
+from devices import DEVICE
 from test_prunehal import SMOOTH, logits_of, prompt, start
 from test_session import HEADER, PRIME, sealed
 from twins import feed_with_flag, picture, tokens
@@ -23,7 +24,7 @@ OFTEN: dict[str, Any] = {"reference": "running_mean_reset", "vote_fraction": 0.0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kvs.Model]:
     text, mmproj, _ = tiny.write_pair(tmp_path_factory.mktemp("gqa"), seed=SEED ^ 9, n_head_kv=2, gain=2.2, load=False)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as model:
         model._end_ids = frozenset()
         yield model
 
@@ -306,9 +307,8 @@ def test_crafted_marks(scope: str, model: kvs.Model, rng: np.random.Generator, t
         n_layer_rows = [session.positions(i).shape[-1] for i in range(4)]
     saved = (tmp_path / "s").read_bytes()
     lists_at = sum(lengths[: -4 * n_sets])
-    lengths += [4 * n * 4]  # masses
     for rows in n_layer_rows:
-        lengths += [32 * rows] * 4 + [4 * n] * 2
+        lengths += [32 * rows] * 4 + [4 * n] * 3
     lengths += [4 * model.n_vocab]
     assert sum(lengths) + 8 == len(saved)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import Pair
+from devices import DEVICE
 from twins import feed_with_flag, new_turn, picture, timeline, tokens
 
 import pykvsmooth as kvs
@@ -31,7 +32,7 @@ POLICIES: dict[str, dict[str, Any] | None] = {
 
 @pytest.fixture(scope="module")
 def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model:
         yield model
 
 
@@ -394,7 +395,7 @@ def test_another_model_is_refused(model: kvs.Model, rng: np.random.Generator, tm
         begin(session, rng)
         session.save(tmp_path / "s")
     text, mmproj, _ = tiny.write_pair(tmp_path / "other", seed=int(rng.integers(1 << 30)), load=False)
-    with kvs.Model(text, mmproj=mmproj, device="cpu") as other, pytest.raises(kvs.SessionFileError, match="model"):
+    with kvs.Model(text, mmproj=mmproj, device=DEVICE) as other, pytest.raises(kvs.SessionFileError, match="model"):
         load(other, tmp_path / "s", "plain")
 
 
@@ -560,7 +561,7 @@ def test_feed_cancelled_in_the_middle(rng: np.random.Generator, tmp_path: Path) 
     import time
 
     text, _, _ = tiny.write_pair(tmp_path, seed=1, vision=False, load=False, n_embd=512, n_head=8, n_head_kv=8, n_ff=2048, n_layer=8)
-    with kvs.Model(text, device="cpu") as model, open_session(model, "kvsmooth", n_ctx=4096) as session:
+    with kvs.Model(text, device=DEVICE) as model, open_session(model, "kvsmooth", n_ctx=4096) as session:
         session.feed(tokens(rng, 10))
         session.feed(tokens(rng, 3), generated=True)
         expected = state(session, 8)

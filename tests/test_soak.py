@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Pair
+from devices import DEVICE
 
 import pykvsmooth as kvs
 
@@ -145,7 +146,7 @@ class Life:
 
 @pytest.fixture
 def life(tiny_pair: Pair, rng: np.random.Generator, tmp_path: Path) -> Iterator[Life]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu", threads=2) as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE, threads=2) as model:
         model._end_ids = frozenset()
         yield Life(model, rng, tmp_path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Pair
+from devices import DEVICE
 
 import pykvsmooth as kvs
 
@@ -36,7 +37,7 @@ def more(session: kvs.Session, n: int) -> list[int]:
 @pytest.mark.parametrize("names", STACKS, ids=lambda names: "+".join(names) or "plain")
 def test_a_caption_goes_on(names: tuple[str, ...], kv_type: str, tiny_pair: Pair, rng: np.random.Generator, tmp_path: Path) -> None:
     stack = [METHODS[name] for name in rng.permutation(names)] if names else None
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model:
         session = model.session(n_ctx=400, kv_type=kv_type, policy=stack)
         for _ in range(CAPTIONS):
             picture = rng.integers(0, 256, (*rng.integers(20, 90, 2), 3), np.uint8)

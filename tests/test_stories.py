@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import DEVICE
 
 import pykvsmooth as kvs
 
@@ -44,7 +45,7 @@ def path(shared_data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[kvs.Model]:
-    with kvs.Model(path, device="cpu") as model:
+    with kvs.Model(path, device=DEVICE) as model:
         yield model
 
 
@@ -112,7 +113,7 @@ def test_as_a_stream(model: kvs.Model, expected: tuple[list[int], str]) -> None:
 def test_q8_0_weights_stay_close(path: Path, model: kvs.Model, expected: tuple[list[int], str]) -> None:
     """Forced along the text, the quantized file chooses the same token where the margin is not tiny."""
     ids, _ = expected
-    with kvs.Model(path.with_name("stories260K-Q8_0.gguf"), device="cpu") as quantized, begin(model) as exact, begin(quantized) as rounded:
+    with kvs.Model(path.with_name("stories260K-Q8_0.gguf"), device=DEVICE) as quantized, begin(model) as exact, begin(quantized) as rounded:
         errors, scale = [], []
         for token in ids[:100]:
             a, b = exact.logits(), rounded.logits()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Pair
+from devices import DEVICE
 from test_errors import environment
 from twins import picture
 
@@ -24,7 +25,7 @@ WORDS = ["the", "a", "of", "in", "on", "man", "dog", "cat", "red", "blue", "big"
 
 @pytest.fixture(scope="module")
 def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu", threads=2) as model:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE, threads=2) as model:
         model._end_ids = frozenset()  # random weights may choose </s> anywhere
         yield model
 

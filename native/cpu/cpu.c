@@ -14,6 +14,16 @@ static void *cpu_alloc(kvs_backend *be, uint64_t bytes) {
     return kvs_calloc_aligned(bytes, 1);
 }
 
+static void *cpu_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer) {
+    uint64_t bytes;
+    return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cpu_alloc(be, bytes) : NULL;
+}
+
+static uint64_t cpu_free_memory(kvs_backend *be) {
+    (void)be;
+    return 0;
+}
+
 static void cpu_release(kvs_backend *be, void *block) {
     (void)be;
     kvs_free_aligned(block);
@@ -22,6 +32,12 @@ static void cpu_release(kvs_backend *be, void *block) {
 static void cpu_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
     (void)be;
     memmove(dst, src, (size_t)bytes);
+}
+
+static void cpu_download_rows(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n) {
+    (void)be;
+    for (int32_t i = 0; i < n; i++)
+        memcpy((uint8_t *)dst + (uint64_t)i * bytes, (const uint8_t *)src + (uint64_t)i * stride, (size_t)bytes);
 }
 
 float *kvs_cpu_scratch(kvs_cpu *cpu, int64_t floats_per_thread) {
@@ -42,6 +58,8 @@ static void cpu_begin(kvs_backend *be, const kvs_step *step) {
     cpu->cancel = step->cancel;
     cpu->status = KVS_OK;
 }
+
+static int cpu_status(kvs_backend *be) { return ((kvs_cpu *)be)->status; }
 
 static int cpu_end(kvs_backend *be, kvs_error *err) {
     kvs_cpu *cpu = (kvs_cpu *)be;
@@ -203,14 +221,18 @@ static void cpu_close(kvs_backend *be) {
 static const kvs_ops cpu_ops = {
     .close = cpu_close,
     .alloc = cpu_alloc,
+    .alloc_layers = cpu_alloc_layers,
+    .free_memory = cpu_free_memory,
     .release = cpu_release,
     .upload = cpu_copy,
     .download = cpu_copy,
+    .download_rows = cpu_download_rows,
     .copy = cpu_copy,
     .weight_room = kvs_cpu_weight_room,
     .alloc_weights = kvs_cpu_alloc_weights,
     .place = kvs_cpu_place,
     .begin = cpu_begin,
+    .status = cpu_status,
     .end = cpu_end,
     .rows = kvs_cpu_rows,
     .matmul = kvs_cpu_matmul,
@@ -234,10 +256,12 @@ static const kvs_ops cpu_ops = {
     .kv_trim = kvs_cpu_kv_trim,
 };
 
-int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
+int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) { return kvs_cpu_open_isa(NULL, threads, out, err); }
+
+int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err) {
     *out = NULL;
     const kvs_isa *isa;
-    int status = kvs_isa_choose(NULL, &isa, err);
+    int status = kvs_isa_choose(name, &isa, err);
     if (status) return status;
     kvs_cpu *cpu = kvs_calloc(1, sizeof *cpu);
     if (!cpu) return kvs_fail_memory(err, sizeof *cpu, "the CPU backend");

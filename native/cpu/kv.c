@@ -87,7 +87,7 @@ void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs
             kv->entropy[place + g] = mean(taps->entropy + (int64_t)i * kv->n_head + g * heads, heads);
             kv->strength[place + g] = NAN;
         }
-        kv->mass[(int64_t)row->index * kv->n_layer + layer] = mean(taps->mass + (int64_t)i * kv->n_head, kv->n_head);
+        kv->mass[kvs_kv_mass(kv, layer, row->index)] = mean(taps->mass + (int64_t)i * kv->n_head, kv->n_head);
         bool newest = i + 1 == cpu->step->n || cpu->step->rows[i + 1].kv != kv;
         if (kv->query && newest) keep_query(kv, layer, q + (int64_t)i * kv->n_head * kv->head_dim, taps->lse + (int64_t)i * kv->n_head);
     }

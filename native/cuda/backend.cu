@@ -29,32 +29,47 @@ static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     return NULL;
 }
 
+static void *cuda_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer) {
+    uint64_t bytes;
+    return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cuda_alloc(be, bytes) : NULL;
+}
+
 static void cuda_release(kvs_backend *be, void *block) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaSetDevice(cu->device);
     outside(cu, cudaFree(block), "cudaFree");
 }
 
-/* Copies are synchronous for the caller. In a step they come after what was launched before them. */
-static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
-    kvs_cuda *cu = (kvs_cuda *)be;
-    if (!bytes || kvs_cuda_failed(cu)) return;
-    cudaStream_t stream = 0;
+/* Copies are synchronous for the caller. In a step they come after what was launched before them. false: there is nothing to be copied. */
+static bool ready_to_copy(kvs_cuda *cu, uint64_t bytes, cudaStream_t *stream) {
+    *stream = 0;
+    if (!bytes || kvs_cuda_failed(cu)) return false;
     if (stepping == cu) {
-        if (kvs_cuda_stopped(cu)) return;
+        if (kvs_cuda_stopped(cu)) return false;
         kvs_cuda_flush(cu);
-        stream = cu->stream;
+        *stream = cu->stream;
     }
-    if (!outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return;
-    if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
+    return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
 }
 
-static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
-    move(be, dst, src, bytes, cudaMemcpyHostToDevice, "a copy to the device");
+static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cudaStream_t stream;
+    if (!ready_to_copy(cu, bytes, &stream)) return;
+    if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
 }
 
 static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
     move(be, dst, src, bytes, cudaMemcpyDeviceToHost, "a copy from the device");
+}
+
+static void cuda_download_rows(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cudaStream_t stream;
+    const char *what = "a copy of rows from the device";
+    if (n < 1 || !ready_to_copy(cu, bytes, &stream)) return;
+    if (outside(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
+        outside(cu, cudaStreamSynchronize(stream), what);
 }
 
 typedef struct copy_args {
@@ -67,13 +82,7 @@ static void launch_copy(kvs_cuda *cu, const copy_args *a) {
     kvs_cuda_check(cu, cudaMemcpyAsync(a->dst, a->src, a->bytes, cudaMemcpyDeviceToDevice, cu->stream), "a copy on the device");
 }
 
-static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
-    kvs_cuda *cu = (kvs_cuda *)be;
-    if (stepping != cu) {
-        move(be, dst, src, bytes, cudaMemcpyDeviceToDevice, "a copy on the device");
-        return;
-    }
-    if (!bytes || kvs_cuda_stopped(cu)) return;
+static void note_copy(kvs_cuda *cu, void *dst, const void *src, uint64_t bytes) {
     KVS_ARGS(copy_args, a);
     a.dst = dst;
     a.src = src;
@@ -81,10 +90,42 @@ static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t byte
     kvs_cuda_op(cu, launch_copy, &a);
 }
 
+/* In a step that is only noted down, what is small goes with all that is staged for it: it stays a graph. */
+static void cuda_upload(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    enum { SMALL = 1 << 20 };
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (stepping != cu || !cu->noting || bytes > SMALL) {
+        move(be, dst, src, bytes, cudaMemcpyHostToDevice, "a copy to the device");
+        return;
+    }
+    if (!bytes || kvs_cuda_stopped(cu)) return;
+    const void *staged = kvs_cuda_stage(cu, src, bytes, bytes);
+    if (staged) note_copy(cu, dst, staged, bytes);
+}
+
+static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (stepping != cu) {
+        move(be, dst, src, bytes, cudaMemcpyDeviceToDevice, "a copy on the device");
+        return;
+    }
+    if (bytes && !kvs_cuda_stopped(cu)) note_copy(cu, dst, src, bytes);
+}
+
+static uint64_t cuda_free_memory(kvs_backend *be) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    size_t free_bytes = 0, total = 0;
+    bool ok = !kvs_cuda_failed(cu) && outside(cu, cudaSetDevice(cu->device), "cudaSetDevice") &&
+              outside(cu, cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo");
+    return ok ? KVS_MAX((uint64_t)free_bytes, (uint64_t)1) : 0;
+}
+
 static void cuda_begin(kvs_backend *be, const kvs_step *step) {
     stepping = (kvs_cuda *)be;
     kvs_cuda_begin(be, step);
 }
+
+static int cuda_status(kvs_backend *be) { return ((kvs_cuda *)be)->status; }
 
 static int cuda_end(kvs_backend *be, kvs_error *err) {
     int status = kvs_cuda_end(be, err);
@@ -137,6 +178,7 @@ static void cuda_close(kvs_backend *be) {
     if (!cu) return;
     cudaSetDevice(cu->device);
     kvs_cuda_free_steps(cu);
+    kvs_cuda_free_pieces(cu);
     for (int i = 0; i < 2; i++)
         if (cu->marks[i]) cudaEventDestroy(cu->marks[i]);
     cudaFree(cu->fault);
@@ -149,14 +191,18 @@ static void cuda_close(kvs_backend *be) {
 static const kvs_ops cuda_ops = {
     .close = cuda_close,
     .alloc = cuda_alloc,
+    .alloc_layers = cuda_alloc_layers,
+    .free_memory = cuda_free_memory,
     .release = cuda_release,
     .upload = cuda_upload,
     .download = cuda_download,
+    .download_rows = cuda_download_rows,
     .copy = cuda_copy,
     .weight_room = kvs_cuda_weight_room,
     .alloc_weights = cuda_alloc,
     .place = kvs_cuda_place,
     .begin = cuda_begin,
+    .status = cuda_status,
     .end = cuda_end,
     .rows = kvs_cuda_rows,
     .matmul = kvs_cuda_matmul,

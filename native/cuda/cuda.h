@@ -44,6 +44,11 @@ typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged
     const void *device;
 } kvs_cuda_once;
 
+enum { KVS_PIECE_BYTES = 8 << 20 };
+typedef struct kvs_cuda_piece { /* of weights on their way, KVS_PIECE_BYTES each: pinned, and on the device; NULL before the first */
+    uint8_t *host, *device;
+} kvs_cuda_piece;
+
 enum { KVS_CUDA_GRAPHS = 8 };
 
 typedef struct kvs_cuda_graph {
@@ -69,13 +74,14 @@ struct kvs_cuda {
     int32_t n_kvs, room_kvs;
     kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
     int32_t n_once;                        /* since begin */
-    kvs_cuda_fault *fault, *fault_host; /* [dev], pinned */
-    int32_t n_finite;                   /* calls of finite() since begin */
-    int32_t n_launched;                 /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
+    kvs_cuda_fault *fault, *fault_host;    /* [dev], pinned */
+    int32_t n_finite;                      /* calls of finite() since begin */
+    int32_t n_launched;                    /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
     uint64_t n_steps;
+    kvs_cuda_piece pieces[2];
     uint8_t *scratch; /* [dev] */
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
@@ -151,6 +157,7 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
 /* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
 bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+void kvs_cuda_free_pieces(kvs_cuda *cu);
 void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
 /* matmul.cu: which of the two; matvec.cu: few rows; gemm.cu: many, on tensor cores or in float32 */
 void kvs_cuda_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n);

@@ -91,11 +91,16 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
 }
 #endif
 
-/* A float of these bits; and four bytes of the eight of b, a (a's are 0 to 3): nibble i of the selector, 0..7, is where byte i comes from */
+/* A float's bits, a float of bits; and four bytes of the eight of b, a (a's are 0 to 3): nibble i of the selector, 0..7, is where byte i comes from */
 KVS_DEVICE float kvs_bits_float(uint32_t bits) {
     float y;
     memcpy(&y, &bits, 4);
     return y;
+}
+KVS_DEVICE uint32_t kvs_float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
 }
 KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 #ifdef KVS_SHIM
@@ -105,6 +110,18 @@ KVS_DEVICE uint32_t kvs_byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     return y;
 #else
     return __byte_perm(a, b, selector);
+#endif
+}
+
+/* a b + c of two halves at once */
+KVS_DEVICE uint32_t kvs_half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef KVS_SHIM
+    const float2 x = kvs_half2_float2(a), y = kvs_half2_float2(b), z = kvs_half2_float2(c);
+    return kvs_float2_half2(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+#else
+    uint32_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
 #endif
 }
 

@@ -137,7 +137,7 @@ static __global__ void record_kernel(record_args a) {
     int32_t heads = a.n_head / kv->n_group; /* query heads of a KV head are neighbours */
     for (int32_t g = threadIdx.x; g <= kv->n_group; g += blockDim.x) {
         if (g == kv->n_group)
-            kv->mass[(int64_t)a.rows[i].index * kv->n_layer + a.layer] = mean(mass, a.n_head);
+            kv->mass[kvs_kv_mass(kv, a.layer, a.rows[i].index)] = mean(mass, a.n_head);
         else {
             kv->entropy[place + g] = mean(entropy + g * heads, heads);
             kv->strength[place + g] = NAN;

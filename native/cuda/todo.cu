@@ -10,6 +10,7 @@ W void kvs_cuda_unary(kvs_backend *, int32_t, float *, int64_t) {}
 W void kvs_cuda_finite(kvs_backend *, const float *, int32_t, int32_t, float, int32_t) {}
 W uint64_t kvs_cuda_weight_room(kvs_backend *, const kvs_weight *) { return 0; }
 W bool kvs_cuda_place(kvs_backend *, kvs_weight *, void *, const int32_t *) { return false; }
+W void kvs_cuda_free_pieces(kvs_cuda *) {}
 W void kvs_cuda_rows(kvs_backend *, float *, const kvs_weight *, const int32_t *, int32_t) {}
 W void kvs_cuda_matmul(kvs_backend *, const kvs_matmul *, int32_t, const float *, int32_t) {}
 W void kvs_cuda_matvec(kvs_cuda *, const kvs_matmul *, int32_t, const float *, int32_t) {}

@@ -12,8 +12,8 @@
  *           1 bit: bit w of byte b is value 4w + b. 2 bits: as above. 8 bits: values 16..31.
  *   scales  per group: the two scales of its halves, a byte each, where a block is 16 x 16 values with such scales.
  *   record  per block: d, m and what else there is.
- *           Q3_K, Q4_K, Q5_K: word 0 d, m. Byte j of words 1 and 2, and nibble j of word 3 belong to group j: the low four bits of
- *           its two numbers, then two and two high ones. The numbers are scale and minimum; Q3_K: the scales of its halves.
+ *           Q3_K, Q4_K, Q5_K: word 0 is d, m; of the 96 bits behind it 12 j .. 12 j + 11 are two numbers of six bits that belong
+ *           to group j: scale and minimum; Q3_K: the scales of its halves.
  *           IQ4_XS: as in GGUF.
  *
  * Rows of F32, F16 and BF16 are padded with zeros to whole groups. weights.cu writes this order (pack_kernel).
@@ -208,9 +208,10 @@ template <int TYPE> KVS_DEVICE void kvs_group_words(const kvs_stored *s, uint32_
 
 /* The two numbers of six bits that group j of a block has in words 1 to 3 of a record */
 KVS_DEVICE void kvs_six_bits(const uint4 &record, int j, float *first, float *second) {
-    uint32_t low = (j < 4 ? record.y : record.z) >> 8 * (j % 4), high = record.w >> 4 * j;
-    *first = (float)(int)((low & 15) | (high & 3) << 4);
-    *second = (float)(int)((low >> 4 & 15) | (high >> 2 & 3) << 4);
+    const uint32_t low = j < 3 ? record.y : j < 6 ? record.z : record.w, high = j < 3 ? record.z : record.w;
+    const uint32_t bits = (uint32_t)(((uint64_t)high << 32 | low) >> 12 * j % 32);
+    *first = (float)(int)(bits & 63);
+    *second = (float)(int)(bits >> 6 & 63);
 }
 
 /* d and, where the type has one, m of quant.c for both halves of the group; else m = 0 */

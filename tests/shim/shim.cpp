@@ -7,7 +7,7 @@
 #include "shim_fiber.h"
 
 #include <cstdarg>
-#include <memory>
+#include <mutex>
 #include <unistd.h>
 #include <vector>
 
@@ -34,7 +34,7 @@ struct warp { /* a bit per lane; one of ready, calling, barrier, done, or runnin
     uint32_t all, ready, begun, calling, barrier, done;
 };
 
-struct machine { /* of a host thread */
+struct machine { /* what the launch that runs needs */
     thread threads[MAX_THREADS];
     warp warps[MAX_THREADS / WARP];
     alignas(32) uint8_t shared[16 + MAX_SHARED + ZONE + 32];
@@ -48,9 +48,12 @@ struct machine { /* of a host thread */
     std::vector<uint32_t> blocks;
 };
 
-thread_local kvs_shim_place *kvs_shim_self;
-static thread_local std::unique_ptr<machine> owned;
-static thread_local machine *m __attribute__((tls_model("initial-exec"))); /* owned, without a look whether it is there */
+/* One launch at a time, so that all this, and __shared__ arrays, are plain static memory: as thread_local they would have to be found at
+ * every use, by a function, in a library that is loaded late. */
+kvs_shim_place *kvs_shim_self;
+static machine *const m = new machine();
+static std::mutex turn;
+static const char *last_kernel;
 
 void kvs_shim_fatal(const char *format, ...) {
     char text[800];
@@ -60,12 +63,12 @@ void kvs_shim_fatal(const char *format, ...) {
         const uint3 &b = kvs_shim_self->block->index, &t = kvs_shim_self->index;
         add(snprintf(text, sizeof text, "kvs shim: %s, block (%u, %u, %u), thread (%u, %u, %u): ", m->name, b.x, b.y, b.z, t.x, t.y, t.z));
     } else
-        add(snprintf(text, sizeof text, "kvs shim: %s%s", m && m->name ? m->name : "", m && m->name ? ": " : ""));
+        add(snprintf(text, sizeof text, "kvs shim: %s%s", m->name ? m->name : "", m->name ? ": " : ""));
     va_list args;
     va_start(args, format);
     add(vsnprintf(text + n, sizeof text - n - 1, format, args));
     va_end(args);
-    if (m && m->name && m->how == RANDOM)
+    if (m->name && m->how == RANDOM)
         add(snprintf(text + n, sizeof text - n - 1, " (KVS_SHIM_ORDER=random:%llu)", (unsigned long long)m->seed));
     text[n++] = '\n';
     if (write(STDERR_FILENO, text, n) < 0) {} /* nothing could be done about it */
@@ -292,22 +295,23 @@ static void vote(int32_t w, uint32_t mask) {
 
 /* The layouts of device.cuh's comment. */
 static void multiply(int32_t w) {
-    float a[16][16], b[16][8];
+    float a[16][16], b[16][8], c[16][8];
+    auto row_of = [](int32_t lane, int32_t i) { return lane / 4 + i / 2 * 8; }; /* of c[i]; its column: */
+    auto col_of = [](int32_t lane, int32_t i) { return lane % 4 * 2 + i % 2; };
     for (int32_t lane = 0; lane < WARP; lane++) {
         const kvs_shim_call *call = lane_of(w, lane)->call;
         const uint32_t *pairs_a = (const uint32_t *)call->a, *pairs_b = (const uint32_t *)call->b;
-        int32_t g = lane / 4, t = 2 * (lane % 4);
+        int32_t g = lane / 4, t = lane % 4 * 2;
         for (int32_t i = 0; i < 8; i++)
-            a[g + (i / 2 % 2) * 8][t + i % 2 + (i / 4) * 8] = kvs_half_float((uint16_t)(pairs_a[i / 2] >> 16 * (i % 2)));
-        for (int32_t i = 0; i < 4; i++) b[t + i % 2 + (i / 2) * 8][g] = kvs_half_float((uint16_t)(pairs_b[i / 2] >> 16 * (i % 2)));
+            a[g + i / 2 % 2 * 8][t + i % 2 + i / 4 * 8] = kvs_half_float((uint16_t)(pairs_a[i / 2] >> 16 * (i % 2)));
+        for (int32_t i = 0; i < 4; i++) b[t + i % 2 + i / 2 * 8][g] = kvs_half_float((uint16_t)(pairs_b[i / 2] >> 16 * (i % 2)));
+        for (int32_t i = 0; i < 4; i++) c[row_of(lane, i)][col_of(lane, i)] = call->c[i];
     }
-    for (int32_t lane = 0; lane < WARP; lane++) {
-        float *c = lane_of(w, lane)->call->c;
-        for (int32_t i = 0; i < 4; i++) {
-            int32_t row = lane / 4 + (i / 2) * 8, col = 2 * (lane % 4) + i % 2;
-            for (int32_t k = 0; k < 16; k++) c[i] += a[row][k] * b[k][col];
-        }
-    }
+    for (int32_t row = 0; row < 16; row++)
+        for (int32_t k = 0; k < 16; k++)
+            for (int32_t col = 0; col < 8; col++) c[row][col] += a[row][k] * b[k][col];
+    for (int32_t lane = 0; lane < WARP; lane++)
+        for (int32_t i = 0; i < 4; i++) lane_of(w, lane)->call->c[i] = c[row_of(lane, i)][col_of(lane, i)];
 }
 
 static void load_matrices(int32_t w, bool turned) {
@@ -429,11 +433,9 @@ static void run_blocks(dim3 grid, size_t shared) {
 }
 
 static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
-    if (!m) {
-        owned.reset(new machine());
-        m = owned.get();
-    }
+    std::lock_guard<std::mutex> hold(turn);
     m->name = name;
+    __atomic_store_n(&last_kernel, name, __ATOMIC_RELAXED);
     m->body = &body;
     m->block.grid = grid;
     m->block.shared = m->shared + 16; /* a multiple of 16, not of 32 */
@@ -441,6 +443,11 @@ static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, c
     prepare_threads(block);
     run_blocks(grid, shared);
     m->name = nullptr;
+}
+
+const char *kvs_shim_last(void) {
+    const char *name = __atomic_load_n(&last_kernel, __ATOMIC_RELAXED);
+    return name ? name : "none";
 }
 
 static void check_launch(const char *name, dim3 grid, dim3 block, size_t shared) {

@@ -229,7 +229,9 @@ cudaError_t cudaFree(void *p) {
 #endif
     for (size_t i = 0; i < all; i++) {
         if (i == ZONE) i += bytes;
-        if (block[i] != ZONE_BYTE) kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device", (long long)i - ZONE, bytes);
+        if (block[i] != ZONE_BYTE)
+            kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device; the last kernel was %s", (long long)i - ZONE, bytes,
+                           kvs_shim_last());
     }
     allocated -= whole(bytes);
     blocks.erase(found);
@@ -271,8 +273,8 @@ static where where_is(const void *p, size_t bytes) {
     return first <= end && bytes <= (size_t)(end - first) ? DEVICE : ACROSS;
 }
 
-static bool may_copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
-    where left = where_is(to, bytes), right = where_is(from, bytes);
+static bool may_copy(void *to, size_t to_bytes, const void *from, size_t from_bytes, cudaMemcpyKind kind) {
+    where left = where_is(to, to_bytes), right = where_is(from, from_bytes);
     if (left == ACROSS || right == ACROSS) return false;
     return kind == cudaMemcpyDefault || (left == (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice ? DEVICE : HOST) &&
                                          right == (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? DEVICE : HOST));
@@ -281,15 +283,26 @@ static bool may_copy(void *to, const void *from, size_t bytes, cudaMemcpyKind ki
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     ENTER(false);
     if (!bytes) return cudaSuccess;
-    if (!may_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
+    if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
     memmove(to, from, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     ENTER(stream && stream->capture);
     if (!bytes) return cudaSuccess;
-    if (!may_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
+    if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
     kvs_shim_do(stream, [=]() { memmove(to, from, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
+                              cudaMemcpyKind kind, cudaStream_t stream) {
+    ENTER(stream && stream->capture);
+    if (!width || !height) return cudaSuccess;
+    size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
+    if (to_pitch < width || from_pitch < width || !may_copy(to, to_bytes, from, from_bytes, kind)) return fail(cudaErrorInvalidValue);
+    kvs_shim_do(stream, [=]() {
+        for (size_t i = 0; i < height; i++) memmove((uint8_t *)to + i * to_pitch, (const uint8_t *)from + i * from_pitch, width);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {

@@ -1,0 +1,429 @@
+/* matvec.cu - products of few activation rows: bound by how fast weights come from memory, so every weight is read once, and many loads are
+ * under way. A warp has one or two weight rows; its lanes take groups in turn.
+ *
+ * Types of blocks: activations are rounded to int8 first, in blocks of 32 with a float32 scale each, and a group's product is
+ *     sum += d_x (d isum - m xsum)
+ * with integer isum and xsum, which is exact but for these few operations. Other types, and where rounding is not allowed: float32.
+ *
+ * The result of an activation row does not depend on its neighbours: lanes, order and operations are the same for any number of rows, and
+ * every fused operation is spelled out, so that no compiler fuses more in one kernel than in another. */
+#include "cuda.h"
+#include "types.cuh"
+
+enum { JOBS = 4, WARPS = 4, THREADS = WARPS * KVS_WARP };
+
+typedef struct matvec_job {
+    const uint8_t *w; /* (rows) in the order of types.cuh */
+    int64_t row_bytes;
+    float *y;          /* (n, rows) */
+    const float *bias; /* (rows) or NULL */
+    int32_t rows, type;
+    int32_t first;    /* block of the grid */
+    int32_t integers; /* activations as such */
+} matvec_job;
+
+typedef struct matvec_args {
+    matvec_job jobs[JOBS];
+    int32_t n_jobs, n;
+    int32_t room; /* for rows of x in a tile: n rounded up to 1, 2, 4, 8 */
+    int64_t cols;
+    const float *x; /* (n, cols) */
+    uint8_t *tiles; /* (tiles, room) act_tile, or NULL: no job wants integers */
+    float *padded;  /* (n, cols rounded up to groups): x that float kernels can load 16 bytes at a time; NULL: x itself is so */
+} matvec_args;
+
+/* ---- activations ---- */
+
+/* Integer activations: the groups of a warp. Rows stand side by side, so that what a lane loads for all rows is at fixed distances. */
+typedef struct act_tile {
+    uint8_t low[KVS_WARP][16], high[KVS_WARP][16]; /* values 0..15 and 16..31 of each group */
+    float scale[KVS_WARP][2];                      /* d, NaN where a value was not finite: then the products are; sum of all 32 integers */
+    int16_t sums[KVS_WARP][2];                     /* of 0..15 and 16..31 */
+} act_tile;
+
+/* One warp per group */
+__global__ void __launch_bounds__(THREADS) quantize_kernel(matvec_args a) {
+    const int64_t groups = a.cols / KVS_GROUP, i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / KVS_WARP;
+    const int lane = threadIdx.x % KVS_WARP;
+    if (i >= a.n * groups) return;
+    const int64_t group = i % groups;
+    act_tile *tile = (act_tile *)(void *)a.tiles + group / KVS_WARP * a.room + i / groups;
+    const float x = a.x[i * KVS_GROUP + lane];
+    /* Magnitudes as integers: NaN is above infinity, and neither gets lost. */
+    uint32_t top = kvs_float_bits(x) & 0x7fffffff;
+    for (int d = KVS_WARP / 2; d; d /= 2) {
+        const uint32_t other = __shfl_xor_sync(KVS_ALL_LANES, top, d);
+        top = KVS_MAX(top, other);
+    }
+    const bool finite = top < 0x7f800000;
+    const float most = kvs_bits_float(top);
+    const bool zero = !finite || most < 0x1p-100f; /* a product with 2^-100 is lost in float32 beside anything else */
+    const int q = zero ? 0 : __float2int_rn(x * (127.0f / most));
+    int sum = q;
+    for (int d = 8; d; d /= 2) sum += __shfl_xor_sync(KVS_ALL_LANES, sum, d);
+    const int last = __shfl_sync(KVS_ALL_LANES, sum, 16), at = (int)(group % KVS_WARP);
+    (lane < 16 ? tile->low : tile->high)[at][lane % 16] = (uint8_t)q;
+    if (lane) return;
+    tile->scale[at][0] = finite ? zero ? 0.0f : most / 127.0f : kvs_bits_float(0x7fc00000);
+    tile->scale[at][1] = (float)(sum + last);
+    tile->sums[at][0] = (int16_t)sum;
+    tile->sums[at][1] = (int16_t)last;
+}
+
+/* One thread per value */
+__global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
+    const int64_t width = kvs_groups(a.cols) * KVS_GROUP, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < a.n * width) a.padded[i] = i % width < a.cols ? a.x[i / width * a.cols + i % width] : 0.0f;
+}
+
+/* ---- what all kernels share ---- */
+
+/* The job of this block, and this warp's first row of it; false: it has none */
+template <int ROWS> KVS_DEVICE bool find_rows(const matvec_args &a, matvec_job *job, int32_t *row) {
+    *job = a.jobs[0];
+#pragma unroll
+    for (int i = 1; i < JOBS; i++) /* an index that is not known would put the arguments into local memory */
+        if (i < a.n_jobs && (int32_t)blockIdx.x >= a.jobs[i].first) *job = a.jobs[i];
+    *row = (((int32_t)blockIdx.x - job->first) * WARPS + (int32_t)threadIdx.x / KVS_WARP) * ROWS;
+    return *row < job->rows;
+}
+
+/* sums (ROWS, N): of this lane */
+template <int N, int ROWS> KVS_DEVICE void put_sums(const matvec_job &job, int32_t row, int32_t n, const float sums[ROWS][N]) {
+    const int lane = threadIdx.x % KVS_WARP;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float sum = kvs_warp_sum(sums[r][i]);
+            if (lane != r * N + i || i >= n || row + r >= job.rows) continue;
+            job.y[(int64_t)i * job.rows + row + r] = job.bias ? __fadd_rn(sum, job.bias[row + r]) : sum;
+        }
+}
+
+/* The planes of this lane's groups: its first one is group 0 of them. */
+template <int TYPE> KVS_DEVICE kvs_planes planes_of_lane(const matvec_args &a, const matvec_job &job, int32_t row) {
+    constexpr kvs_order o = kvs_order_of(TYPE);
+    constexpr int entry = kvs_type_is_float(TYPE) ? 16 : o.low;
+    const int lane = threadIdx.x % KVS_WARP;
+    kvs_planes p = kvs_planes_of<TYPE>(job.w + KVS_MIN(row, job.rows - 1) * job.row_bytes, a.cols);
+    p.low += lane * entry;
+    p.high += lane * o.high;
+    p.scales += lane * o.scales;
+    p.record += lane / (o.block / KVS_GROUP) * o.record;
+    return p;
+}
+template <int TYPE> KVS_DEVICE void advance(kvs_planes *p, int32_t groups) { /* a multiple of KVS_WARP */
+    constexpr kvs_order o = kvs_order_of(TYPE);
+    constexpr int entry = kvs_type_is_float(TYPE) ? 16 : o.low;
+    p->low += groups * entry;
+    p->high += groups * o.high;
+    p->scales += groups * o.scales;
+    p->record += groups / (o.block / KVS_GROUP) * o.record;
+}
+
+/* What a lane takes at a time: 16 bytes of F32, F16, BF16; else a group. unit: a multiple of KVS_WARP */
+template <int TYPE> KVS_SHARED constexpr int unit_values(void) {
+    return kvs_type_is_float(TYPE) ? 512 / kvs_order_of(TYPE).low : KVS_GROUP;
+}
+template <int TYPE> KVS_DEVICE void load_unit(const kvs_planes *planes, int32_t unit, kvs_stored *out) {
+    if constexpr (kvs_type_is_float(TYPE))
+        out->low = kvs_load16_once(planes->low + 16 * unit);
+    else
+        kvs_group_load<TYPE, true>(planes, unit, out);
+}
+
+/* The loop of a warp over its rows. Each step is UNROLL units of a lane; while one is computed with, the next is on its way. */
+template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
+    enum { STEP = KVS_WARP * UNROLL };
+    kvs_planes planes[ROWS];
+    int32_t units; /* of a row */
+
+    KVS_DEVICE void begin(const matvec_args &a, const matvec_job &job, int32_t row) {
+        units = (int32_t)((a.cols + unit_values<TYPE>() - 1) / unit_values<TYPE>());
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) planes[r] = planes_of_lane<TYPE>(a, job, row + r);
+    }
+    KVS_DEVICE void load(int32_t first, kvs_stored out[UNROLL][ROWS]) { /* first: rises by STEP from call to call */
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            if (first + KVS_WARP * u + (int32_t)threadIdx.x % KVS_WARP >= units) continue; /* then out stays what it was */
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) load_unit<TYPE>(&planes[r], KVS_WARP * u, &out[u][r]);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) advance<TYPE>(&planes[r], STEP);
+    }
+    /* add(u, stored, inside) for every unit: inside is false for lanes behind the last unit of a row, whose stored is old */
+    template <class F> KVS_DEVICE void compute(int32_t first, const kvs_stored stored[UNROLL][ROWS], F add) const {
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int32_t at = first + KVS_WARP * u;
+            if (at < units) add(u, stored[u], at + (int32_t)threadIdx.x % KVS_WARP < units);
+        }
+    }
+    template <class F, class S> KVS_DEVICE void run(F add, S step) {
+        kvs_stored even[UNROLL][ROWS] = {}, odd[UNROLL][ROWS] = {};
+        load(0, even);
+        for (int32_t first = 0;;) {
+            load(first + STEP, odd);
+            compute(first, even, add);
+            step();
+            if ((first += STEP) >= units) return;
+            load(first + STEP, even);
+            compute(first, odd, add);
+            step();
+            if ((first += STEP) >= units) return;
+        }
+    }
+};
+
+/* ---- integers ---- */
+
+/* d isum - m xsum of a group; q, d, m: of the weights as kvs_group_words and kvs_group_scales give them; sum, sums: of the activations */
+template <int TYPE>
+KVS_DEVICE float group_product(const uint32_t q[8], const float d[2], const float m[2], const uint4 &low, const uint4 &high, float sum,
+                               uint32_t sums) {
+    constexpr kvs_order o = kvs_order_of(TYPE);
+    const int x0 = (int16_t)(sums & 0xffff), x1 = (int32_t)sums >> 16;
+    const int from0 = o.halves ? -o.offset * x0 : 0, from1 = o.halves ? -o.offset * x1 : 0;
+    const int s0 = kvs_dp4a(q[3], low.w, kvs_dp4a(q[2], low.z, kvs_dp4a(q[1], low.y, kvs_dp4a(q[0], low.x, from0))));
+    const int s1 = kvs_dp4a(q[7], high.w, kvs_dp4a(q[6], high.z, kvs_dp4a(q[5], high.y, kvs_dp4a(q[4], high.x, from1))));
+    if constexpr (o.halves) {
+        float product = fmaf(d[0], (float)s0, __fmul_rn(d[1], (float)s1));
+        if constexpr (o.minimum) product = fmaf(-m[0], (float)x0, fmaf(-m[1], (float)x1, product));
+        return product;
+    } else if constexpr (o.minimum) {
+        return fmaf(d[0], (float)(s0 + s1), -__fmul_rn(m[0], sum));
+    } else {
+        return __fmul_rn(d[0], fmaf(-(float)o.offset, sum, (float)(s0 + s1))); /* whole numbers: exact */
+    }
+}
+
+/* Where a lane reads tiles: pointers of its own, else their sums would be computed anew for every load */
+typedef struct lane_tiles {
+    const uint8_t *low, *scale, *sums;
+} lane_tiles;
+
+KVS_DEVICE lane_tiles tiles_of_lane(const uint8_t *tiles) {
+    const act_tile *tile = (const act_tile *)(const void *)tiles;
+    const int lane = threadIdx.x % KVS_WARP;
+    return lane_tiles{tile->low[lane], (const uint8_t *)tile->scale[lane], (const uint8_t *)tile->sums[lane]};
+}
+
+/* A group of each of ROWS weight rows times N activation rows, tile tiles after where x stands; inside: else the sums stay as they are */
+template <int TYPE, int N, int ROWS>
+KVS_DEVICE void add_group(const kvs_stored stored[ROWS], const lane_tiles &x, int tile, bool inside, float sums[ROWS][N]) {
+    const int lane = threadIdx.x % KVS_WARP;
+    uint32_t q[ROWS][8];
+    float d[ROWS][2], m[ROWS][2];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        kvs_group_words<TYPE>(&stored[r], q[r]);
+        kvs_group_scales<TYPE>(&stored[r], lane, d[r], m[r]); /* of lane's group: they are KVS_WARP apart, a multiple of 8 */
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int at = (tile + i) * (int)sizeof(act_tile);
+        const uint4 low = kvs_load16(x.low + at), high = kvs_load16(x.low + at + sizeof(act_tile::low));
+        const uint2 scale = kvs_load8(x.scale + at);
+        uint32_t halves = 0;
+        if constexpr (kvs_order_of(TYPE).halves) halves = kvs_load4(x.sums + at);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float product = group_product<TYPE>(q[r], d[r], m[r], low, high, kvs_bits_float(scale.y), halves);
+            const float sum = fmaf(kvs_bits_float(scale.x), product, sums[r][i]);
+            if (inside) sums[r][i] = sum;
+        }
+    }
+}
+
+/* Blocks of a multiprocessor that registers must do for: warps enough to wait for memory */
+constexpr int blocks_for(int n) { return n == 1 ? 7 : n == 2 ? 5 : 4; }
+
+template <int TYPE, int N, int ROWS, int UNROLL>
+__global__ void __launch_bounds__(THREADS, blocks_for(N)) matvec_int8_kernel(matvec_args a) {
+    matvec_job job;
+    int32_t row;
+    if (!find_rows<ROWS>(a, &job, &row)) return;
+    weight_stream<TYPE, ROWS, UNROLL> weights;
+    weights.begin(a, job, row);
+    lane_tiles x = tiles_of_lane(a.tiles);
+    float sums[ROWS][N] = {};
+    weights.run([&](int u, const kvs_stored *stored, bool inside) { add_group<TYPE, N, ROWS>(stored, x, u * N, inside, sums); },
+                [&]() {
+                    constexpr int step = UNROLL * N * (int)sizeof(act_tile);
+                    x.low += step;
+                    x.scale += step;
+                    x.sums += step;
+                });
+    put_sums<N, ROWS>(job, row, a.n, sums);
+}
+
+/* ---- float32 ---- */
+
+/* x: the first activation row where this unit begins; the others are stride values apart */
+template <int TYPE, int N, int ROWS>
+KVS_DEVICE void add_unit(const kvs_stored stored[ROWS], const float *x, int64_t stride, int32_t n, float sums[ROWS][N]) {
+    constexpr int values = unit_values<TYPE>();
+    const int lane = threadIdx.x % KVS_WARP;
+    float w[ROWS][values];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if constexpr (kvs_type_is_float(TYPE))
+            kvs_floats_of<TYPE>(stored[r].low, w[r]);
+        else
+            kvs_group_decode_floats<TYPE>(&stored[r], lane, w[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float *from = x + KVS_MIN(i, n - 1) * stride;
+#pragma unroll
+        for (int k = 0; k < values; k += 4) {
+            const uint4 four = kvs_load16(from + k);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float sum = fmaf(w[r][k], kvs_bits_float(four.x), sums[r][i]);
+                sum = fmaf(w[r][k + 1], kvs_bits_float(four.y), sum);
+                sum = fmaf(w[r][k + 2], kvs_bits_float(four.z), sum);
+                sums[r][i] = fmaf(w[r][k + 3], kvs_bits_float(four.w), sum);
+            }
+        }
+    }
+}
+
+template <int TYPE, int N, int ROWS, int UNROLL> __global__ void __launch_bounds__(THREADS) matvec_float_kernel(matvec_args a) {
+    matvec_job job;
+    int32_t row;
+    if (!find_rows<ROWS>(a, &job, &row)) return;
+    constexpr int width = KVS_WARP * unit_values<TYPE>(); /* columns of a warp */
+    weight_stream<TYPE, ROWS, UNROLL> weights;
+    weights.begin(a, job, row);
+    const int64_t stride = a.padded ? kvs_groups(a.cols) * KVS_GROUP : a.cols;
+    const float *x = (a.padded ? a.padded : a.x) + threadIdx.x % KVS_WARP * unit_values<TYPE>();
+    float sums[ROWS][N] = {};
+    weights.run(
+        [&](int u, const kvs_stored *stored, bool inside) { /* outside there are no activations to load */
+                                                            if (inside) add_unit<TYPE, N, ROWS>(stored, x + u * width, stride, a.n, sums);
+        },
+        [&]() { x += UNROLL * width; });
+    put_sums<N, ROWS>(job, row, a.n, sums);
+}
+
+/* ---- launches: one for all jobs of the same kind ---- */
+
+static unsigned count_blocks(matvec_args *a, int rows_of_warp) {
+    int32_t blocks = 0;
+    for (int i = 0; i < a->n_jobs; i++) {
+        a->jobs[i].first = blocks;
+        blocks += (int32_t)kvs_ceil_div(a->jobs[i].rows, WARPS * rows_of_warp);
+    }
+    return (unsigned)blocks;
+}
+
+/* Several activation rows: two weight rows of a warp share each load of them. */
+template <int TYPE, int N> static void launch_int8(kvs_cuda *cu, matvec_args *a) {
+    constexpr int rows = N == 1 ? 1 : 2, unroll = N == 1 ? 2 : 1;
+    KVS_LAUNCH(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), count_blocks(a, rows), THREADS, 0, *a);
+}
+template <int TYPE, int N> static void launch_float(kvs_cuda *cu, matvec_args *a) {
+    constexpr int rows = N == 1 || !kvs_type_is_float(TYPE) ? 1 : 2;
+    constexpr int unroll = N == 1 && kvs_type_is_float(TYPE) ? 2 : 1;
+    KVS_LAUNCH(cu, (matvec_float_kernel<TYPE, N, rows, unroll>), count_blocks(a, rows), THREADS, 0, *a);
+}
+
+template <int TYPE> struct int8_call {
+    static void run(kvs_cuda *cu, matvec_args *a) {
+        if (a->n == 1)
+            launch_int8<TYPE, 1>(cu, a);
+        else if (a->n == 2)
+            launch_int8<TYPE, 2>(cu, a);
+        else if (a->n <= 4)
+            launch_int8<TYPE, 4>(cu, a);
+        else
+            launch_int8<TYPE, 8>(cu, a);
+    }
+};
+template <int TYPE> struct float_call {
+    static void run(kvs_cuda *cu, matvec_args *a) {
+        if (a->n == 1) {
+            launch_float<TYPE, 1>(cu, a);
+        } else if constexpr (kvs_type_is_float(TYPE)) {
+            if (a->n == 2)
+                launch_float<TYPE, 2>(cu, a);
+            else if (a->n <= 4)
+                launch_float<TYPE, 4>(cu, a);
+            else
+                launch_float<TYPE, 8>(cu, a);
+        } else {
+            launch_float<TYPE, 8>(cu, a);
+        }
+    }
+};
+
+static void prepare_activations(kvs_cuda *cu, const matvec_args *a) {
+    const int64_t groups = a->n * kvs_groups(a->cols);
+    if (a->tiles) KVS_LAUNCH(cu, quantize_kernel, (unsigned)kvs_ceil_div(groups, WARPS), THREADS, 0, *a);
+    if (a->padded) KVS_LAUNCH(cu, pad_kernel, (unsigned)kvs_ceil_div(groups * KVS_GROUP, THREADS), THREADS, 0, *a);
+}
+
+static void launch_matvec(kvs_cuda *cu, const matvec_args *all) {
+    prepare_activations(cu, all);
+    bool done[JOBS] = {false};
+    for (int i = 0; i < all->n_jobs; i++) {
+        if (done[i]) continue;
+        const matvec_job *job = &all->jobs[i];
+        matvec_args same = *all;
+        same.n_jobs = 0;
+        for (int j = i; j < all->n_jobs; j++)
+            if (all->jobs[j].type == job->type && all->jobs[j].integers == job->integers) {
+                same.jobs[same.n_jobs++] = all->jobs[j];
+                done[j] = true;
+            }
+        if (job->integers)
+            kvs_for_blocks<int8_call>(job->type, cu, &same);
+        else
+            kvs_for_types<float_call>(job->type, cu, &same);
+    }
+}
+
+/* Scratch for what the jobs want of x; false: the step has failed */
+static bool reserve_activations(kvs_cuda *cu, matvec_args *a) {
+    bool integers = false, floats = false;
+    for (int i = 0; i < a->n_jobs; i++) *(a->jobs[i].integers ? &integers : &floats) = true;
+    const bool aligned = (uintptr_t)a->x % 16 == 0 && a->cols % KVS_GROUP == 0;
+    a->room = a->n <= 2 ? a->n : a->n <= 4 ? 4 : 8;
+    const int64_t tiles = integers ? kvs_ceil_div(a->cols, KVS_GROUP * KVS_WARP) * a->room * (int64_t)sizeof(act_tile) : 0;
+    const int64_t padded = floats && !aligned ? a->n * kvs_groups(a->cols) * KVS_GROUP * (int64_t)sizeof(float) : 0;
+    if (!tiles && !padded) return true;
+    uint8_t *scratch = kvs_cuda_scratch(cu, (uint64_t)(tiles + padded));
+    if (!scratch) return false;
+    if (tiles) a->tiles = scratch;
+    if (padded) a->padded = (float *)(void *)(scratch + tiles);
+    return true;
+}
+
+static void multiply(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
+    KVS_ARGS(matvec_args, a);
+    a.n_jobs = n_jobs;
+    a.n = n;
+    a.cols = jobs[0].w->cols;
+    a.x = x;
+    for (int i = 0; i < n_jobs; i++) {
+        const kvs_weight *w = jobs[i].w;
+        matvec_job *job = &a.jobs[i];
+        job->w = (const uint8_t *)w->data;
+        job->row_bytes = w->row_bytes;
+        job->y = jobs[i].y;
+        job->bias = jobs[i].bias;
+        job->rows = (int32_t)w->rows;
+        job->type = w->type;
+        job->integers = jobs[i].rounding == KVS_ROUND_INT8 && !kvs_type_is_float(w->type);
+    }
+    if (reserve_activations(cu, &a)) kvs_cuda_op(cu, launch_matvec, &a);
+}
+
+/* n: up to 8 */
+void kvs_cuda_matvec(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
+    for (int32_t i = 0; i < n_jobs; i += JOBS) multiply(cu, jobs + i, KVS_MIN((int32_t)JOBS, n_jobs - i), x, n);
+}
