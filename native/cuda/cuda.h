@@ -120,6 +120,9 @@ void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
 /* The device is not used again: the first failure of them all is what is told. Any thread. */
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
+/* true if the call went well; else the device has failed, or had no memory. Sessions ask for memory, and read it, while another thread has a
+ * step open: what happens outside of a step leaves its status alone. */
+bool kvs_cuda_outside(kvs_cuda *cu, cudaError_t error, const char *what);
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 
@@ -155,6 +158,7 @@ void kvs_cuda_gate(kvs_backend *be, float *g, const float *u, int64_t n);
 void kvs_cuda_unary(kvs_backend *be, int32_t kind, float *x, int64_t n);
 void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
 /* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
+bool kvs_cuda_reserve_pieces(kvs_cuda *cu);
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
 bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
 void kvs_cuda_free_pieces(kvs_cuda *cu);

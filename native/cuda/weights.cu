@@ -59,11 +59,12 @@ static void launch_pack(kvs_cuda *cu, int32_t type, const pack_args *a) {
 
 /* ---- pieces ---- */
 
-static bool reserve_pieces(kvs_cuda *cu) {
+/* Before the first weight is placed: then a lack of memory is told as one. */
+bool kvs_cuda_reserve_pieces(kvs_cuda *cu) {
     for (int i = 0; i < 2; i++) {
         kvs_cuda_piece *piece = &cu->pieces[i];
-        if (!piece->host && !kvs_cuda_check(cu, cudaMallocHost((void **)&piece->host, KVS_PIECE_BYTES), "cudaMallocHost")) return false;
-        if (!piece->device && !kvs_cuda_check(cu, cudaMalloc((void **)&piece->device, KVS_PIECE_BYTES), "cudaMalloc")) return false;
+        if (!piece->host && !kvs_cuda_outside(cu, cudaMallocHost((void **)&piece->host, KVS_PIECE_BYTES), "cudaMallocHost")) return false;
+        if (!piece->device && !kvs_cuda_outside(cu, cudaMalloc((void **)&piece->device, KVS_PIECE_BYTES), "cudaMalloc")) return false;
     }
     return true;
 }
@@ -109,7 +110,7 @@ bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *c
     a.row_bytes = kvs_planes_at(w->type, w->cols).bytes;
     a.block_bytes = traits->block_bytes;
     cu->status = kvs_cuda_failed(cu) ? KVS_E_DEVICE : KVS_OK;
-    if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice") || !reserve_pieces(cu)) return false;
+    if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return false;
     if (kvs_type_is_float(w->type) && w->cols % KVS_GROUP) /* what follows the values of a row is zero */
         kvs_cuda_check(cu, cudaMemsetAsync(room, 0, (uint64_t)(w->rows * a.row_bytes), cu->stream), "cudaMemsetAsync");
     send_all(cu, w, &a, w->rows * (w->cols / traits->block), cancel);

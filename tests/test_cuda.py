@@ -1,0 +1,140 @@
+"""What is particular to GPUs: sessions that change devices, calls of the CUDA runtime that fail, models and threads that share a
+device. On the CPU over tests/shim (make test-cuda), and on a GPU (make test-gpu)."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from answers import SMOOTH
+
+import pykvsmooth as kvs
+from pykvsmooth.machine import cuda_text
+
+if "; available: " not in cuda_text():
+    pytest.skip(f"no GPU: {cuda_text()}", allow_module_level=True)
+
+SHIM = cuda_text().startswith("archs shim")
+CALLS = """cudaMalloc cudaMallocHost cudaMemcpyAsync cudaMemsetAsync cudaMemcpy2DAsync cudaStreamSynchronize cudaEventRecord
+    cudaEventSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate cudaGraphLaunch cudaSetDevice
+    cudaStreamCreateWithFlags cudaEventCreateWithFlags cudaDeviceGetAttribute cudaGetDeviceCount""".split()
+
+
+def greedy(session: kvs.Session, n: int) -> list[int]:
+    ids = []
+    for _ in range(n):
+        ids.append(int(session.logits().argmax()))
+        session.feed(ids[-1:], generated=True)
+    return ids
+
+
+def picture(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (24, 32, 3), np.uint8)
+
+
+def caption(pair, image: np.ndarray, device: str = "cuda") -> list[int]:
+    with kvs.Model(pair.text, mmproj=pair.mmproj, device=device) as model, model.session(n_ctx=256, policy=SMOOTH) as session:
+        session.feed([1, 5])
+        session.feed_image(image)
+        session.feed([6, 7])
+        ids = greedy(session, 6)
+        with session.fork() as fork:
+            assert greedy(fork, 2) == greedy(session, 2)
+        assert np.isfinite(session.entropies()).all()
+        return ids
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_session_changes_devices(devices: tuple[str, str], shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "stories260K"
+    ids = json.loads((folder / "greedy200.json").read_text())["ids"]
+    models = [kvs.Model(folder / "stories260K-f32.gguf", device=device) for device in devices]
+    assert [model.device.partition(":")[0] for model in models] == list(devices)
+    with models[0] as first, models[1] as second:
+        with first.session(n_ctx=256, kv_type="f32") as session:
+            session.feed([1])
+            assert greedy(session, 83) == ids[:83]
+            session.save(tmp_path / "half")
+        with kvs.Session.load(second, tmp_path / "half", policy=None) as session:
+            assert greedy(session, len(ids) - 83) == ids[83:]
+
+
+def test_smoothed_on_both_devices(tiny_pair, rng: np.random.Generator) -> None:
+    """The same values within float32's reach, and the same strengths, since they are ranks."""
+    image, ids = picture(rng), rng.integers(3, 100, 24).tolist()
+    seen = []
+    for device in ("cpu", "cuda"):
+        model = kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=device)
+        with model, model.session(n_ctx=256, kv_type="f32", policy=SMOOTH) as session:
+            session.feed([1])
+            session.feed_image(image)
+            session.feed([4, 5, 6])
+            for token in ids:
+                session.feed([token], generated=True)
+            seen.append((session.logits(), session.kv(0), session.entropies(), session.strengths()))
+    (a, kv_a, entropy_a, strength_a), (b, kv_b, entropy_b, strength_b) = seen
+    np.testing.assert_allclose(b, a, rtol=0, atol=1e-3 * np.abs(a).max())
+    np.testing.assert_allclose(np.array(kv_b), np.array(kv_a), rtol=0, atol=1e-3 * np.abs(np.array(kv_a)).max())
+    np.testing.assert_allclose(entropy_b, entropy_a, rtol=0, atol=1e-4)
+    assert (
+        np.mean(np.isclose(strength_a, strength_b, rtol=0, atol=1e-6, equal_nan=True)) > 0.98
+    )  # two entropies may be equal to the last bit
+
+
+@pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_may_fail(call: str, tiny_pair, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th call fails: a typed error that says so, and the next model on the same device is well."""
+    image = picture(rng)
+    expected = caption(tiny_pair, image)
+    failed = 0
+    for n in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233):
+        monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:{n}")
+        try:
+            assert caption(tiny_pair, image) == expected
+            break
+        except (kvs.DeviceError, kvs.OutOfMemoryError) as error:
+            failed += 1
+            assert isinstance(error, kvs.OutOfMemoryError) or "cuda" in str(error) or "GPU" in str(error), error
+        finally:
+            monkeypatch.delenv("KVS_SHIM_FAIL")
+    assert failed
+    assert caption(tiny_pair, image) == expected
+
+
+@pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")
+def test_a_device_that_has_failed(tiny_pair, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of that model is to be trusted any more; the process, and models on the CPU, go on."""
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda") as model, model.session(n_ctx=64) as session:
+        session.feed([1, 2, 3])
+        monkeypatch.setenv("KVS_SHIM_FAIL", "cudaStreamSynchronize:1")
+        with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: cudaStreamSynchronize.*cudaErrorIllegalAddress"):
+            session.feed([4], generated=True)
+        monkeypatch.delenv("KVS_SHIM_FAIL")
+        for what in (lambda: session.feed([4], generated=True), lambda: session.kv(0), lambda: model.encode_image(picture(rng))):
+            with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: .*load the model again"):
+                what()
+    assert caption(tiny_pair, picture(rng), "cpu")
+
+
+def test_threads_and_models_share_a_device(tiny_pair, rng: np.random.Generator) -> None:
+    image = picture(rng)
+    expected = caption(tiny_pair, image)
+    found: list[list[int]] = []
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda") as model:
+
+        def run() -> None:
+            with model.session(n_ctx=256, policy=SMOOTH) as session:
+                session.feed([1, 5])
+                session.feed_image(image)
+                session.feed([6, 7])
+                found.append(greedy(session, 6))
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        threads += [threading.Thread(target=lambda: found.append(caption(tiny_pair, image))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [expected] * 5
