@@ -15,7 +15,7 @@
 
 #include <math.h>
 
-enum { KVS_ATTN_TILE = 64, KVS_ATTN_THREADS = 128, KVS_ATTN_WARPS = KVS_ATTN_THREADS / KVS_WARP };
+static constexpr int KVS_ATTN_TILE = 64, KVS_ATTN_THREADS = 128, KVS_ATTN_WARPS = KVS_ATTN_THREADS / KVS_WARP;
 
 typedef struct kvs_attn_args {
     const kvs_row *rows; /* NULL: full attention, every row sees all n of k and v */
