@@ -106,7 +106,8 @@ template <int DIMS> KVS_DEVICE void read_slice(const tile_work &w, const tile_sl
         kvs_attn_rows rows = w.k;
         rows.base = values < 0 ? w.k.base : w.v.base;
         x[i] = {};
-        if (key < w.n_keys) x[i] = kvs_attn_read(rows, key, d);
+        bool inside = values < 0 || item < tile_shape<DIMS>::SLICE_KEYS * eights;
+        if (inside && key < w.n_keys) x[i] = kvs_attn_read(rows, key, d);
     }
 }
 
