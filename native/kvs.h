@@ -393,6 +393,11 @@ int32_t kvs_test_attn(const char *isa, int32_t threads, int32_t kv_type, const f
 int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, const float *v, int32_t n_q,
                       int32_t n_kv, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, const int32_t *spans,
                       int32_t n_spans, float *out, float *entropy, float *mass, float *lse);
+/* The same for the last rows of up to 8 sessions in one step: sessions (n_sessions, 3: kv_type, n_kv, n_q); q, k, v and what comes out hold
+ * the rows of one session behind those of another, spans are the same in all. */
+int32_t kvs_test_attn_step(const char *isa, int32_t threads, const int32_t *sessions, int32_t n_sessions, const float *q, const float *k,
+                           const float *v, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, const int32_t *spans,
+                           int32_t n_spans, float *out, float *entropy, float *mass, float *lse);
 /* scores of the keys in spans against one query q (n_head, head_dim), which sees all: (n_head_kv, rows of spans) */
 int32_t kvs_test_score(const char *isa, int32_t threads, int32_t kv_type, const float *q, const float *k, int32_t n_kv, int32_t n_head,
                        int32_t n_head_kv, int32_t head_dim, const int32_t *spans, int32_t n_spans, int32_t maximum, float *scores);

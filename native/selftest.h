@@ -11,7 +11,7 @@ void kvs_selftest_begin(kvs_backend *be, kvs_step *step, const kvs_row *rows, in
 
 /* ---- arguments of one test: selftest.c ---- */
 
-enum { KVS_LENT = 16 };
+enum { KVS_LENT = 64 };
 typedef struct kvs_lent { /* zeroed, but for be */
     kvs_backend *be;
     int32_t n, status; /* KVS_E_MEMORY once there was no room */

@@ -46,6 +46,80 @@ int32_t kvs_test_taps(const char *isa, int32_t threads, int32_t kv_type, const f
     return kvs_selftest_finish(&lent, status);
 }
 
+/* ---- several sessions ---- */
+
+enum { MAX_SESSIONS = 8 };
+
+typedef struct sessions { /* rows that run in one step, and their caches */
+    int32_t n, n_q, n_kv; /* sessions; rows of all of them */
+    const int32_t (*shape)[3];
+    kvs_kv kv[MAX_SESSIONS];
+    kvs_row *rows; /* (n_q) */
+} sessions;
+
+/* Each session's keys and values go into its cache; its last rows join the step. */
+static int fill(kvs_lent *lent, sessions *s, const float *k, const float *v) {
+    int status = KVS_OK;
+    kvs_row *next = s->rows;
+    for (int32_t i = 0; i < s->n && !status; i++) {
+        kvs_step step;
+        kvs_kv *kv = &s->kv[i];
+        int32_t n = s->shape[i][1], n_q = s->shape[i][2];
+        kvs_row *rows = kvs_selftest_kv_memory(lent, kv) ? kvs_selftest_rows(kv, n) : NULL;
+        if (!rows) return KVS_E_MEMORY;
+        kvs_selftest_begin(lent->be, &step, rows, n);
+        lent->be->ops->kv_put(lent->be, 0, k, v);
+        status = lent->be->ops->end(lent->be, NULL);
+        for (int32_t r = n - n_q; r < n; r++) *next++ = rows[r];
+        free(rows);
+        k += (int64_t)n * kv->n_kv_head * kv->head_dim;
+        v += (int64_t)n * kv->n_kv_head * kv->head_dim;
+    }
+    return status;
+}
+
+static bool count_rows(sessions *s) {
+    for (int32_t i = 0; i < s->n; i++) {
+        if (s->shape[i][2] < 1 || s->shape[i][2] > s->shape[i][1]) return false;
+        s->n_q += s->shape[i][2];
+        s->n_kv += s->shape[i][1];
+    }
+    return true;
+}
+
+int32_t kvs_test_attn_step(const char *isa, int32_t threads, const int32_t *shapes, int32_t n_sessions, const float *q, const float *k,
+                           const float *v, int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t exclude_self, const int32_t *spans,
+                           int32_t n_spans, float *out, float *entropy, float *mass, float *lse) {
+    int status;
+    sessions s = {.n = n_sessions, .shape = (const int32_t(*)[3])(const void *)shapes};
+    if (n_sessions < 1 || n_sessions > MAX_SESSIONS || !count_rows(&s)) return KVS_E_ARGUMENT;
+    for (int32_t i = 0; i < s.n; i++) {
+        if (!kvs_selftest_shape(s.shape[i][0], n_head, n_head_kv, head_dim)) return KVS_E_ARGUMENT;
+        s.kv[i] = kvs_selftest_kv(s.shape[i][0], n_head, n_head_kv, head_dim, s.shape[i][1]);
+        s.kv[i].exclude_self = exclude_self;
+        s.kv[i].spans = (kvs_range *)(void *)spans;
+        s.kv[i].n_spans = s.kv[i].room_spans = n_spans;
+    }
+    kvs_lent lent = {.be = kvs_selftest_open(isa, threads, &status)};
+    if (!lent.be) return status;
+    int64_t values = (int64_t)s.n_q * n_head, width = (int64_t)n_head_kv * head_dim;
+    kvs_taps taps = {kvs_lend_back(&lent, entropy, values), kvs_lend_back(&lent, mass, values), kvs_lend_back(&lent, lse, values)};
+    q = kvs_lend(&lent, q, values * head_dim);
+    k = kvs_lend(&lent, k, s.n_kv * width);
+    v = kvs_lend(&lent, v, s.n_kv * width);
+    out = kvs_lend_back(&lent, out, values * head_dim);
+    s.rows = kvs_calloc((uint64_t)s.n_q, sizeof *s.rows);
+    status = s.rows ? fill(&lent, &s, k, v) : KVS_E_MEMORY;
+    if (!status) {
+        kvs_step step;
+        kvs_selftest_begin(lent.be, &step, s.rows, s.n_q);
+        lent.be->ops->attn(lent.be, 0, q, out, &taps);
+        status = lent.be->ops->end(lent.be, NULL);
+    }
+    free(s.rows);
+    return kvs_selftest_finish(&lent, status);
+}
+
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
                            int32_t head_dim, int32_t rounding, float *out) {
     int status;

@@ -15,7 +15,7 @@
 
 #include <math.h>
 
-enum { KVS_ATTN_TILE = 64, KVS_ATTN_THREADS = 128, KVS_ATTN_WARPS = KVS_ATTN_THREADS / KVS_WARP };
+static constexpr int KVS_ATTN_TILE = 64, KVS_ATTN_THREADS = 128, KVS_ATTN_WARPS = KVS_ATTN_THREADS / KVS_WARP;
 
 typedef struct kvs_attn_args {
     const kvs_row *rows; /* NULL: full attention, every row sees all n of k and v */
@@ -46,9 +46,9 @@ typedef struct kvs_attn_part {
     float m, l, u, vis;
 } kvs_attn_part;
 
-typedef struct
-    kvs_attn_left { /* by one tile; of the tile with the row's own key, also without that key: u, l, m of no key if it is alone */
-    kvs_attn_part all, before;
+typedef struct kvs_attn_left { /* by one tile */
+    kvs_attn_part all;
+    kvs_attn_part before; /* of the row's last tile: without the row's own key, where exclude_self asks for that */
 } kvs_attn_left;
 
 KVS_DEVICE kvs_attn_part kvs_attn_none(void) { return {-INFINITY, 0.0f, 0.0f, 0.0f}; }

@@ -6,7 +6,7 @@
  * threads that read 16 bytes of 8 rows meet no bank twice. */
 #include "attn.cuh"
 
-enum { PIECE_BYTES = 64 * 272 /* 64 rows of 128 halves */, LINE = 16 };
+static constexpr int PIECE_BYTES = 64 * 272 /* 64 rows of 128 halves */, LINE = 16;
 
 typedef struct decode_layout { /* of a piece */
     bool halves, raw;          /* raw: the bytes of the cache; else float32 */
@@ -55,7 +55,7 @@ KVS_DEVICE bool find_block(const kvs_attn_args &a, int heads, decode_block &b) {
     const kvs_kv *kv = b.kv = a.rows[b.row].kv;
     int32_t seen = kvs_kv_place(kv, a.layer, a.rows[b.row].index) + 1, first = b.tile * KVS_ATTN_TILE;
     if (first >= seen) return false;
-    b.n = KVS_MIN((int32_t)KVS_ATTN_TILE, seen - first);
+    b.n = KVS_MIN(KVS_ATTN_TILE, seen - first);
     b.newest = first + b.n == seen;
     b.k = {kvs_kv_rows(kv, kv->k, a.layer, b.kv_head) + first * kv->row_bytes, kv->row_bytes, kv->type, a.head_dim};
     b.v = {kvs_kv_rows(kv, kv->v, a.layer, b.kv_head) + first * kv->row_bytes, kv->row_bytes, kv->type, a.head_dim};
@@ -81,7 +81,7 @@ KVS_DEVICE void copy_rows(const kvs_attn_rows &rows, int32_t first, int32_t n, u
 }
 
 KVS_DEVICE void widen_eights(const kvs_attn_rows &rows, int32_t first, int32_t n, uint8_t *to, int32_t stride) {
-    enum { AT_ONCE = 4 };
+    constexpr int AT_ONCE = 4;
     int32_t eights = rows.head_dim / 8, all = n * eights;
 #pragma unroll 1
     for (int32_t begin = (int32_t)threadIdx.x; begin < all; begin += AT_ONCE * KVS_ATTN_THREADS) {
@@ -148,7 +148,7 @@ template <bool HALVES> KVS_DEVICE void piece_values(const uint8_t *row, int32_t 
 
 /* A thread takes one key and half of the heads, or all of one. */
 template <bool HALVES, int HEADS> KVS_DEVICE void score_piece(const decode_block &b, int32_t piece) {
-    enum { MINE = (HEADS + 1) / 2, SETS = HEADS / MINE, STEP = HALVES ? 8 : 4 };
+    constexpr int MINE = (HEADS + 1) / 2, SETS = HEADS / MINE, STEP = HALVES ? 8 : 4;
     int32_t first = piece_first(b, piece), n = piece_keys(b, piece), width = decode_width(b.k.head_dim);
     for (int32_t item = (int32_t)threadIdx.x; item < SETS * b.layout.keys; item += KVS_ATTN_THREADS) {
         int32_t set = item >= b.layout.keys, key = item - set * b.layout.keys;
@@ -239,7 +239,7 @@ KVS_DEVICE void add_keys(const uint8_t *row, int32_t stride, int32_t pair, const
 /* A thread takes two neighbouring dimensions and half of the heads, ITEMS times. */
 template <bool HALVES, int HEADS, int ITEMS>
 KVS_DEVICE void add_piece(const decode_block &b, int32_t piece, float acc[ITEMS][(HEADS + 1) / 2][2]) {
-    enum { MINE = (HEADS + 1) / 2, SETS = HEADS / MINE };
+    constexpr int MINE = (HEADS + 1) / 2, SETS = HEADS / MINE;
     int32_t n = piece_keys(b, piece), pairs = (b.v.head_dim + 1) / 2, stride = b.layout.stride;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -254,7 +254,7 @@ KVS_DEVICE void add_piece(const decode_block &b, int32_t piece, float acc[ITEMS]
 
 template <int HEADS, int ITEMS>
 KVS_DEVICE void leave_sums(const kvs_attn_args &a, const decode_block &b, const float acc[ITEMS][(HEADS + 1) / 2][2]) {
-    enum { MINE = (HEADS + 1) / 2, SETS = HEADS / MINE };
+    constexpr int MINE = (HEADS + 1) / 2, SETS = HEADS / MINE;
     int32_t pairs = (a.head_dim + 1) / 2;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -354,7 +354,7 @@ KVS_DEVICE void tell(const kvs_attn_args &a, int64_t place, const kvs_attn_part 
     if (a.taps.lse) a.taps.lse[place] = all.m + logf(all.l);
 }
 
-enum { MERGE_DIMS = KVS_MAX_HEAD_DIM / KVS_ATTN_THREADS };
+static constexpr int MERGE_DIMS = KVS_MAX_HEAD_DIM / KVS_ATTN_THREADS;
 
 /* A block for each head of each row; each of its warps joins all tiles for its own dimensions, 32 tiles at a time: their factors are found
  * side by side, the sums follow one another. */
@@ -420,7 +420,7 @@ static void launch_rows(kvs_cuda *cu, const kvs_attn_args *a) {
         launch_heads<4>(cu, a);
     else
         launch_heads<8>(cu, a);
-    int32_t warps = KVS_MIN((a->head_dim + KVS_WARP - 1) / KVS_WARP, (int32_t)KVS_ATTN_WARPS);
+    int32_t warps = KVS_MIN((a->head_dim + KVS_WARP - 1) / KVS_WARP, KVS_ATTN_WARPS);
     KVS_LAUNCH(cu, merge_kernel, dim3((unsigned)a->n_head, (unsigned)a->n_rows), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
 }
 

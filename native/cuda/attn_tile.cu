@@ -5,27 +5,18 @@
  * The next slice is read from memory before the last one is computed with, and stored behind it: two buffers, one barrier per slice. */
 #include "attn.cuh"
 
-enum {
-    SLICE_DIMS = 32,                           /* of keys */
-    KEY_STRIDE = SLICE_DIMS + 4,               /* floats: threads that read 16 bytes of 8 neighbouring keys meet no bank twice */
-    SLICE_FLOATS = KVS_ATTN_TILE * KEY_STRIDE, /* also of values */
-    SLICE_READS = KVS_ATTN_TILE * SLICE_DIMS / 8 / KVS_ATTN_THREADS, /* eights per thread */
-};
+static constexpr int SLICE_DIMS = 32;                           /* of keys */
+static constexpr int KEY_STRIDE = SLICE_DIMS + 4;               /* floats: threads that read 16 bytes of 8 neighbours meet no bank twice */
+static constexpr int SLICE_FLOATS = KVS_ATTN_TILE * KEY_STRIDE; /* of values, too */
+static constexpr int SLICE_READS = KVS_ATTN_TILE * SLICE_DIMS / 8 / KVS_ATTN_THREADS; /* eights of a thread */
 
 /* DIMS: dimensions of a lane, head_dim <= 32 DIMS; ROWS: rows of a warp, so that its sums fit into registers twice */
 template <int DIMS> struct tile_shape {
-    enum {
-        ROWS = DIMS <= 4   ? 8
-               : DIMS <= 8 ? 4
-                           : 2,
-        BLOCK_ROWS = ROWS * KVS_ATTN_WARPS,
-        WIDTH = DIMS * KVS_WARP, /* of a row in shared memory */
-        SLICE_KEYS = DIMS <= 2   ? 32
-                     : DIMS <= 4 ? 16
-                     : DIMS <= 8 ? 8
-                                 : 4, /* of values */
-        SHARED_FLOATS = 2 * SLICE_FLOATS + BLOCK_ROWS * (WIDTH + KVS_ATTN_TILE),
-    };
+    static constexpr int ROWS = DIMS <= 4 ? 8 : DIMS <= 8 ? 4 : 2;
+    static constexpr int BLOCK_ROWS = ROWS * KVS_ATTN_WARPS;
+    static constexpr int WIDTH = DIMS * KVS_WARP;                                          /* of a row in shared memory */
+    static constexpr int SLICE_KEYS = DIMS <= 2 ? 32 : DIMS <= 4 ? 16 : DIMS <= 8 ? 8 : 4; /* of values */
+    static constexpr int SHARED_FLOATS = 2 * SLICE_FLOATS + BLOCK_ROWS * (WIDTH + KVS_ATTN_TILE);
     static_assert(SLICE_KEYS * WIDTH <= SLICE_FLOATS && SLICE_KEYS * WIDTH / 8 <= SLICE_READS * KVS_ATTN_THREADS, "a slice of values fits");
 };
 
@@ -41,7 +32,7 @@ typedef struct tile_work { /* rows of a block that are of one session */
 } tile_work;
 
 template <int DIMS> struct tile_state { /* of a warp; lane r < ROWS has the statistics of row r */
-    enum { ROWS = tile_shape<DIMS>::ROWS };
+    static constexpr int ROWS = tile_shape<DIMS>::ROWS;
     kvs_attn_part all;
     kvs_attn_shift shift;   /* from all to what it was joined with */
     float sums[ROWS][DIMS]; /* of e^(s - m) v: of all tiles before */
@@ -95,7 +86,7 @@ typedef struct tile_slice { /* of a tile: 0 .. key_slices - 1 are dimensions of 
 KVS_DEVICE int32_t key_slices(const tile_work &w) { return (w.k.head_dim + SLICE_DIMS - 1) / SLICE_DIMS; }
 
 template <int DIMS> KVS_DEVICE int32_t count_slices(const tile_work &w, int32_t tile) {
-    int32_t keys = KVS_MIN((int32_t)KVS_ATTN_TILE, w.n_keys - tile * KVS_ATTN_TILE);
+    int32_t keys = KVS_MIN(KVS_ATTN_TILE, w.n_keys - tile * KVS_ATTN_TILE);
     return key_slices(w) + (keys + tile_shape<DIMS>::SLICE_KEYS - 1) / tile_shape<DIMS>::SLICE_KEYS;
 }
 
@@ -115,7 +106,8 @@ template <int DIMS> KVS_DEVICE void read_slice(const tile_work &w, const tile_sl
         kvs_attn_rows rows = w.k;
         rows.base = values < 0 ? w.k.base : w.v.base;
         x[i] = {};
-        if (key < w.n_keys) x[i] = kvs_attn_read(rows, key, d);
+        bool inside = values < 0 || item < tile_shape<DIMS>::SLICE_KEYS * eights;
+        if (inside && key < w.n_keys) x[i] = kvs_attn_read(rows, key, d);
     }
 }
 
@@ -375,7 +367,7 @@ template <int DIMS> static __global__ void __launch_bounds__(KVS_ATTN_THREADS, 3
     w.p = w.q + shape::BLOCK_ROWS * shape::WIDTH;
     w.seen = seen;
     load_queries<DIMS>(a, w);
-    int32_t lane = tile_lane(), row = w.first_row + lane, n = KVS_MIN((int32_t)shape::BLOCK_ROWS, a.n - w.first_row);
+    int32_t lane = tile_lane(), row = w.first_row + lane, n = KVS_MIN(shape::BLOCK_ROWS, a.n - w.first_row);
     bool together = lane + 1 < n && (!a.rows || a.rows[row].kv == a.rows[row + 1].kv);
     uint32_t with_next = __ballot_sync(KVS_ALL_LANES, together);
     for (int32_t first = 0, end; first < n; first = end) {
