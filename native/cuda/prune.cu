@@ -5,9 +5,16 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* ---- kv_score ---- */
+enum {
+    SCORE_WARPS = 4,
+    MOVE_THREADS = 512,
+    HELD = 4,            /* words of a thread on their way */
+    MOVES = 256,         /* that are staged at once: more than a layer has heads */
+    STAGED = 256,        /* what is staged begins at multiples of that, at most */
+    KEPT_BYTES = 8 << 20 /* of scratch for rows on their way to or from the host */
+};
 
-enum { SCORE_WARPS = 4 };
+/* ---- kv_score ---- */
 
 typedef struct score_args {
     const kvs_kv *kv; /* [dev] */
@@ -54,6 +61,15 @@ static void launch_score(kvs_cuda *cu, const score_args *a) {
     KVS_LAUNCH(cu, score_kernel, grid, dim3(SCORE_WARPS * KVS_WARP), 0, *a);
 }
 
+/* Once in a step, what kv_gather will need for rows that leave after these scores: there failure has no way out. */
+static void reserve(kvs_cuda *cu, const kvs_kv *kv, int32_t n) {
+    const void **done = kvs_cuda_once_slot(cu, kv, 0);
+    uint64_t heads = (uint64_t)kv->n_kv_head, kept = 2 * (uint64_t)n * (uint64_t)kv->row_bytes;
+    if (*done) return;
+    kvs_cuda_scratch(cu, KVS_MIN(heads * kept, KVS_MAX(kept, (uint64_t)KEPT_BYTES)));
+    *done = kvs_cuda_stage(cu, NULL, 0, heads * ((uint64_t)n * sizeof(int32_t) + 2 * STAGED));
+}
+
 void kvs_cuda_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu)) return;
@@ -67,12 +83,11 @@ void kvs_cuda_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t
     a.layer = layer;
     a.maximum = maximum;
     a.heads = kv->n_kv_head;
+    reserve(cu, kv, a.n);
     if (a.kv) kvs_cuda_op(cu, launch_score, &a);
 }
 
 /* ---- kv_gather, kv_scatter ---- */
-
-enum { MOVE_THREADS = 512, HELD = 4, KEPT_BYTES = 8 << 20 /* of scratch for rows on their way to or from the host */ };
 
 typedef struct staged_move { /* a kvs_move as it is staged */
     uint8_t *side[2];        /* rows of K and V of the head */
@@ -173,56 +188,68 @@ static void copy_kept(kvs_backend *be, const kvs_move *moves, int32_t n, int64_t
     }
 }
 
-static const staged_move *stage_moves(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int32_t n, uint8_t *kept) {
-    staged_move *staged = (staged_move *)kvs_calloc((uint64_t)n, sizeof *staged);
-    if (!staged) {
-        cu->status = KVS_E_MEMORY;
-        return NULL;
-    }
-    for (int32_t i = 0; i < n; i++) {
+/* The moves from first on whose rows go through scratch together: one at least, all of them if they fit into KEPT_BYTES. */
+static int32_t group_end(const kvs_move *moves, int32_t n, int32_t first, int64_t row_bytes, int64_t *bytes) {
+    int32_t end = first;
+    for (*bytes = 0; end < n && (end == first || *bytes + kept_bytes(&moves[end], row_bytes) <= KEPT_BYTES); end++)
+        *bytes += kept_bytes(&moves[end], row_bytes);
+    return end;
+}
+
+static const staged_move *stage_moves(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int32_t n, uint8_t *scratch) {
+    staged_move staged[MOVES];
+    memset(staged, 0, sizeof staged);
+    int64_t bytes, at = 0;
+    for (int32_t i = 0, end = 0; i < n; i++) {
         const kvs_move *m = &moves[i];
-        uint64_t bytes = (uint64_t)m->n * sizeof *m->places;
+        uint64_t list = (uint64_t)m->n * sizeof *m->places;
+        if (i == end) end = group_end(moves, n, i, kv->row_bytes, &bytes), at = 0;
         staged[i].side[0] = kvs_kv_rows(kv, kv->k, m->layer, m->head);
         staged[i].side[1] = kvs_kv_rows(kv, kv->v, m->layer, m->head);
-        staged[i].kept = m->rows ? kept : NULL;
-        kept += kept_bytes(m, kv->row_bytes);
+        staged[i].kept = m->rows ? scratch + at : NULL;
+        at += kept_bytes(m, kv->row_bytes);
         bool same = i > 0 && m->places == moves[i - 1].places && m->n == moves[i - 1].n; /* heads of a layer share them, mostly */
-        staged[i].places = same ? staged[i - 1].places : (const int32_t *)kvs_cuda_stage(cu, m->places, bytes, bytes);
+        staged[i].places = same ? staged[i - 1].places : (const int32_t *)kvs_cuda_stage(cu, m->places, list, list);
         staged[i].n = m->n;
         staged[i].n_rows = m->n_rows;
     }
-    uint64_t bytes = (uint64_t)n * sizeof *staged;
-    const staged_move *device = (const staged_move *)kvs_cuda_stage(cu, staged, bytes, bytes);
-    free(staged);
-    return device;
+    uint64_t all = (uint64_t)n * sizeof *staged;
+    return (const staged_move *)kvs_cuda_stage(cu, staged, all, all);
+}
+
+/* Asks for all memory before anything moves: false, and the step has failed, if there is none. */
+static bool prepare(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int32_t n, move_args *a, uint8_t **scratch) {
+    int64_t bytes, most = 1;
+    for (int32_t i = 0; i < n; most = KVS_MAX(most, bytes)) i = group_end(moves, n, i, kv->row_bytes, &bytes);
+    *scratch = kvs_cuda_scratch(cu, (uint64_t)most);
+    a->moves = stage_moves(cu, kv, moves, n, *scratch);
+    a->row_bytes = kv->row_bytes;
+    return !cu->status;
 }
 
 static void move_some(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int32_t n, bool back) {
-    int64_t bytes = 0;
-    for (int32_t i = 0; i < n; i++) bytes += kept_bytes(&moves[i], kv->row_bytes);
-    uint8_t *kept = kvs_cuda_scratch(cu, (uint64_t)KVS_MAX(bytes, (int64_t)1));
+    uint8_t *scratch;
+    int64_t bytes;
     KVS_ARGS(move_args, a);
-    a.moves = stage_moves(cu, kv, moves, n, kept);
-    a.row_bytes = kv->row_bytes;
-    a.n = n;
     a.back = back;
-    if (cu->status) return;
-    if (back) copy_kept(&cu->base, moves, n, kv->row_bytes, kept, true);
-    kvs_cuda_op(cu, launch_move, &a);
-    if (!back) copy_kept(&cu->base, moves, n, kv->row_bytes, kept, false);
+    if (!prepare(cu, kv, moves, n, &a, &scratch)) return;
+    for (int32_t i = 0, end; i < n; i = end, a.moves += a.n) {
+        end = group_end(moves, n, i, kv->row_bytes, &bytes);
+        a.n = end - i;
+        if (back) copy_kept(&cu->base, moves + i, a.n, kv->row_bytes, scratch, true);
+        kvs_cuda_op(cu, launch_move, &a);
+        if (!back) copy_kept(&cu->base, moves + i, a.n, kv->row_bytes, scratch, false);
+    }
 }
 
-/* In groups whose rows fit into a moderate piece of scratch: rows that leave make room, and must not need much of it first. */
+/* Callers hold that this can't fail. kv_score has asked for the memory before rows leave; where it is missing all the same, rows are not where
+ * the cache thinks they are, and the device is given up. */
 static void move_all(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n, bool back) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu)) return;
     kvs_cuda_flush(cu);
-    for (int32_t i = 0; i < n;) {
-        int32_t first = i;
-        for (int64_t bytes = 0; i < n && (i == first || bytes + kept_bytes(&moves[i], kv->row_bytes) <= KEPT_BYTES); i++)
-            bytes += kept_bytes(&moves[i], kv->row_bytes);
-        move_some(cu, kv, moves + first, i - first, back);
-    }
+    for (int32_t i = 0; i < n; i += MOVES) move_some(cu, kv, moves + i, KVS_MIN(n - i, (int32_t)MOVES), back);
+    if (cu->status == KVS_E_MEMORY) kvs_cuda_fail(cu, cudaErrorMemoryAllocation, "rows of pictures could not be moved");
 }
 
 void kvs_cuda_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n) { move_all(be, kv, moves, n, false); }
