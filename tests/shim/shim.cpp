@@ -460,7 +460,7 @@ static void check_launch(const char *name, dim3 grid, dim3 block, size_t shared)
     if (!blocks || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         kvs_shim_fatal("%s: a grid of %u x %u x %u blocks", name, grid.x, grid.y, grid.z);
     if (blocks > 0x7fffffffu || blocks * grid.z > 0x7fffffffu) kvs_shim_fatal("%s: more blocks than this shim counts", name);
-    if (shared > MAX_SHARED) kvs_shim_fatal("%s: %zu bytes of dynamic shared memory", name, shared);
+    if (shared > kvs_shim_max_shared()) kvs_shim_fatal("%s: %zu bytes of dynamic shared memory", name, shared);
 }
 
 void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body) {
