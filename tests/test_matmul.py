@@ -84,10 +84,11 @@ ULP = 2.0**-24  # half a unit in the last place of a float32 between 1 and 2; a 
 def check_gpu(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray, exact: bool) -> None:
     """exact: float32 was asked for."""
     weights, few = expected(name, w).astype(np.float64), len(x) <= FEW
-    seen = rounded(x, 32) if name in BLOCK and few and not exact else x.astype(np.float64)
+    integers = name in BLOCK and few and not exact
+    seen = rounded(x, 32) if integers else x.astype(np.float64)
     want = seen @ weights.T + (0 if bias is None else bias)
     if few:
-        bound = warp_bound(name, w, seen)
+        bound = warp_bound(name, w, seen, 1 if integers else 32)
     elif exact or name == "F32":
         bound = chain_bound(weights, seen)
     else:
@@ -97,10 +98,11 @@ def check_gpu(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, 
     assert (error <= bound).all(), f"cuda {name} {w.shape} x {x.shape}: {(error / bound).max():.2f} of the bound"
 
 
-def warp_bound(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """A warp for a row of weights: its lanes add up groups of 32 (each a few operations, or 32 where they are float32), then each other."""
+def warp_bound(name: str, w: np.ndarray, seen: np.ndarray, steps: int) -> np.ndarray:
+    """A warp for a row of weights: each lane adds up every 32nd group of 32 values, in steps for each (or whole numbers, with a few
+    operations behind them); then the lanes are added up."""
     size = np.abs(seen) @ np.abs(expected(name, w).astype(np.float64)).T + parts_of_minima(name, w, seen)
-    return (-(-seen.shape[1] // 1024) * 32 + 9) * ULP * size
+    return (-(-seen.shape[1] // 1024) * steps + 11) * ULP * size
 
 
 def partial_sums(weights: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

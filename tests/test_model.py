@@ -315,7 +315,7 @@ def test_each_kernel_set_runs_the_whole_model(
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     with (
-        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE) as model,
+        kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model,
         Twins(model, tiny_pair.weights, {"layers": [1, 2, 3]}) as twins,
     ):
         assert isa in model.device_reason

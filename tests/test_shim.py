@@ -95,6 +95,7 @@ def test_what_is_forgotten_gives_wrong_numbers(check: Path, name: str, order: st
         ("second_fails", {"KVS_SHIM_FAIL": "cudaMalloc:2"}),
         ("stays_broken", {"KVS_SHIM_FAIL": "cudaStreamSynchronize:1"}),
         ("little_memory", {"KVS_SHIM_MEMORY": "1000000"}),
+        ("turing", {"KVS_SHIM_SM": "75"}),
         ("no_device", {"KVS_SHIM_DEVICES": "0"}),
     ],
 )

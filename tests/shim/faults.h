@@ -141,6 +141,14 @@ static void little_memory() {
     call(cudaFree(p), "cudaFree");
     call(cudaMalloc(&q, 600000), "cudaMalloc");
 }
+/* KVS_SHIM_SM=75 */
+static void turing() {
+    int major, minor, bytes;
+    call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+    call(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "cudaDeviceGetAttribute");
+    call(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
+    expect(major == 7 && minor == 5 && bytes == 64 * 1024, "KVS_SHIM_SM");
+}
 /* KVS_SHIM_DEVICES=0 */
 static void no_device() {
     int n = 7;
@@ -194,5 +202,6 @@ static const named_check faults[] = {
     {"second_fails", second_fails},
     {"stays_broken", stays_broken},
     {"little_memory", little_memory},
+    {"turing", turing},
     {"no_device", no_device},
 };

@@ -20,18 +20,20 @@ struct async_copy {
     uint32_t group;
 };
 
+struct warp { /* a bit per lane; one of ready, calling, barrier, done, or running */
+    uint32_t all, ready, calling, barrier, done;
+};
+
 struct thread {
     kvs_shim_place place; /* first: kvs_shim_self points to it */
-    kvs_fiber *fiber;     /* while it has begun and not returned */
-    kvs_shim_call *call;  /* the primitive that it waits at */
-    const char *file;     /* the barrier */
+    struct warp *warp;
+    uint32_t bit;        /* its own in the warp */
+    kvs_fiber *fiber;    /* while it has begun and not returned */
+    kvs_shim_call *call; /* the primitive that it waits at */
+    const char *file;    /* the barrier */
     int32_t line;
     std::vector<async_copy> copies;
     uint32_t groups; /* that were committed */
-};
-
-struct warp { /* a bit per lane; one of ready, calling, barrier, done, or running */
-    uint32_t all, ready, begun, calling, barrier, done;
 };
 
 struct machine { /* what the launch that runs needs */
@@ -221,8 +223,7 @@ static void run_threads(void) {
     for (;;) {
         (*m->body)();
         thread *self = (thread *)(void *)kvs_shim_self;
-        int32_t number = (int32_t)(self - m->threads);
-        m->warps[number / WARP].done |= 1u << number % WARP;
+        self->warp->done |= self->bit;
         self->fiber = nullptr;
         thread *next = next_thread();
         if (!next || next->fiber) {
@@ -236,23 +237,21 @@ static void run_threads(void) {
 
 void kvs_shim_barrier(const char *file, int32_t line) {
     thread *self = (thread *)(void *)kvs_shim_self;
-    int32_t number = (int32_t)(self - m->threads);
     self->file = file;
     self->line = line;
-    m->warps[number / WARP].barrier |= 1u << number % WARP;
+    self->warp->barrier |= self->bit;
     give_way(self);
 }
 
 void kvs_shim_warp(kvs_shim_call *call) {
     thread *self = (thread *)(void *)kvs_shim_self;
-    int32_t number = (int32_t)(self - m->threads);
-    if (!(call->mask >> number % WARP & 1))
+    if (!(call->mask & self->bit))
         kvs_shim_fatal("%s (line %d) with mask %08x, which leaves its own lane %d out", kind_name(call->kind), call->line, call->mask,
-                       number % WARP);
+                       __builtin_ctz(self->bit));
     if (call->kind <= KVS_SHFL_DOWN && (call->width < 1 || call->width > WARP || (call->width & (call->width - 1))))
         kvs_shim_fatal("%s (line %d) with width %d", kind_name(call->kind), call->line, call->width);
     self->call = call;
-    m->warps[number / WARP].calling |= 1u << number % WARP;
+    self->warp->calling |= self->bit;
     give_way(self);
 }
 
@@ -393,7 +392,11 @@ static void prepare_threads(dim3 dim) {
     int32_t i = 0;
     for (unsigned z = 0; z < dim.z; z++)
         for (unsigned y = 0; y < dim.y; y++)
-            for (unsigned x = 0; x < dim.x; x++) m->threads[i++].place = {{x, y, z}, &m->block};
+            for (unsigned x = 0; x < dim.x; x++, i++) {
+                m->threads[i].place = {{x, y, z}, &m->block};
+                m->threads[i].warp = &m->warps[i / WARP];
+                m->threads[i].bit = 1u << i % WARP;
+            }
 }
 
 static void run_block(size_t shared) {
@@ -407,7 +410,7 @@ static void run_block(size_t shared) {
     for (int32_t w = 0; w < m->n_warps; w++) {
         int32_t lanes = KVS_MIN(m->n_threads - w * WARP, (int32_t)WARP);
         uint32_t all = lanes == WARP ? ~0u : (1u << lanes) - 1;
-        m->warps[w] = {all, all, 0, 0, 0, 0};
+        m->warps[w] = {all, all, 0, 0, 0};
     }
     m->ready = m->n_warps == 32 ? ~0u : (1u << m->n_warps) - 1;
     m->at = pick(m->ready);
@@ -457,7 +460,7 @@ static void check_launch(const char *name, dim3 grid, dim3 block, size_t shared)
     if (!blocks || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         kvs_shim_fatal("%s: a grid of %u x %u x %u blocks", name, grid.x, grid.y, grid.z);
     if (blocks > 0x7fffffffu || blocks * grid.z > 0x7fffffffu) kvs_shim_fatal("%s: more blocks than this shim counts", name);
-    if (shared > MAX_SHARED) kvs_shim_fatal("%s: %zu bytes of dynamic shared memory", name, shared);
+    if (shared > kvs_shim_max_shared()) kvs_shim_fatal("%s: %zu bytes of dynamic shared memory", name, shared);
 }
 
 void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body) {

@@ -115,6 +115,8 @@ static int64_t number(const char *variable, int64_t otherwise) {
     return text && *text ? strtoll(text, nullptr, 10) : otherwise;
 }
 static int n_devices(void) { return (int)number("KVS_SHIM_DEVICES", 1); }
+static int capability(void) { return (int)number("KVS_SHIM_SM", 80); }
+size_t kvs_shim_max_shared(void) { return (capability() < 80 ? 64 : 99) * 1024; }
 static uint64_t device_memory(void) { return (uint64_t)number("KVS_SHIM_MEMORY", (int64_t)4 << 30); }
 
 cudaError_t cudaDriverGetVersion(int *version) {
@@ -147,7 +149,8 @@ cudaError_t cudaGetDevice(int *which) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int which) {
     ENTER(true);
     if (which < 0 || which >= n_devices()) return fail(cudaErrorInvalidDevice);
-    *p = {"shim on the CPU", device_memory(), 48 * 1024, 99 * 1024, 8, 0, 4, 32, 1024, 0, 1 << 20};
+    const int sm = capability();
+    *p = {"shim on the CPU", device_memory(), 48 * 1024, kvs_shim_max_shared(), sm / 10, sm % 10, 4, 32, 1024, 0, 1 << 20};
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int which) {
@@ -340,11 +343,11 @@ static cudaError_t look_at(cudaStream_t stream) { /* which no stream allows that
     return fail(cudaErrorStreamCaptureUnsupported);
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    ENTER(true);
+    ENTER(stream != nullptr);
     return look_at(stream);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    ENTER(true);
+    ENTER(stream != nullptr);
     return look_at(stream);
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {

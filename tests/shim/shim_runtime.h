@@ -1,9 +1,10 @@
 /* shim_runtime.h - the part of CUDA's runtime API that the backend uses, over plain memory, for tests: shim_runtime.cpp. Everything is done when a
  * call returns, except between cudaStreamBeginCapture and cudaStreamEndCapture.
  *
- * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), and
- * KVS_SHIM_FAIL=name:n, which makes the n-th call of that function from then on fail: cudaErrorMemoryAllocation for those that allocate,
- * cudaErrorIllegalAddress for cudaStreamSynchronize (after which everything fails, as on a GPU), else cudaErrorUnknown.
+ * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
+ * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n, which makes the n-th call of that
+ * function from then on fail: cudaErrorMemoryAllocation for those that allocate, cudaErrorIllegalAddress for cudaStreamSynchronize
+ * (after which everything fails, as on a GPU), else cudaErrorUnknown.
  * Device memory begins as NaN, has 256 bytes around it that nobody may write to (looked at by cudaFree), and copies whose kind does not fit the
  * addresses are refused. */
 #ifndef KVS_SHIM_RUNTIME_H
@@ -104,6 +105,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) { return cudaSuccess; }
 
+size_t kvs_shim_max_shared(void); /* bytes of a block */
 /* Now, or as a part of the graph that stream is captured for. */
 void kvs_shim_do(cudaStream_t stream, std::function<void()> work);
 #endif
