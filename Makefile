@@ -35,6 +35,11 @@ test-cuda: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CP
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow"
 
+test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
+	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	    $(CUDA_TESTS:%=tests/test_%.py) tests/test_cuda_build.py -p no:cacheprovider
+
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
 
@@ -109,5 +114,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

@@ -222,6 +222,8 @@ KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, 
 
 /* threads: 0 = what affinity and cgroup quota allow */
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
+/* With these kernels, for tests: KVS_E_DEVICE where there are none of that name, or not for this CPU; NULL: the best. */
+int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 static inline int kvs_device_check(const kvs_backend *be, kvs_error *err) {
     int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);

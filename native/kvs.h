@@ -374,8 +374,8 @@ void kvs_roofs_free(kvs_roofs *roofs);
 /* Runs for so long, up to 10 seconds: bytes or operations per second, of all threads. KVS_E_DEVICE: this machine has no such unit. */
 int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);
 
-/* ---- single ops and kernels, for tests: cpu/selftest.c; not part of the stable interface ---- */
-int32_t kvs_test_isa(const char *isa); /* 1 if this CPU can run these kernels: base, avx2, avx512 */
+/* ---- single ops and kernels, for tests: selftest*.c; not part of the stable interface ---- */
+int32_t kvs_test_isa(const char *isa); /* 1 if these kernels can be run here: base, avx2, avx512; cuda: those of the first GPU */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
                         int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
@@ -403,7 +403,7 @@ int32_t kvs_test_gather(const char *isa, int32_t threads, int32_t kv_type, const
                         float *v_back);
 int32_t kvs_test_attn_full(const char *isa, int32_t threads, const float *q, const float *k, const float *v, int32_t n, int32_t n_head,
                            int32_t head_dim, int32_t rounding, float *out); /* not causal */
-int32_t kvs_test_bf16(const char *isa); /* 1 if these kernels and this CPU multiply bf16, which rounding then asks for */
+int32_t kvs_test_bf16(const char *isa); /* 1 if these kernels and this device multiply bf16, which rounding then asks for */
 
 /* n rows one after the other; rows 1.. are generated and smoothed against the row before. k, v, k_out, v_out (n, n_kv_head, head_dim),
  * entropy (n, n_kv_head), strength (n, groups). */

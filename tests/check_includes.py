@@ -14,6 +14,7 @@ LAYERS = [
     ["llama.h", "llama.c", "vision.c"],
     ["model.h", "model.c", "load.h", "load.c", "vision_load.c"],
     ["cache.h", "cache.c", "keep.h", "keep.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
+    ["selftest.h", "selftest*.c"],
     ["cpu/*", "cuda/*", "no_cuda.c"],
     ["backend.h"],
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],

@@ -307,9 +307,8 @@ def test_crafted_marks(scope: str, model: kvs.Model, rng: np.random.Generator, t
         n_layer_rows = [session.positions(i).shape[-1] for i in range(4)]
     saved = (tmp_path / "s").read_bytes()
     lists_at = sum(lengths[: -4 * n_sets])
-    lengths += [4 * n * 4]  # masses
     for rows in n_layer_rows:
-        lengths += [32 * rows] * 4 + [4 * n] * 2
+        lengths += [32 * rows] * 4 + [4 * n] * 3
     lengths += [4 * model.n_vocab]
     assert sum(lengths) + 8 == len(saved)
 

@@ -256,10 +256,12 @@ static const kvs_ops cpu_ops = {
     .kv_trim = kvs_cpu_kv_trim,
 };
 
-int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) {
+int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err) { return kvs_cpu_open_isa(NULL, threads, out, err); }
+
+int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err) {
     *out = NULL;
     const kvs_isa *isa;
-    int status = kvs_isa_choose(NULL, &isa, err);
+    int status = kvs_isa_choose(name, &isa, err);
     if (status) return status;
     kvs_cpu *cpu = kvs_calloc(1, sizeof *cpu);
     if (!cpu) return kvs_fail_memory(err, sizeof *cpu, "the CPU backend");
