@@ -69,6 +69,17 @@ def test_rows_and_columns_at_the_edges_of_warps(name: str, rng: np.random.Genera
             check(name, w, x[:n], None, matmul("cuda", name, w, x[:n]), INT8)
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_long_rows_are_shared_by_warps(name: str, rng: np.random.Generator) -> None:
+    for cols in (8192, 8192 + 256, 11008):  # shares of equal length; with a last one that is empty; shorter
+        w, x = random_blocks(rng, name, 3, cols), rng.standard_normal((5, cols)).astype(np.float32)
+        together = matmul("cuda", name, w, x)
+        check(name, w, x, None, together, INT8)
+        for n in (1, 2, 3):
+            np.testing.assert_array_equal(matmul("cuda", name, w, x[:n]).view(np.uint32), together[:n].view(np.uint32))
+        check(name, w, x[:1], None, matmul("cuda", name, w, x[:1], rounding=NONE), NONE)
+
+
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_every_tail(name: str, rng: np.random.Generator) -> None:
     for cols in (*range(1, 34), 127, 128, 129, 255, 256, 257, 588):
