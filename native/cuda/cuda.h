@@ -161,6 +161,7 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
 bool kvs_cuda_reserve_pieces(kvs_cuda *cu);
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
 bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+bool kvs_cuda_placed(kvs_cuda *cu, const kvs_weight *w); /* else the step fails: the loader places all, a device can't read the file */
 void kvs_cuda_free_pieces(kvs_cuda *cu);
 void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
 /* matmul.cu: which of the two; matvec.cu: few rows; gemm.cu: many, on tensor cores or in float32 */

@@ -1,5 +1,5 @@
 /* matvec.cu - products of few activation rows: bound by how fast weights come from memory, so every weight is read once, and many loads are
- * under way. A warp has one or two weight rows; its lanes take groups in turn.
+ * under way. A warp has one or two weight rows, or a part of them where rows are long; its lanes take groups in turn.
  *
  * Types of blocks: activations are rounded to int8 first, in blocks of 32 with a float32 scale each, and a group's product is
  *     sum += d_x (d isum - m xsum)
@@ -25,8 +25,12 @@ typedef struct matvec_job {
 typedef struct matvec_args {
     matvec_job jobs[JOBS];
     int32_t n_jobs, n;
-    int32_t room; /* for rows of x in a tile: n rounded up to 1, 2, 4, 8 */
+    int32_t room;  /* for rows of x in a tile: n rounded up to 1, 2, 4, 8 */
+    int32_t parts; /* of a row, a warp each: 1 or WARPS. Depends on columns alone, as the order of sums does */
     int64_t cols;
+    /* Of the type that is launched: planes of a row, its units (what a lane takes at a time), and those of a part, a multiple of KVS_WARP */
+    kvs_plane_offsets at;
+    int32_t units, share;
     const float *x; /* (n, cols) */
     uint8_t *tiles; /* (tiles, room) act_tile, or NULL: no job wants integers */
     float *padded;  /* (n, cols rounded up to groups): x that float kernels can load 16 bytes at a time; NULL: x itself is so */
@@ -78,48 +82,36 @@ __global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
 
 /* ---- what all kernels share ---- */
 
-/* The job of this block, and this warp's first row of it; false: it has none */
+/* The job of this block, and this warp's first row of it; false: it has none. Where warps share rows, all of a block have some, or none. */
 template <int ROWS> KVS_DEVICE bool find_rows(const matvec_args &a, matvec_job *job, int32_t *row) {
     *job = a.jobs[0];
 #pragma unroll
     for (int i = 1; i < JOBS; i++) /* an index that is not known would put the arguments into local memory */
         if (i < a.n_jobs && (int32_t)blockIdx.x >= a.jobs[i].first) *job = a.jobs[i];
-    *row = (((int32_t)blockIdx.x - job->first) * WARPS + (int32_t)threadIdx.x / KVS_WARP) * ROWS;
+    const int32_t block = (int32_t)blockIdx.x - job->first, warp = (int32_t)(threadIdx.x / KVS_WARP);
+    *row = (a.parts == 1 ? block * WARPS + warp : block) * ROWS;
     return *row < job->rows;
 }
 
 /* sums (ROWS, N): of this lane */
-template <int N, int ROWS> KVS_DEVICE void put_sums(const matvec_job &job, int32_t row, int32_t n, const float sums[ROWS][N]) {
-    const int lane = threadIdx.x % KVS_WARP;
+template <int N, int ROWS> KVS_DEVICE void put_sums(const matvec_args &a, const matvec_job &job, int32_t row, const float sums[ROWS][N]) {
+    __shared__ float shared[WARPS][ROWS * N];
+    const int lane = threadIdx.x % KVS_WARP, warp = threadIdx.x / KVS_WARP;
+    float mine = 0.0f; /* lane r N + i has that one */
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const float sum = kvs_warp_sum(sums[r][i]);
-            if (lane != r * N + i || i >= n || row + r >= job.rows) continue;
-            job.y[(int64_t)i * job.rows + row + r] = job.bias ? __fadd_rn(sum, job.bias[row + r]) : sum;
-        }
-}
-
-/* The planes of this lane's groups: its first one is group 0 of them. */
-template <int TYPE> KVS_DEVICE kvs_planes planes_of_lane(const matvec_args &a, const matvec_job &job, int32_t row) {
-    constexpr kvs_order o = kvs_order_of(TYPE);
-    constexpr int entry = kvs_type_is_float(TYPE) ? 16 : o.low;
-    const int lane = threadIdx.x % KVS_WARP;
-    kvs_planes p = kvs_planes_of<TYPE>(job.w + KVS_MIN(row, job.rows - 1) * job.row_bytes, a.cols);
-    p.low += lane * entry;
-    p.high += lane * o.high;
-    p.scales += lane * o.scales;
-    p.record += lane / (o.block / KVS_GROUP) * o.record;
-    return p;
-}
-template <int TYPE> KVS_DEVICE void advance(kvs_planes *p, int32_t groups) { /* a multiple of KVS_WARP */
-    constexpr kvs_order o = kvs_order_of(TYPE);
-    constexpr int entry = kvs_type_is_float(TYPE) ? 16 : o.low;
-    p->low += groups * entry;
-    p->high += groups * o.high;
-    p->scales += groups * o.scales;
-    p->record += groups / (o.block / KVS_GROUP) * o.record;
+    for (int k = 0; k < ROWS * N; k++) {
+        const float sum = kvs_warp_sum(sums[k / N][k % N]);
+        if (lane == k) mine = sum;
+    }
+    if (a.parts > 1) {
+        if (lane < ROWS * N) shared[warp][lane] = mine;
+        __syncthreads();
+        if (warp || lane >= ROWS * N) return;
+        for (int w = 1; w < WARPS; w++) mine = __fadd_rn(mine, shared[w][lane]);
+    }
+    const int32_t r = lane / N, i = lane % N;
+    if (r < ROWS && row + r < job.rows && i < a.n)
+        job.y[(int64_t)i * job.rows + row + r] = job.bias ? __fadd_rn(mine, job.bias[row + r]) : mine;
 }
 
 /* What a lane takes at a time: 16 bytes of F32, F16, BF16; else a group. unit: a multiple of KVS_WARP */
@@ -133,21 +125,41 @@ template <int TYPE> KVS_DEVICE void load_unit(const kvs_planes *planes, int32_t 
         kvs_group_load<TYPE, true>(planes, unit, out);
 }
 
+template <int TYPE> KVS_DEVICE void advance(kvs_planes *p, int32_t units) { /* a multiple of KVS_WARP */
+    constexpr kvs_order o = kvs_order_of(TYPE);
+    p->low += units * (kvs_type_is_float(TYPE) ? 16 : o.low);
+    p->high += units * o.high;
+    p->scales += units * o.scales;
+    p->record += units / (o.block / KVS_GROUP) * o.record;
+}
+/* The planes of this lane's units: its first one is unit 0 of them. */
+template <int TYPE> KVS_DEVICE kvs_planes planes_of_lane(const matvec_args &a, const matvec_job &job, int32_t row) {
+    constexpr kvs_order o = kvs_order_of(TYPE);
+    const int lane = threadIdx.x % KVS_WARP;
+    const uint8_t *w = job.w + KVS_MIN(row, job.rows - 1) * job.row_bytes;
+    return kvs_planes{w + lane * (kvs_type_is_float(TYPE) ? 16 : o.low), w + a.at.high + lane * o.high, w + a.at.scales + lane * o.scales,
+                      w + a.at.record + lane / (o.block / KVS_GROUP) * o.record};
+}
+
 /* The loop of a warp over its rows. Each step is UNROLL units of a lane; while one is computed with, the next is on its way. */
 template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
     enum { STEP = KVS_WARP * UNROLL };
     kvs_planes planes[ROWS];
-    int32_t units; /* of a row */
+    int32_t begin, units; /* of a row, this warp's; begin is a multiple of KVS_WARP */
 
-    KVS_DEVICE void begin(const matvec_args &a, const matvec_job &job, int32_t row) {
-        units = (int32_t)((a.cols + unit_values<TYPE>() - 1) / unit_values<TYPE>());
+    KVS_DEVICE void open(const matvec_args &a, const matvec_job &job, int32_t row) {
+        begin = a.parts == 1 ? 0 : (int32_t)(threadIdx.x / KVS_WARP) * a.share;
+        units = KVS_MIN(a.share, a.units - begin);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) planes[r] = planes_of_lane<TYPE>(a, job, row + r);
+        for (int r = 0; r < ROWS; r++) {
+            planes[r] = planes_of_lane<TYPE>(a, job, row + r);
+            advance<TYPE>(&planes[r], begin);
+        }
     }
     KVS_DEVICE void load(int32_t first, kvs_stored out[UNROLL][ROWS]) { /* first: rises by STEP from call to call */
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            if (first + KVS_WARP * u + (int32_t)threadIdx.x % KVS_WARP >= units) continue; /* then out stays what it was */
+            if (first + KVS_WARP * u + (int32_t)(threadIdx.x % KVS_WARP) >= units) continue; /* then out stays what it was */
 #pragma unroll
             for (int r = 0; r < ROWS; r++) load_unit<TYPE>(&planes[r], KVS_WARP * u, &out[u][r]);
         }
@@ -159,7 +171,7 @@ template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             const int32_t at = first + KVS_WARP * u;
-            if (at < units) add(u, stored[u], at + (int32_t)threadIdx.x % KVS_WARP < units);
+            if (at < units) add(u, stored[u], at + (int32_t)(threadIdx.x % KVS_WARP) < units);
         }
     }
     template <class F, class S> KVS_DEVICE void run(F add, S step) {
@@ -238,17 +250,17 @@ KVS_DEVICE void add_group(const kvs_stored stored[ROWS], const lane_tiles &x, in
     }
 }
 
-/* Blocks of a multiprocessor that registers must do for: warps enough to wait for memory */
-constexpr int blocks_for(int n) { return n == 1 ? 7 : n == 2 ? 5 : 4; }
+/* Blocks of a multiprocessor that registers must do for: warps enough to wait for memory. More planes want more of them. */
+constexpr int blocks_for(int type, int n) { return n > 2 ? 4 : (n == 1 ? 8 : 5) - (kvs_order_of(type).high != 0); }
 
 template <int TYPE, int N, int ROWS, int UNROLL>
-__global__ void __launch_bounds__(THREADS, blocks_for(N)) matvec_int8_kernel(matvec_args a) {
+__global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(matvec_args a) {
     matvec_job job;
     int32_t row;
     if (!find_rows<ROWS>(a, &job, &row)) return;
     weight_stream<TYPE, ROWS, UNROLL> weights;
-    weights.begin(a, job, row);
-    lane_tiles x = tiles_of_lane(a.tiles);
+    weights.open(a, job, row);
+    lane_tiles x = tiles_of_lane(a.tiles + weights.begin / KVS_WARP * N * (int64_t)sizeof(act_tile));
     float sums[ROWS][N] = {};
     weights.run([&](int u, const kvs_stored *stored, bool inside) { add_group<TYPE, N, ROWS>(stored, x, u * N, inside, sums); },
                 [&]() {
@@ -257,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, blocks_for(N)) matvec_int8_kernel(mat
                     x.scale += step;
                     x.sums += step;
                 });
-    put_sums<N, ROWS>(job, row, a.n, sums);
+    put_sums<N, ROWS>(a, job, row, sums);
 }
 
 /* ---- float32 ---- */
@@ -298,25 +310,32 @@ template <int TYPE, int N, int ROWS, int UNROLL> __global__ void __launch_bounds
     if (!find_rows<ROWS>(a, &job, &row)) return;
     constexpr int width = KVS_WARP * unit_values<TYPE>(); /* columns of a warp */
     weight_stream<TYPE, ROWS, UNROLL> weights;
-    weights.begin(a, job, row);
+    weights.open(a, job, row);
     const int64_t stride = a.padded ? kvs_groups(a.cols) * KVS_GROUP : a.cols;
-    const float *x = (a.padded ? a.padded : a.x) + threadIdx.x % KVS_WARP * unit_values<TYPE>();
+    const float *x = (a.padded ? a.padded : a.x) + (weights.begin + threadIdx.x % KVS_WARP) * (int64_t)unit_values<TYPE>();
     float sums[ROWS][N] = {};
     weights.run(
         [&](int u, const kvs_stored *stored, bool inside) { /* outside there are no activations to load */
                                                             if (inside) add_unit<TYPE, N, ROWS>(stored, x + u * width, stride, a.n, sums);
         },
         [&]() { x += UNROLL * width; });
-    put_sums<N, ROWS>(job, row, a.n, sums);
+    put_sums<N, ROWS>(a, job, row, sums);
 }
 
 /* ---- launches: one for all jobs of the same kind ---- */
 
-static unsigned count_blocks(matvec_args *a, int rows_of_warp) {
+/* Rows of many units are shared by the warps of a block: short work for each, so that the last blocks of a launch are not waited for long. */
+template <int TYPE> static unsigned plan(matvec_args *a, int rows_of_warp) {
+    enum { LONG = 8 };
+    a->at = kvs_planes_at(TYPE, a->cols);
+    a->units = (int32_t)kvs_ceil_div(a->cols, unit_values<TYPE>());
+    const int32_t tiles = (int32_t)kvs_ceil_div(a->units, KVS_WARP);
+    a->parts = tiles >= LONG ? WARPS : 1;
+    a->share = (int32_t)kvs_ceil_div(tiles, a->parts) * KVS_WARP;
     int32_t blocks = 0;
     for (int i = 0; i < a->n_jobs; i++) {
         a->jobs[i].first = blocks;
-        blocks += (int32_t)kvs_ceil_div(a->jobs[i].rows, WARPS * rows_of_warp);
+        blocks += (int32_t)kvs_ceil_div(a->jobs[i].rows, rows_of_warp * (WARPS / a->parts));
     }
     return (unsigned)blocks;
 }
@@ -324,12 +343,14 @@ static unsigned count_blocks(matvec_args *a, int rows_of_warp) {
 /* Several activation rows: two weight rows of a warp share each load of them. */
 template <int TYPE, int N> static void launch_int8(kvs_cuda *cu, matvec_args *a) {
     constexpr int rows = N == 1 ? 1 : 2, unroll = N == 1 ? 2 : 1;
-    KVS_LAUNCH(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), count_blocks(a, rows), THREADS, 0, *a);
+    const unsigned grid = plan<TYPE>(a, rows);
+    KVS_LAUNCH(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
 }
 template <int TYPE, int N> static void launch_float(kvs_cuda *cu, matvec_args *a) {
     constexpr int rows = N == 1 || !kvs_type_is_float(TYPE) ? 1 : 2;
     constexpr int unroll = N == 1 && kvs_type_is_float(TYPE) ? 2 : 1;
-    KVS_LAUNCH(cu, (matvec_float_kernel<TYPE, N, rows, unroll>), count_blocks(a, rows), THREADS, 0, *a);
+    const unsigned grid = plan<TYPE>(a, rows);
+    KVS_LAUNCH(cu, (matvec_float_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
 }
 
 template <int TYPE> struct int8_call {

@@ -12,6 +12,10 @@ uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w) {
     return ((uint64_t)w->rows * (uint64_t)kvs_planes_at(w->type, w->cols).bytes + 255) / 256 * 256;
 }
 
+bool kvs_cuda_placed(kvs_cuda *cu, const kvs_weight *w) {
+    return w->placed || kvs_cuda_check(cu, cudaErrorInvalidValue, "a weight that is not on the device");
+}
+
 /* ---- into order ---- */
 
 typedef struct pack_args {
@@ -157,7 +161,7 @@ static void launch_rows(kvs_cuda *cu, const rows_args *a) { kvs_for_types<rows_c
 
 void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n) {
     kvs_cuda *cu = (kvs_cuda *)be;
-    if (n < 1 || kvs_cuda_stopped(cu)) return;
+    if (n < 1 || kvs_cuda_stopped(cu) || !kvs_cuda_placed(cu, table)) return;
     KVS_ARGS(rows_args, a);
     a.y = y;
     a.table = (const uint8_t *)table->data;
