@@ -34,6 +34,8 @@ static void *cuda_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_
     return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cuda_alloc(be, bytes) : NULL;
 }
 
+static void *cuda_alloc_weights(kvs_backend *be, uint64_t bytes, bool) { return cuda_alloc(be, bytes); }
+
 static void cuda_release(kvs_backend *be, void *block) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaSetDevice(cu->device);
@@ -199,7 +201,7 @@ static const kvs_ops cuda_ops = {
     .download_rows = cuda_download_rows,
     .copy = cuda_copy,
     .weight_room = kvs_cuda_weight_room,
-    .alloc_weights = cuda_alloc,
+    .alloc_weights = cuda_alloc_weights,
     .place = kvs_cuda_place,
     .begin = cuda_begin,
     .status = cuda_status,
