@@ -68,12 +68,22 @@ def shared_data() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def isas() -> list[str]:
-    """Kernel sets that this CPU runs."""
+def _kernels(*names: str) -> list[str]:
     from pykvsmooth import _native
 
-    return [isa for isa in ("base", "avx2", "avx512") if _native.lib.kvs_test_isa(isa.encode())]
+    return [name for name in names if _native.lib.kvs_test_isa(name.encode())]
+
+
+@pytest.fixture(scope="session")
+def cpu_isas() -> list[str]:
+    """Kernel sets that this CPU runs."""
+    return _kernels("base", "avx2", "avx512")
+
+
+@pytest.fixture(scope="session")
+def isas(cpu_isas: list[str]) -> list[str]:
+    """Those, and "cuda" where a GPU, or tests/shim in its place, can be had: for what holds of every device."""
+    return cpu_isas + _kernels("cuda")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""Matrix products on the CPU: every type, every instruction set that this CPU runs, odd sizes, threads, against NumPy in float64.
+"""Matrix products: every type, every instruction set that this CPU runs, a GPU where there is one, odd sizes, threads, against NumPy in
+float64.
 
 Types of blocks have integer kernels, which round activations to int8 first; the NumPy model below does the same, and all instruction
 sets must give the bits of the plain C kernels. The other types are exact up to the rounding of float32 sums. For both, a row's result
-must not depend on the other rows of its batch.
+must not depend on the other rows of its batch. What a GPU rounds is another matter: gpu_bound.
 """
 
 import numpy as np
@@ -48,6 +49,9 @@ def rounded(x: np.ndarray, block: int) -> np.ndarray:
 
 
 def check(isa: str, name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray, exact: bool = False) -> None:
+    if isa == "cuda":
+        check_gpu(name, w, x, bias, y, exact)
+        return
     weights = expected(name, w).astype(np.float64)
     integers = name in BLOCK and not exact
     seen = rounded(x, BLOCK[name]) if integers else x.astype(np.float64)
@@ -71,8 +75,70 @@ def parts_of_minima(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray | 
     return np.abs(seen).reshape(len(seen), -1, size).sum(-1) @ np.abs(m.astype(np.float64) * MINIMA[name]).T
 
 
+# ---- what a GPU rounds ----
+
+FEW = 8  # so many rows of x are multiplied by kernels that round as the CPU's do, but in blocks of 32; more of them by tensor cores
+ULP = 2.0**-24  # half a unit in the last place of a float32 between 1 and 2; a half has 2^-11
+
+
+def check_gpu(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None, y: np.ndarray, exact: bool) -> None:
+    """exact: float32 was asked for."""
+    weights, few = expected(name, w).astype(np.float64), len(x) <= FEW
+    seen = rounded(x, 32) if name in BLOCK and few and not exact else x.astype(np.float64)
+    want = seen @ weights.T + (0 if bias is None else bias)
+    if few:
+        bound = warp_bound(name, w, seen)
+    elif exact or name == "F32":
+        bound = chain_bound(weights, seen)
+    else:
+        bound = halves_bound(name, w, seen)
+    bound = bound + ULP * np.abs(want) + 1e-30
+    error = np.abs(y - want)
+    assert (error <= bound).all(), f"cuda {name} {w.shape} x {x.shape}: {(error / bound).max():.2f} of the bound"
+
+
+def warp_bound(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """A warp for a row of weights: its lanes add up groups of 32 (each a few operations, or 32 where they are float32), then each other."""
+    size = np.abs(seen) @ np.abs(expected(name, w).astype(np.float64)).T + parts_of_minima(name, w, seen)
+    return (-(-seen.shape[1] // 1024) * 32 + 9) * ULP * size
+
+
+def partial_sums(weights: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes of all sums of the first k terms: their sum over k, and the largest of them and of the terms."""
+    terms = seen[:, None] * weights
+    sums = np.abs(np.cumsum(terms, -1))
+    return sums.sum(-1), np.maximum(sums, np.abs(terms)).max(-1)
+
+
+def chain_bound(weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """One fmaf after the other, each rounded by half a unit of its result."""
+    return 1.001 * ULP * partial_sums(weights, seen)[0]
+
+
+def halves_bound(name: str, w: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """x is rounded to halves with a scale for each row; weights d q - m to halves: d, m, then all of it. d and m are times 64 there, and
+    what lies below the normal halves has errors of 2^-25 / 64 (times q, which is at most 128). F16 and BF16 are as they are. Sums are
+    float32, but tensor cores cut off what is below the last bit of the largest of 16 terms or so, instead of rounding once."""
+    weights, half = expected(name, w).astype(np.float64), 2.0**-11
+    error_w = half * (1.001 * np.abs(weights) + sum(scaled_and_minima(name, w))) + 130 * 2.0**-31 if name in BLOCK else 2.0**-31
+    error_x = half * np.abs(seen) + 2.0**-33 * np.abs(seen).max(-1, keepdims=True)
+    operands = np.abs(seen) @ np.broadcast_to(error_w, weights.shape).T + error_x @ (np.abs(weights) + error_w).T
+    return operands + seen.shape[1] * 4 * ULP * partial_sums(weights, seen)[1]
+
+
+def scaled_and_minima(name: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of weights d q - m: the magnitudes of both parts."""
+    width = SIZES[name][1]
+    scaled, minima = w.reshape(-1, width).copy(), w.reshape(-1, width).copy()
+    minima[:, HALVES[name][0] : HALVES[name][0] + 2] = 0
+    if name in MINIMA:
+        scaled[:, HALVES[name][1] : HALVES[name][1] + 2] = 0
+    parts = (np.abs(expected(name, part.reshape(w.shape)).astype(np.float64)) for part in (scaled, minima))
+    return next(parts), next(parts)
+
+
 def all_isas() -> list[str]:
-    return [isa for isa in ("base", "avx2", "avx512") if lib.kvs_test_isa(isa.encode())]
+    return [isa for isa in ("base", "avx2", "avx512", "cuda") if lib.kvs_test_isa(isa.encode())]
 
 
 @pytest.mark.parametrize("isa", all_isas())
@@ -109,15 +175,15 @@ def test_every_tail(name: str, isas: list[str], rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("name", list(BLOCK))
-def test_integer_kernels_agree_to_the_bit(name: str, isas: list[str], rng: np.random.Generator) -> None:
-    if isas == ["base"]:
+def test_integer_kernels_agree_to_the_bit(name: str, cpu_isas: list[str], rng: np.random.Generator) -> None:
+    if cpu_isas == ["base"]:
         pytest.skip("this CPU runs the base kernels only")
     for n in (1, 2, 7, 129):
         cols = block_of(name) * int(rng.integers(1, 20))
         w = random_blocks(rng, name, int(rng.integers(1, 71)), cols)
         x = rng.standard_normal((n, cols)).astype(np.float32)
         base = matmul("base", name, w, x)
-        for isa in isas[1:]:
+        for isa in cpu_isas[1:]:
             np.testing.assert_array_equal(matmul(isa, name, w, x).view(np.uint32), base.view(np.uint32), f"{isa}, {n} rows")
 
 
@@ -128,10 +194,12 @@ def test_a_row_does_not_depend_on_its_batch(name: str, isas: list[str], rng: np.
     w = random_blocks(rng, name, 37, cols)
     x = rng.standard_normal((131, cols)).astype(np.float32)
     for isa in isas:
-        together = matmul(isa, name, w, x, threads=2)
-        for n in (1, 2, 3, 4, 6, 23):
-            part = matmul(isa, name, w, x[-n:], threads=1)
-            np.testing.assert_array_equal(part.view(np.uint32), together[-n:].view(np.uint32), f"{isa}: {n} rows against 131")
+        few = FEW if isa == "cuda" else 0  # where other kernels begin
+        for rows in ((1, 2, 3, 4, 6, 8, 23, 131),) if not few else ((1, 2, 3, 4, 6, 7, 8), (9, 10, 23, 66, 131)):
+            together = matmul(isa, name, w, x[-rows[-1] :], threads=2)
+            for n in rows[:-1]:
+                part = matmul(isa, name, w, x[-n:], threads=1)
+                np.testing.assert_array_equal(part.view(np.uint32), together[-n:].view(np.uint32), f"{isa}: {n} rows against {rows[-1]}")
 
 
 @pytest.mark.parametrize("name", list(BLOCK))
@@ -145,9 +213,10 @@ def test_extreme_integers(name: str, isas: list[str], rng: np.random.Generator) 
         for at in halves_of(name, cols):
             w[:, at : at + 2] = d[:, at : at + 2]
         for sign in (np.ones(cols), -np.ones(cols), np.where(np.arange(cols) % 2, 1, -1)):
-            x = np.tile(sign.astype(np.float32), (6, 1))
+            x = np.tile(sign.astype(np.float32), (9, 1))
             for isa in isas:
                 check(isa, name, w, x, None, matmul(isa, name, w, x))
+                check(isa, name, w, x[:6], None, matmul(isa, name, w, x[:6]))
                 check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
 
 
@@ -180,6 +249,15 @@ def test_wide_rows(name: str, isas: list[str], rng: np.random.Generator) -> None
     for isa in isas:
         check(isa, name, w, x, None, matmul(isa, name, w, x, threads=2))
         check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_weight(name: str, isas: list[str], rng: np.random.Generator) -> None:
+    """One activation that is not 0 gives a column of weights: no error of one hides in a sum."""
+    cols = 512
+    w, x = random_blocks(rng, name, 70, cols), np.eye(cols, dtype=np.float32)[rng.permutation(cols)]
+    for isa in isas:
+        check(isa, name, w, x, None, matmul(isa, name, w, x))
 
 
 def test_bad_arguments() -> None:

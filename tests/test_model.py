@@ -299,6 +299,9 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
                 first_layer = max(nmse(a, b) for a, b in zip(twins.ours.kv(0), twins.truth.kv(0), strict=True))
                 errors[name + ", first K and V"] = first_layer
     print(kind, errors)
+    if DEVICE != "cpu":  # a GPU rounds otherwise: int8 in blocks of 32 for few rows, halves for many
+        assert errors["exact"] <= {"f32": 1e-9, "f16": 1e-5, "bf16": 1e-5}.get(kind, 1e-3)
+        return
     assert errors["rounded, first K and V"] <= 1e-6  # no rounding of rounding here: what falls to the other side changes more and more
     assert errors["rounded"] <= (1e-3 if kind in INTEGER_BLOCKS else 1e-9)
     assert errors["exact"] <= (5e-3 if kind in INTEGER_BLOCKS else 1e-9)
@@ -306,9 +309,9 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_each_kernel_set_runs_the_whole_model(
-    isa: str, isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    isa: str, cpu_isas: list[str], tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isa not in isas:
+    if isa not in cpu_isas:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     with (

@@ -71,8 +71,8 @@ PARTS = {"attn_q": "", "attn_k": ", its keys", "attn_v": ", its values", "attn_o
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 @pytest.mark.parametrize("layer", range(N_LAYER))
-def test_weights_of_a_layer(layer: int, isa: str, isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in isas:
+def test_weights_of_a_layer(layer: int, isa: str, cpu_isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in cpu_isas:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     path, _, _ = tiny.write_pair(tmp_path, seed=layer, vision=False, load=False)
@@ -86,8 +86,8 @@ def test_weights_of_a_layer(layer: int, isa: str, isas: list[str], tmp_path: Pat
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 @pytest.mark.parametrize("kind", ["q8_0", "q5_1", "q4_k", "q6_k", "iq4_nl"])
-def test_a_scale_of_a_quantized_tensor(kind: str, isa: str, isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in isas:
+def test_a_scale_of_a_quantized_tensor(kind: str, isa: str, cpu_isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in cpu_isas:
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setenv("KVS_CPU", isa)
     shape = {"n_embd": 256, "n_ff": 512, "n_layer": 2}

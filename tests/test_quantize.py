@@ -145,11 +145,11 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, rng: np.random.Genera
 
 @pytest.mark.parametrize("name", GRID)
 def test_every_kernel_set_writes_the_same_bits(
-    name: str, rng: np.random.Generator, isas: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str, rng: np.random.Generator, cpu_isas: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = weights(rng, 9, 512)
     found = []
-    for isa in isas:
+    for isa in cpu_isas:
         monkeypatch.setenv("KVS_CPU", isa)
         found.append(encode(values, name))
     for other in found[1:]:

@@ -16,8 +16,8 @@ UNITS = {"base": set(), "avx2": set(), "avx512": {"bf16", "amx_int8", "amx_bf16"
 
 
 @pytest.fixture(params=["base", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, isas: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in isas:
+def isa(request: pytest.FixtureRequest, cpu_isas: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in cpu_isas:
         pytest.skip(f"this CPU does not run {request.param}")
     monkeypatch.setenv("KVS_CPU", request.param)
     return request.param
@@ -31,9 +31,9 @@ def test_every_kind_gives_a_speed(isa, threads):
             assert 1e5 < max(roofs.measure(kind, 0.01) for _ in range(3)) < 1e15
 
 
-def test_units_that_the_cpu_has_are_found(isas):
+def test_units_that_the_cpu_has_are_found(cpu_isas):
     """bf16 where the CPU says so, the tiles of AMX where their registers can be had; SIMDe has neither."""
-    if "avx512" not in isas:
+    if "avx512" not in cpu_isas:
         pytest.skip("this CPU does not run avx512")
     with Roofs(1, BUFFER) as roofs:
         chars = ffi.new("char[]", 1024)

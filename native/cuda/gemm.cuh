@@ -156,10 +156,7 @@ KVS_DEVICE int gemm_spot(int row, int chunk) { return (row * 4 + (chunk ^ (row >
 
 /* Four values of a row, zeros beyond cols; aligned: the row begins at a multiple of 16 bytes */
 KVS_DEVICE float4 gemm_four(const float *row, int32_t at, int32_t cols, bool aligned) {
-    if (aligned && at + 4 <= cols) {
-        const uint4 bits = kvs_load16(row + at);
-        return make_float4(kvs_bits_float(bits.x), kvs_bits_float(bits.y), kvs_bits_float(bits.z), kvs_bits_float(bits.w));
-    }
+    if (aligned && at + 4 <= cols) return kvs_load_float4(row + at);
     return make_float4(at < cols ? row[at] : 0.0f, at + 1 < cols ? row[at + 1] : 0.0f, at + 2 < cols ? row[at + 2] : 0.0f,
                        at + 3 < cols ? row[at + 3] : 0.0f);
 }

@@ -2,7 +2,7 @@
  *
  * SIZE x SIZE products in a block of threads, by columns in steps of 32. Both operands lie in shared memory column by column, so that a thread
  * reads four rows at once: 8 x 8 products (8 x 4 where SIZE is 64) of a thread take 4 reads of 16 bytes (3). While a step is multiplied, the next
- * is in registers. Each product is one chain of fmaf, in the order of columns. */
+ * is in registers. */
 #include "gemm.cuh"
 
 enum { QUADS = 4 }; /* of a step's values that a thread loads: SIZE rows x 8, by 2 SIZE threads */
@@ -50,7 +50,7 @@ template <int SIZE> KVS_DEVICE void float_store(const float4 from[QUADS], float 
 /* The weights of a step. F32: as rows of x. Else the first SIZE threads decode a row's group each. */
 template <int TYPE, int SIZE> struct float_weights {
     kvs_planes planes;
-    gemm_raw<TYPE> raw;
+    gemm_raw<TYPE> raw = {};
     KVS_DEVICE void begin(const gemm_args &a, const gemm_at &at) {
         const int32_t row = KVS_MIN(at.row + (int32_t)threadIdx.x, at.job.rows - 1);
         planes = kvs_planes_of<TYPE>(at.job.w + row * at.job.row_bytes, a.cols);
@@ -87,12 +87,14 @@ template <int SIZE> KVS_DEVICE float_place float_place_of(void) { /* a warp: 8 x
 }
 
 KVS_DEVICE void float_read(const float *from, float out[4]) {
-    const uint4 bits = kvs_load16(from);
-    out[0] = kvs_bits_float(bits.x), out[1] = kvs_bits_float(bits.y), out[2] = kvs_bits_float(bits.z), out[3] = kvs_bits_float(bits.w);
+    const float4 four = kvs_load_float4(from);
+    out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
 }
 
+/* A step's products are added up by themselves first: no chain of sums is longer than 32 and the number of steps. */
 template <int SIZE> KVS_DEVICE void float_multiply(float acc[SIZE / 16][8], const float *xs, const float *ws, float_place at) {
     constexpr int N = SIZE / 16;
+    float sums[N][8] = {};
     for (int four = 0; four < KVS_GROUP; four += 4) {
 #pragma unroll
         for (int k = four; k < four + 4; k++) {
@@ -104,9 +106,13 @@ template <int SIZE> KVS_DEVICE void float_multiply(float acc[SIZE / 16][8], cons
 #pragma unroll
             for (int i = 0; i < N; i++)
 #pragma unroll
-                for (int j = 0; j < 8; j++) acc[i][j] = fmaf(x[i], w[j], acc[i][j]);
+                for (int j = 0; j < 8; j++) sums[i][j] = fmaf(x[i], w[j], sums[i][j]);
         }
     }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) acc[i][j] += sums[i][j];
 }
 
 KVS_DEVICE void float_put(float *y, const float acc[4], const float *bias, int32_t left, bool fours) { /* left: columns of y from here on */
@@ -114,7 +120,7 @@ KVS_DEVICE void float_put(float *y, const float acc[4], const float *bias, int32
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[i] = acc[i] + (bias && i < left ? bias[i] : 0.0f);
     if (fours && left >= 4) {
-        *(float4 *)(void *)y = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        kvs_store_float4(y, make_float4(sums[0], sums[1], sums[2], sums[3]));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -123,8 +129,8 @@ KVS_DEVICE void float_put(float *y, const float acc[4], const float *bias, int32
 }
 
 template <int TYPE, int SIZE> __global__ void __launch_bounds__(SIZE * 2) gemm_float_kernel(gemm_args a) {
-    __shared__ __align__(16) float xs[KVS_GROUP * SIZE];
-    __shared__ __align__(16) float ws[KVS_GROUP * SIZE];
+    KVS_DYNAMIC_SHARED(float, xs);
+    float *ws = xs + KVS_GROUP * SIZE;
     constexpr int N = SIZE / 16;
     const gemm_at at = gemm_find<SIZE, SIZE>(a);
     const float_rows rows_x = float_rows_of<SIZE>(a.x, a.cols, at.first, a.n, a.cols);
@@ -161,14 +167,20 @@ template <int TYPE, int SIZE> __global__ void __launch_bounds__(SIZE * 2) gemm_f
     }
 }
 
+template <int TYPE, int SIZE> static void launch_float(kvs_cuda *cu, const gemm_args *a) {
+    const size_t shared = 2 * KVS_GROUP * SIZE * sizeof(float);
+    KVS_LAUNCH(cu, (gemm_float_kernel<TYPE, SIZE>), (unsigned)gemm_tiles(a, SIZE, SIZE), SIZE * 2, shared, *a);
+}
+
 template <int TYPE> struct float_launch {
     static void run(kvs_cuda *cu, const gemm_args *a) {
-        if constexpr (TYPE == KVS_TYPE_F32) /* the rest is rare */
+        if constexpr (TYPE == KVS_TYPE_F32) { /* the rest is rare */
             if (gemm_tiles(a, 128, 128) >= cu->n_sm) {
-                KVS_LAUNCH(cu, (gemm_float_kernel<TYPE, 128>), (unsigned)gemm_tiles(a, 128, 128), 256, 0, *a);
+                launch_float<TYPE, 128>(cu, a);
                 return;
             }
-        KVS_LAUNCH(cu, (gemm_float_kernel<TYPE, 64>), (unsigned)gemm_tiles(a, 64, 64), 128, 0, *a);
+        }
+        launch_float<TYPE, 64>(cu, a);
     }
 };
 void gemm_float(kvs_cuda *cu, const gemm_args *a) { kvs_for_types<float_launch>(a->type, cu, a); }

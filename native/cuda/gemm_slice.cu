@@ -19,30 +19,28 @@ KVS_DEVICE int32_t slice_group(int32_t step, int warp) { return (step / 2 * SLIC
 /* Where a lane's rows of x are: every eighth of them */
 template <int N8> struct slice_x {
     const uint16_t *from;
-    int32_t at[N8];  /* behind the last row: that one again */
-    int32_t n, last; /* rows; the last group of a row */
+    int32_t at[N8]; /* behind the last row: that one again */
+    int32_t last;   /* group of a row */
 };
 
 template <int N8> KVS_DEVICE slice_x<N8> slice_x_of(const gemm_args &a, int32_t first) {
     const int lane = (int)threadIdx.x % KVS_WARP;
     slice_x<N8> x;
     x.from = a.halves + (int64_t)first * a.stride + lane % 4 * 8;
-    x.n = a.n - first;
     x.last = a.stride / KVS_GROUP - 1;
 #pragma unroll
-    for (int j = 0; j < N8; j++) x.at[j] = KVS_MIN(j * 8 + lane / 4, x.n - 1) * a.stride;
+    for (int j = 0; j < N8; j++) x.at[j] = KVS_MIN(j * 8 + lane / 4, a.n - first - 1) * a.stride;
     return x;
 }
 
 template <int N8> KVS_DEVICE void slice_load_x(const slice_x<N8> *x, int32_t group, uint4 out[N8]) {
     const uint16_t *from = x->from + KVS_MIN(group, x->last) * KVS_GROUP;
 #pragma unroll
-    for (int j = 0; j < N8; j++)
-        if (j * 8 < x->n) out[j] = kvs_load16(from + x->at[j]);
+    for (int j = 0; j < N8; j++) out[j] = kvs_load16(from + x->at[j]);
 }
 
 /* ws: halves of 32 rows of weights and 32 columns. acc[i][j] are 16 rows of weights by 8 of x. */
-template <int N8> KVS_DEVICE void slice_multiply(float acc[2][N8][4], const uint16_t *ws, const uint4 x[N8], int32_t n) {
+template <int N8> KVS_DEVICE void slice_multiply(float acc[2][N8][4], const uint16_t *ws, const uint4 x[N8]) {
     const int lane = (int)threadIdx.x % KVS_WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -50,7 +48,6 @@ template <int N8> KVS_DEVICE void slice_multiply(float acc[2][N8][4], const uint
         const uint32_t w[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
 #pragma unroll
         for (int j = 0; j < N8; j++) {
-            if (j * 8 >= n) continue;
             const uint32_t xs[2][2] = {{x[j].x, x[j].y}, {x[j].z, x[j].w}};
             kvs_mma_f16(acc[i][j], w[0], xs[0]);
             kvs_mma_f16(acc[i][j], w[1], xs[1]);
@@ -58,9 +55,14 @@ template <int N8> KVS_DEVICE void slice_multiply(float acc[2][N8][4], const uint
     }
 }
 
-/* Adds up what the warps have, SUMS rows of x at a time. sums: (SLICES, SUMS, SUMS_STRIDE) */
-template <int TYPE, int N8, int SUMS>
-KVS_DEVICE void slice_finish(const gemm_args &a, const gemm_at &at, float acc[2][N8][4], float *sums) {
+/* Sums of so many rows of x are added up at once. */
+KVS_SHARED constexpr int slice_sums(int n8) { return n8 < 4 ? n8 * 8 : 32; }
+KVS_SHARED constexpr int slice_shared(int n8) { return SLICES * slice_sums(n8) * SUMS_STRIDE * (int)sizeof(float); } /* bytes */
+static_assert(slice_shared(2) >= SLICES * ROWS * KVS_GROUP * (int)sizeof(uint16_t), "room for halves of weights, too");
+
+/* Adds up what the warps have. sums: (SLICES, SUMS, SUMS_STRIDE) */
+template <int TYPE, int N8> KVS_DEVICE void slice_finish(const gemm_args &a, const gemm_at &at, float acc[2][N8][4], float *sums) {
+    constexpr int SUMS = slice_sums(N8);
     const int lane = (int)threadIdx.x % KVS_WARP, warp = (int)threadIdx.x / KVS_WARP;
 #pragma unroll
     for (int begin = 0; begin < N8 * 8; begin += SUMS) {
@@ -86,13 +88,12 @@ KVS_DEVICE void slice_finish(const gemm_args &a, const gemm_at &at, float acc[2]
     }
 }
 
-/* N8: rows of x by eight. Up to 16 of them take so few registers that two blocks fit a multiprocessor. */
+/* N8: rows of x by eight. 16 of them take so few registers that two blocks fit a multiprocessor. */
 template <int TYPE, int N8> __global__ void __launch_bounds__(THREADS, N8 == 2 ? 2 : 1) gemm_slice_kernel(gemm_args a) {
-    constexpr int AHEAD = kvs_type_is_float(TYPE) ? 2 : 4, SUMS = N8 == 2 ? 16 : 32, SUMS_BYTES = SLICES * SUMS * SUMS_STRIDE * 4;
-    __shared__ __align__(16) uint8_t shared[SUMS_BYTES]; /* halves of weights, 2 KiB for each warp, then sums */
-    static_assert(SUMS_BYTES >= SLICES * ROWS * KVS_GROUP * 2, "room for both");
+    constexpr int AHEAD = kvs_type_is_float(TYPE) ? 2 : 4;
+    KVS_DYNAMIC_SHARED(float, sums); /* and before, halves of weights */
     const int lane = (int)threadIdx.x % KVS_WARP, warp = (int)threadIdx.x / KVS_WARP;
-    uint16_t *ws = (uint16_t *)(void *)shared + warp * ROWS * KVS_GROUP;
+    uint16_t *ws = (uint16_t *)(void *)sums + warp * ROWS * KVS_GROUP;
     const gemm_at at = gemm_find<N8 * 8, ROWS>(a);
     const int32_t row = KVS_MIN(at.row + lane, at.job.rows - 1), groups = (a.cols + KVS_GROUP - 1) / KVS_GROUP;
     const kvs_planes planes = kvs_planes_of<TYPE>(at.job.w + row * at.job.row_bytes, a.cols);
@@ -118,18 +119,23 @@ template <int TYPE, int N8> __global__ void __launch_bounds__(THREADS, N8 == 2 ?
             for (int k = 0; k < 4; k++) kvs_store16(ws + gemm_spot(lane, k), halves[k]);
             __syncwarp();
             gemm_load<TYPE>(&planes, KVS_MIN(slice_group(step + AHEAD, warp), groups - 1), &raw[i]);
-            slice_multiply<N8>(acc, ws, x[i % 2], rows_x.n);
+            slice_multiply<N8>(acc, ws, x[i % 2]);
         }
     }
-    slice_finish<TYPE, N8, SUMS>(a, at, acc, (float *)(void *)shared);
+    slice_finish<TYPE, N8>(a, at, acc, sums);
 }
 
+template <int TYPE, int N8> static void launch_slices(kvs_cuda *cu, const gemm_args *a) {
+    KVS_LAUNCH(cu, (gemm_slice_kernel<TYPE, N8>), (unsigned)gemm_tiles(a, N8 * 8, ROWS), THREADS, slice_shared(N8), *a);
+}
 template <int TYPE> struct slice_launch {
     static void run(kvs_cuda *cu, const gemm_args *a) {
         if (a->n <= 16)
-            KVS_LAUNCH(cu, (gemm_slice_kernel<TYPE, 2>), (unsigned)gemm_tiles(a, 16, ROWS), THREADS, 0, *a);
+            launch_slices<TYPE, 2>(cu, a);
+        else if (a->n <= 32)
+            launch_slices<TYPE, 4>(cu, a);
         else
-            KVS_LAUNCH(cu, (gemm_slice_kernel<TYPE, 8>), (unsigned)gemm_tiles(a, 64, ROWS), THREADS, 0, *a);
+            launch_slices<TYPE, 8>(cu, a);
     }
 };
 void gemm_slice(kvs_cuda *cu, const gemm_args *a) { gemm_for_halves<slice_launch>(a->type, cu, a); }

@@ -9,6 +9,10 @@
 
 enum { TILE = 128, THREADS = 128, STAGES = 3, HALVES = TILE * KVS_GROUP };
 
+typedef struct tile_shared {
+    uint16_t x[STAGES][HALVES], w[2][HALVES];
+} tile_shared;
+
 /* The rows of x that a thread copies 16 bytes of, every 32nd */
 typedef struct tile_copy {
     const uint16_t *from[TILE * 4 / THREADS];
@@ -56,11 +60,11 @@ KVS_DEVICE void tile_multiply(float acc[4][8][4], const uint16_t *xs, const uint
 }
 
 KVS_DEVICE void tile_put(float *y, float a, float b, int32_t left, bool pairs) { /* left: columns of y from here on */
-    if (pairs && left >= 2) {
+    if (pairs && left > 1) {
         *(float2 *)(void *)y = make_float2(a, b);
     } else {
-        if (left >= 1) y[0] = a;
-        if (left >= 2) y[1] = b;
+        y[0] = a;
+        if (left > 1) y[1] = b;
     }
 }
 
@@ -68,26 +72,26 @@ KVS_DEVICE void tile_finish(const gemm_args &a, const gemm_at &at, float acc[4][
     const int lane = (int)threadIdx.x % KVS_WARP, warp = (int)threadIdx.x / KVS_WARP;
     const int32_t rows = at.job.rows, row = at.row + warp / 2 * 64 + lane % 4 * 2, first = at.first + warp % 2 * 64 + lane / 4;
     const bool pairs = gemm_aligned(at.job.y, (int64_t)rows * 4, 8);
-    const float *bias = at.job.bias;
+    float scale[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int32_t n = first + i * 8;
-        if (n >= a.n) continue;
-        const float scale = a.scales[n] * (1.0f / factor);
-        float *y = at.job.y + (int64_t)n * rows;
+    for (int i = 0; i < 8; i++) scale[i] = first + i * 8 < a.n ? a.scales[first + i * 8] * (1.0f / factor) : 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int32_t r = row + j * 8;
-            const float b0 = bias && r < rows ? bias[r] : 0.0f, b1 = bias && r + 1 < rows ? bias[r + 1] : 0.0f;
+    for (int j = 0; j < 8; j++) {
+        const int32_t r = row + j * 8, left = rows - r;
+        if (left <= 0) break;
+        const float b0 = at.job.bias ? at.job.bias[r] : 0.0f, b1 = at.job.bias && left > 1 ? at.job.bias[r + 1] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (first + i * 8 >= a.n) break;
             const float *c = &acc[i / 2][j][i % 2 * 2];
-            tile_put(y + r, fmaf(c[0], scale, b0), fmaf(c[1], scale, b1), rows - r, pairs);
+            tile_put(at.job.y + (int64_t)(first + i * 8) * rows + r, fmaf(c[0], scale[i], b0), fmaf(c[1], scale[i], b1), left, pairs);
         }
     }
 }
 
 template <int TYPE> __global__ void __launch_bounds__(THREADS, 2) gemm_tile_kernel(gemm_args a) {
-    __shared__ __align__(16) uint16_t xs[STAGES][HALVES];
-    __shared__ __align__(16) uint16_t ws[2][HALVES];
+    KVS_DYNAMIC_SHARED(tile_shared, shared);
+    uint16_t(*xs)[HALVES] = shared->x, (*ws)[HALVES] = shared->w;
     const gemm_at at = gemm_find<TILE, TILE>(a);
     const int32_t row = KVS_MIN(at.row + (int32_t)threadIdx.x, at.job.rows - 1), steps = (a.cols + KVS_GROUP - 1) / KVS_GROUP;
     const kvs_planes planes = kvs_planes_of<TYPE>(at.job.w + row * at.job.row_bytes, a.cols);
@@ -126,7 +130,7 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS, 2) gemm_tile_kern
 
 template <int TYPE> struct tile_launch {
     static void run(kvs_cuda *cu, const gemm_args *a) {
-        KVS_LAUNCH(cu, gemm_tile_kernel<TYPE>, (unsigned)gemm_tiles(a, TILE, TILE), THREADS, 0, *a);
+        KVS_LAUNCH(cu, gemm_tile_kernel<TYPE>, (unsigned)gemm_tiles(a, TILE, TILE), THREADS, sizeof(tile_shared), *a);
     }
 };
 void gemm_tile(kvs_cuda *cu, const gemm_args *a) { gemm_for_halves<tile_launch>(a->type, cu, a); }

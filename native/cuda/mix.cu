@@ -74,7 +74,7 @@ KVS_DEVICE void add_weighted(float4 *sum, float weight, float4 x) {
 /* One warp for each panel of a head; a lane has four neighbouring values of each of its columns. Panels of a block are neighbours that need
  * nearly the same rows: they come from the first-level cache but once. */
 static __global__ void mix_kernel(mix_args a) {
-    __shared__ float sums[WARPS][COLUMNS][TILE];
+    __shared__ __align__(16) float sums[WARPS][COLUMNS][TILE];
     int32_t warp = threadIdx.x / KVS_WARP, lane = threadIdx.x % KVS_WARP, panel = blockIdx.x * WARPS + warp;
     if (panel >= a.n_panel) return;
     int32_t head_dim = a.kv->head_dim, begin = a.start[panel], end = a.start[panel + 1];

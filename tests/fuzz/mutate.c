@@ -199,7 +199,9 @@ static void draw_outline(const uint8_t *data, size_t size, outline *o) {
     for (uint64_t i = 0; i < n_keys && fine; i++) fine = take_record(&w, false);
     for (uint64_t i = 0; i < n_tensors && fine; i++) fine = take_record(&w, true);
     for (uint32_t i = 0; i < o->n_records; i++)
-        if (named(data, &o->records[i], "general.alignment")) o->alignment = get(data, o->records[i].value + 4, 4);
+        if (named(data, &o->records[i], "general.alignment") &&
+            o->records[i].end - o->records[i].value >= 8) /* its type may have been edited */
+            o->alignment = get(data, o->records[i].value + 4, 4);
     if (o->alignment < 8 || o->alignment > 65536 || (o->alignment & (o->alignment - 1))) o->alignment = 32;
 }
 

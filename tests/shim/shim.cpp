@@ -7,7 +7,7 @@
 #include "shim_fiber.h"
 
 #include <cstdarg>
-#include <memory>
+#include <mutex>
 #include <unistd.h>
 #include <vector>
 
@@ -34,7 +34,7 @@ struct warp { /* a bit per lane; one of ready, calling, barrier, done, or runnin
     uint32_t all, ready, begun, calling, barrier, done;
 };
 
-struct machine { /* of a host thread */
+struct machine { /* what the launch that runs needs */
     thread threads[MAX_THREADS];
     warp warps[MAX_THREADS / WARP];
     alignas(32) uint8_t shared[16 + MAX_SHARED + ZONE + 32];
@@ -48,10 +48,12 @@ struct machine { /* of a host thread */
     std::vector<uint32_t> blocks;
 };
 
-thread_local kvs_shim_place *kvs_shim_self;
-static const char *last_kernel; /* of any host thread */
-static thread_local std::unique_ptr<machine> owned;
-static thread_local machine *m; /* owned, without a look whether it is there */
+/* One launch at a time, so that all this, and __shared__ arrays, are plain static memory: as thread_local they would have to be found at
+ * every use, by a function, in a library that is loaded late. */
+kvs_shim_place *kvs_shim_self;
+static machine *const m = new machine();
+static std::mutex turn;
+static const char *last_kernel;
 
 void kvs_shim_fatal(const char *format, ...) {
     char text[800];
@@ -61,12 +63,12 @@ void kvs_shim_fatal(const char *format, ...) {
         const uint3 &b = kvs_shim_self->block->index, &t = kvs_shim_self->index;
         add(snprintf(text, sizeof text, "kvs shim: %s, block (%u, %u, %u), thread (%u, %u, %u): ", m->name, b.x, b.y, b.z, t.x, t.y, t.z));
     } else
-        add(snprintf(text, sizeof text, "kvs shim: %s%s", m && m->name ? m->name : "", m && m->name ? ": " : ""));
+        add(snprintf(text, sizeof text, "kvs shim: %s%s", m->name ? m->name : "", m->name ? ": " : ""));
     va_list args;
     va_start(args, format);
     add(vsnprintf(text + n, sizeof text - n - 1, format, args));
     va_end(args);
-    if (m && m->name && m->how == RANDOM)
+    if (m->name && m->how == RANDOM)
         add(snprintf(text + n, sizeof text - n - 1, " (KVS_SHIM_ORDER=random:%llu)", (unsigned long long)m->seed));
     text[n++] = '\n';
     if (write(STDERR_FILENO, text, n) < 0) {} /* nothing could be done about it */
@@ -431,10 +433,7 @@ static void run_blocks(dim3 grid, size_t shared) {
 }
 
 static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
-    if (!m) {
-        owned.reset(new machine());
-        m = owned.get();
-    }
+    std::lock_guard<std::mutex> hold(turn);
     m->name = name;
     __atomic_store_n(&last_kernel, name, __ATOMIC_RELAXED);
     m->body = &body;

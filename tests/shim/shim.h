@@ -1,6 +1,6 @@
 /* shim.h - what native/cuda/device.cuh stands on where there is no CUDA: the kernels are compiled as C++17 and run on the CPU, for tests.
  *
- * The threads of a block are fibers of the host thread that launches; blocks run one after the other. A thread runs until it comes to a
+ * One launch runs at a time. The threads of a block are fibers of the host thread that launches; blocks run one after the other. A thread runs until it comes to a
  * barrier or a warp primitive, then the next one does. KVS_SHIM_ORDER=reverse or random[:seed] (default forward) is the order of blocks,
  * warps, and lanes between two primitives. What a GPU would not forgive ends the process with the kernel's name on stderr: threads that
  * wait for others that will never come, lanes of one mask at different primitives, addresses that are not aligned, launches beyond the
@@ -32,7 +32,7 @@ extern "C" {
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __shared__      static thread_local
+#define __shared__      static
 #define __align__(n)    __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define KVS_DEVICE __attribute__((always_inline)) inline /* not static: a template's specialization may not be */
@@ -82,7 +82,7 @@ struct kvs_shim_place { /* a thread's own struct begins with it */
     uint3 index;
     const kvs_shim_block *block;
 };
-extern thread_local kvs_shim_place *kvs_shim_self;
+extern kvs_shim_place *kvs_shim_self __attribute__((visibility("hidden")));
 #define threadIdx                      (kvs_shim_self->index)
 #define blockIdx                       (kvs_shim_self->block->index)
 #define blockDim                       (kvs_shim_self->block->dim)

@@ -229,7 +229,9 @@ cudaError_t cudaFree(void *p) {
 #endif
     for (size_t i = 0; i < all; i++) {
         if (i == ZONE) i += bytes;
-        if (block[i] != ZONE_BYTE) kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device", (long long)i - ZONE, bytes);
+        if (block[i] != ZONE_BYTE)
+            kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device; the last kernel was %s", (long long)i - ZONE, bytes,
+                           kvs_shim_last());
     }
     allocated -= whole(bytes);
     blocks.erase(found);
