@@ -25,11 +25,6 @@ typedef struct offload {
     uint64_t needed; /* bytes that the device did not have */
     kvs_step host_step, device_step;
     kvs_fault host_fault, device_fault;
-    kvs_row *rows; /* (room_rows) of the step, for the device */
-    int32_t room_rows;
-    const kvs_kv **kvs;  /* (n_kvs) caches that ops spoke of, and what the device knows of them */
-    kvs_kv **device_kvs; /* (room_kvs) */
-    int32_t n_kvs, room_kvs;
     kvs_smooth_job smooth_jobs[MAX_JOBS]; /* at one address in every layer: what the device has staged for one serves all */
     kvs_mix_job mix_job;
 } offload;
@@ -176,39 +171,11 @@ static bool offload_place(kvs_backend *be, kvs_weight *w, void *room, const int3
 
 /* ---- steps ---- */
 
-static bool reserve_rows(offload *o, int32_t n) {
-    if (n <= o->room_rows) return true;
-    kvs_row *grown = kvs_realloc(o->rows, (uint64_t)n, sizeof *grown);
-    if (!grown) return false;
-    o->rows = grown;
-    o->room_rows = n;
-    return true;
-}
-
-static bool reserve_kv(offload *o) { /* one more */
-    if (o->n_kvs < o->room_kvs) return true;
-    const kvs_kv **kvs = kvs_realloc(o->kvs, (uint64_t)o->room_kvs + 1, sizeof *kvs);
-    if (kvs) o->kvs = kvs;
-    kvs_kv **copies = kvs_realloc(o->device_kvs, (uint64_t)o->room_kvs + 1, sizeof *copies);
-    if (copies) o->device_kvs = copies;
-    kvs_kv *copy = kvs && copies ? kvs_calloc(1, sizeof *copy) : NULL; /* each by itself: the step holds on to its address */
-    if (copy) copies[o->room_kvs++] = copy;
-    return copy != NULL;
-}
-
-/* The cache as the device knows it, at the same address through the step. NULL: the step has failed. */
+/* NULL: the step has failed. */
 static kvs_kv *kv_of(offload *o, int32_t side, const kvs_kv *kv) {
-    if (side == KVS_HOST) return (kvs_kv *)kv;
-    for (int32_t i = o->n_kvs - 1; i >= 0; i--) /* rows of one session are neighbours */
-        if (o->kvs[i] == kv) return o->device_kvs[i];
-    if (!reserve_kv(o)) {
-        o->status = KVS_E_MEMORY;
-        return NULL;
-    }
-    kvs_kv *copy = o->device_kvs[o->n_kvs];
-    *copy = kvs_twins_kv(&o->twins, kv);
-    o->kvs[o->n_kvs++] = kv;
-    return copy;
+    kvs_kv *there = side == KVS_HOST ? (kvs_kv *)kv : kvs_twins_kv(&o->twins, kv);
+    if (!there) o->status = KVS_E_MEMORY;
+    return there;
 }
 
 static void offload_begin(kvs_backend *be, const kvs_step *step) {
@@ -216,15 +183,13 @@ static void offload_begin(kvs_backend *be, const kvs_step *step) {
     stepping = o;
     o->step = step;
     o->side = be->host_layers ? KVS_HOST : KVS_DEVICE;
-    o->status = reserve_rows(o, step->n) ? KVS_OK : KVS_E_MEMORY;
     o->failed = 0;
     o->needed = 0;
-    o->n_kvs = 0;
-    for (int32_t i = 0; i < step->n && !o->status; i++)
-        o->rows[i] = (kvs_row){kv_of(o, KVS_DEVICE, step->rows[i].kv), step->rows[i].index, step->rows[i].pos};
+    const kvs_row *rows = kvs_twins_rows(&o->twins, step);
+    o->status = rows ? KVS_OK : KVS_E_MEMORY;
     o->host_step = *step;
     o->host_step.fault = &o->host_fault;
-    o->device_step = (kvs_step){.rows = o->rows, .n = o->status ? 0 : step->n, .cancel = step->cancel, .fault = &o->device_fault};
+    o->device_step = (kvs_step){.rows = rows, .n = rows ? step->n : 0, .cancel = step->cancel, .fault = &o->device_fault};
     o->cpu->ops->begin(o->cpu, &o->host_step);
     o->device->ops->begin(o->device, &o->device_step);
 }
@@ -514,10 +479,6 @@ static void offload_close(kvs_backend *be) {
     kvs_twins_free(&o->twins);
     o->device->ops->close(o->device);
     o->cpu->ops->close(o->cpu);
-    for (int32_t i = 0; i < o->room_kvs; i++) free(o->device_kvs[i]);
-    free(o->device_kvs);
-    free(o->kvs);
-    free(o->rows);
     free(o);
 }
 

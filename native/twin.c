@@ -19,6 +19,10 @@ static void free_twin(kvs_twins *t, kvs_twin *twin) {
 void kvs_twins_free(kvs_twins *t) {
     for (int32_t i = 0; i < t->n; i++) free_twin(t, t->blocks[i]);
     free(t->blocks);
+    for (int32_t i = 0; i < t->room_kvs; i++) free(t->copies[i]);
+    free(t->copies);
+    free(t->kvs);
+    free(t->rows);
     pthread_mutex_destroy(&t->mutex);
 }
 
@@ -76,9 +80,11 @@ void *kvs_twins_alloc_layers(kvs_twins *t, int32_t n_layer, int32_t n_host, uint
     if (ok) {
         n_host = KVS_MIN(n_host, n_layer);
         twin->layers = true;
+        int32_t skipped = t->device->whole_arrays ? 0 : n_host;
         twin->host_bytes = (uint64_t)n_host * bytes_per_layer;
+        twin->skipped = (uint64_t)skipped * bytes_per_layer;
         twin->host = t->cpu->ops->alloc(t->cpu, twin->bytes);
-        if (n_host < n_layer) twin->device = t->device->ops->alloc_layers(t->device, n_layer - n_host, bytes_per_layer);
+        if (n_host < n_layer) twin->device = t->device->ops->alloc_layers(t->device, n_layer - skipped, bytes_per_layer);
         ok = twin->host && (twin->device || n_host == n_layer);
     }
     if (ok) return listed(t, twin);
@@ -171,7 +177,7 @@ static bool has_device(kvs_twins *t, kvs_twin *twin) {
 }
 
 uint8_t *kvs_twin_on_device(const kvs_twin *twin, const void *address) {
-    return twin->device + ((uint64_t)((const uint8_t *)address - twin->host) - twin->host_bytes);
+    return twin->device + ((uint64_t)((const uint8_t *)address - twin->host) - twin->skipped);
 }
 
 void *kvs_twins_use(kvs_twins *t, int32_t side, const void *address, uint64_t bytes, int32_t access) {
@@ -206,20 +212,52 @@ int32_t kvs_twin_where(const kvs_twin *twin, const void *address, uint64_t *n) {
 static void *array_on_device(kvs_twins *t, const void *array) {
     const kvs_twin *twin = array ? kvs_twins_find(t, array) : NULL;
     if (!twin || !twin->device) return NULL;
-    return (void *)((uintptr_t)twin->device - (uintptr_t)twin->host_bytes); /* only offsets beyond host_bytes are used with it */
+    return (void *)((uintptr_t)twin->device - (uintptr_t)twin->skipped); /* only offsets behind them are used with it */
 }
 
-kvs_kv kvs_twins_kv(kvs_twins *t, const kvs_kv *kv) {
-    kvs_kv copy = *kv;
-    copy.k = array_on_device(t, kv->k);
-    copy.v = array_on_device(t, kv->v);
-    copy.entropy = array_on_device(t, kv->entropy);
-    copy.strength = array_on_device(t, kv->strength);
-    copy.mass = array_on_device(t, kv->mass);
-    copy.query = array_on_device(t, kv->query);
-    copy.lse = array_on_device(t, kv->lse);
-    copy.exact_k = array_on_device(t, kv->exact_k);
-    copy.exact_v = array_on_device(t, kv->exact_v);
-    copy.exact_o = array_on_device(t, kv->exact_o);
+static bool reserve_kv(kvs_twins *t) { /* one more */
+    if (t->n_kvs < t->room_kvs) return true;
+    const kvs_kv **kvs = kvs_realloc(t->kvs, (uint64_t)t->room_kvs + 1, sizeof *kvs);
+    if (kvs) t->kvs = kvs;
+    kvs_kv **copies = kvs_realloc(t->copies, (uint64_t)t->room_kvs + 1, sizeof *copies);
+    if (copies) t->copies = copies;
+    kvs_kv *copy = kvs && copies ? kvs_calloc(1, sizeof *copy) : NULL; /* each by itself: the step holds on to its address */
+    if (copy) copies[t->room_kvs++] = copy;
+    return copy != NULL;
+}
+
+kvs_kv *kvs_twins_kv(kvs_twins *t, const kvs_kv *kv) {
+    for (int32_t i = t->n_kvs - 1; i >= 0; i--) /* rows of one session are neighbours */
+        if (t->kvs[i] == kv) return t->copies[i];
+    if (!reserve_kv(t)) return NULL;
+    kvs_kv *copy = t->copies[t->n_kvs];
+    *copy = *kv;
+    copy->k = array_on_device(t, kv->k);
+    copy->v = array_on_device(t, kv->v);
+    copy->entropy = array_on_device(t, kv->entropy);
+    copy->strength = array_on_device(t, kv->strength);
+    copy->mass = array_on_device(t, kv->mass);
+    copy->query = array_on_device(t, kv->query);
+    copy->lse = array_on_device(t, kv->lse);
+    copy->exact_k = array_on_device(t, kv->exact_k);
+    copy->exact_v = array_on_device(t, kv->exact_v);
+    copy->exact_o = array_on_device(t, kv->exact_o);
+    t->kvs[t->n_kvs++] = kv;
     return copy;
+}
+
+const kvs_row *kvs_twins_rows(kvs_twins *t, const kvs_step *step) {
+    t->n_kvs = 0;
+    if (step->n > t->room_rows || !t->rows) {
+        kvs_row *grown = kvs_realloc(t->rows, (uint64_t)step->n + 1, sizeof *grown);
+        if (!grown) return NULL;
+        t->rows = grown;
+        t->room_rows = step->n;
+    }
+    for (int32_t i = 0; i < step->n; i++) {
+        kvs_kv *kv = kvs_twins_kv(t, step->rows[i].kv);
+        if (!kv) return NULL;
+        t->rows[i] = (kvs_row){kv, step->rows[i].index, step->rows[i].pos};
+    }
+    return t->rows;
 }

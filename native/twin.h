@@ -20,8 +20,9 @@ typedef struct kvs_stretch { /* of a block, from the end of the one before it */
 typedef struct kvs_twin {
     uint8_t *host, *device; /* device: NULL until it is wanted */
     uint64_t bytes;
-    bool layers; /* an array of a cache: its first host_bytes are on the host, the others on the device, which begins with them */
+    bool layers; /* an array of a cache: its first host_bytes are on the host, the others on the device */
     uint64_t host_bytes;
+    uint64_t skipped;                          /* of the array: the device's memory begins behind them */
     kvs_stretch stretches[KVS_TWIN_STRETCHES]; /* (n) */
     int32_t n;
 } kvs_twin;
@@ -31,6 +32,12 @@ typedef struct kvs_twins {
     pthread_mutex_t mutex; /* of the list */
     kvs_twin **blocks;     /* (n) by address on the host */
     int32_t n, room;
+    /* of a step, for its thread */
+    const kvs_kv **kvs; /* (n_kvs) caches, and what the device knows of them */
+    kvs_kv **copies;    /* (room_kvs) */
+    int32_t n_kvs, room_kvs;
+    kvs_row *rows; /* (room_rows) */
+    int32_t room_rows;
 } kvs_twins;
 
 bool kvs_twins_init(kvs_twins *twins, kvs_backend *cpu, kvs_backend *device);
@@ -48,6 +55,8 @@ void *kvs_twins_use(kvs_twins *twins, int32_t side, const void *address, uint64_
 int32_t kvs_twin_where(const kvs_twin *twin, const void *address, uint64_t *n);
 uint8_t *kvs_twin_on_device(const kvs_twin *twin, const void *address); /* its twin, which is there */
 void kvs_twin_wrote(kvs_twins *twins, kvs_twin *twin, int32_t sides, const void *address, uint64_t bytes);
-/* The same cache with its arrays as the device knows them. */
-kvs_kv kvs_twins_kv(kvs_twins *twins, const kvs_kv *kv);
+/* A step begins: its rows as the device knows them. NULL: no memory. */
+const kvs_row *kvs_twins_rows(kvs_twins *twins, const kvs_step *step);
+/* The same cache with its arrays where the device has them, at one address through the step. NULL: no memory. */
+kvs_kv *kvs_twins_kv(kvs_twins *twins, const kvs_kv *kv);
 #endif
