@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include "check.h"
 #include "offload.h"
 #include "split.h"
 
@@ -26,9 +27,21 @@ static int open_cpu_instead(const kvs_model_params *p, kvs_model *model, const c
     return KVS_OK;
 }
 
+static int open_cuda(const kvs_model_params *p, int32_t index, kvs_model *model, kvs_error *err) {
+    int status = kvs_cuda_open(index, &model->be, err);
+    if (status || !kvs_check_wanted()) return status;
+    kvs_backend *cpu = NULL, *both = NULL;
+    status = kvs_cpu_open(p->threads, &cpu, err);
+    if (!status) status = kvs_check_open(model->be, cpu, &both, err);
+    if (status && cpu) cpu->ops->close(cpu);
+    if (status) model->be->ops->close(model->be);
+    model->be = both;
+    return status;
+}
+
 static int open_auto(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
     kvs_error no_gpu = {.struct_size = sizeof no_gpu};
-    if (!kvs_cuda_open(0, &model->be, &no_gpu)) return KVS_OK;
+    if (!open_cuda(p, 0, model, &no_gpu)) return KVS_OK;
     if (p->gpu_layers > 0)
         return kvs_fail(err, KVS_E_DEVICE, "gpu_layers: %d layers on a GPU can't be had: %.200s; leave gpu_layers away", p->gpu_layers,
                         no_gpu.message);
@@ -50,7 +63,7 @@ int kvs_device_open(const kvs_model_params *p, kvs_model *model, kvs_error *err)
     int32_t index = cuda_index(p->device);
     if (index < 0) return kvs_fail(err, KVS_E_ARGUMENT, "device: \"%s\" is none of auto, cpu, cuda, cuda:N", p->device);
     kvs_error why = {.struct_size = sizeof why};
-    int status = kvs_cuda_open(index, &model->be, &why);
+    int status = open_cuda(p, index, model, &why);
     if (!status) return KVS_OK;
     return kvs_fail(err, status, "device \"%s\" can't be had: %s; use \"cpu\" or \"auto\"", p->device, why.message);
 }
