@@ -156,10 +156,11 @@ struct kvs_ops {
     void (*download_rows)(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n);
     void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
     /* weights that are only multiplied by: bytes that place() wants for one, 0 = it is best read where it is; memory for the sum of them,
-     * to be released like any other; place() copies w there, and false means that it was cancelled */
+     * to be released like any other; place() copies w there; false: it was cancelled, or status says what else */
     uint64_t (*weight_room)(kvs_backend *be, const kvs_weight *w);
     void *(*alloc_weights)(kvs_backend *be, uint64_t bytes, bool on_host); /* on_host: as those weights say */
     bool (*place)(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+    void (*end_place)(kvs_backend *be); /* what place() needed for itself goes; it may come again */
     /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
     int (*status)(kvs_backend *be); /* of the step so far, as far as the host knows: what end would give */

@@ -159,6 +159,11 @@ static bool check_place(kvs_backend *be, kvs_weight *w, void *room, const int32_
     return true;
 }
 
+static void check_end_place(kvs_backend *be) {
+    kvs_check *c = (kvs_check *)be;
+    c->device->ops->end_place(c->device);
+}
+
 static const kvs_weight *here(const kvs_check *c, const void *there) { /* what the file has; NULL: nothing that was placed */
     for (int32_t i = 0; i < c->n_weights; i++)
         if (c->weights[i].there == there) return &c->weights[i].here;
@@ -364,6 +369,7 @@ static const kvs_ops check_ops = {
     .weight_room = check_weight_room,
     .alloc_weights = check_alloc_weights,
     .place = check_place,
+    .end_place = check_end_place,
     .begin = check_begin,
     .status = check_status,
     .end = check_end,

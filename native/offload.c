@@ -169,6 +169,12 @@ static bool offload_place(kvs_backend *be, kvs_weight *w, void *room, const int3
     return owner->ops->place(owner, w, room, cancel);
 }
 
+static void offload_end_place(kvs_backend *be) {
+    offload *o = (offload *)be;
+    o->device->ops->end_place(o->device);
+    o->cpu->ops->end_place(o->cpu);
+}
+
 /* ---- steps ---- */
 
 /* NULL: the step has failed. */
@@ -220,6 +226,7 @@ static int offload_end(kvs_backend *be, kvs_error *err) {
     if (!status && o->status) status = kvs_fail_room(o->device, err, o->needed, "the working space of a step");
     o->step = NULL;
     o->status = KVS_OK;
+    o->failed = 0;
     stepping = NULL;
     return status;
 }
@@ -495,6 +502,7 @@ static const kvs_ops offload_ops = {
     .weight_room = offload_weight_room,
     .alloc_weights = offload_alloc_weights,
     .place = offload_place,
+    .end_place = offload_end_place,
     .begin = offload_begin,
     .status = offload_status,
     .end = offload_end,

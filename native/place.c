@@ -88,6 +88,7 @@ int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_err
         uint64_t bytes = (uint64_t)(w->rows * w->row_bytes);
         if (!m->be->ops->place(m->be, w, placing->room, cancel)) {
             int status = kvs_device_check(m->be, err);
+            if (!status && m->be->ops->status(m->be) == KVS_E_MEMORY) status = kvs_fail_room(m->be, err, bytes, "a copy of weights");
             return status ? status : kvs_fail(err, KVS_E_CANCELLED, "cancelled");
         }
         for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, bytes);
@@ -102,6 +103,7 @@ int kvs_place_model(kvs_model *m, const int32_t *cancel, kvs_error *err) {
     if (!status) status = reserve_at_pass(m, err);
     if (!status && !m->be->host_memory) status = reserve_at_load(m, err);
     if (!status) status = kvs_place(m, &m->at_load, cancel, err);
+    m->be->ops->end_place(m->be);
     if (m->text.tied && m->text.token_embd.placed && !m->text.output.placed) m->text.output = m->text.token_embd;
     free(m->bound);
     m->bound = NULL, m->n_bound = m->room_bound = 0;

@@ -15,8 +15,12 @@ typedef struct costs { /* bytes of the device */
     uint64_t fixed, tower, embd;
 } costs;
 
-/* What the driver, graphs, and ops take for themselves; a small device is not asked for all of it. */
-static uint64_t reserve(uint64_t free_bytes) { return KVS_MIN((uint64_t)300 << 20, free_bytes / 8); }
+/* The driver, graphs, and ops take this for themselves; of a small device, an eighth. */
+enum { RESERVE = 300 << 20, SHARE = 8 };
+
+static uint64_t usable(uint64_t free_bytes) { return KVS_MAX(free_bytes / SHARE * (SHARE - 1), free_bytes - KVS_MIN(free_bytes, RESERVE)); }
+
+static uint64_t with_reserve(uint64_t bytes) { return KVS_MIN(bytes + RESERVE, bytes / (SHARE - 1) * SHARE + SHARE); }
 
 static uint64_t layer_cache(const kvs_text *t) {
     uint64_t rows = (uint64_t)KVS_MIN(t->n_ctx_train, (int32_t)SESSION_ROWS);
@@ -24,7 +28,7 @@ static uint64_t layer_cache(const kvs_text *t) {
     return rows * (row + 3 * sizeof(float));
 }
 
-static bool add_up(const kvs_model *m, uint64_t free_bytes, costs *c) {
+static bool add_up(const kvs_model *m, costs *c) {
     const kvs_text *t = &m->text;
     *c = (costs){.layers = kvs_calloc((uint64_t)t->n_layer, sizeof *c->layers)};
     if (!c->layers) return false;
@@ -34,7 +38,7 @@ static bool add_up(const kvs_model *m, uint64_t free_bytes, costs *c) {
         rows = KVS_MAX(rows, m->vision.n_image);
         c->tower = kvs_vision_work_bytes(m);
     }
-    c->fixed = kvs_work_bytes(m, rows, BATCH_ROWS) + reserve(free_bytes);
+    c->fixed = kvs_work_bytes(m, rows, BATCH_ROWS);
     for (int32_t i = 0; i < m->n_bound; i++) {
         const kvs_bound *b = &m->bound[i];
         uint64_t room = m->be->ops->weight_room(m->be, b->w);
@@ -61,31 +65,37 @@ static int fail(const kvs_model *m, const kvs_split *s, uint64_t needed, int32_t
 }
 
 /* As many layers as fit; the tower goes first where one layer still fits beside it: a picture costs the CPU seconds. */
-static void choose_layers(const kvs_text *t, const costs *c, kvs_split *s) {
-    uint64_t left = s->free - c->fixed, one = last_layers(t, c, 1);
+static int32_t choose_layers(const kvs_text *t, const costs *c, uint64_t room) {
+    uint64_t left = room - c->fixed, one = last_layers(t, c, 1);
+    int32_t n = 1;
     if (one + c->tower <= left) left -= c->tower;
-    while (s->n_layer < t->n_layer && last_layers(t, c, s->n_layer + 1) <= left) s->n_layer++;
+    while (n < t->n_layer && last_layers(t, c, n + 1) <= left) n++;
+    return n;
+}
+
+static bool take(kvs_split *s, uint64_t bytes, uint64_t room) {
+    if (bytes > room - s->used) return false;
+    s->used += bytes;
+    return true;
 }
 
 int kvs_split_choose(const kvs_model *m, int32_t gpu_layers, kvs_split *s, kvs_error *err) {
     const kvs_text *t = &m->text;
-    uint64_t known = m->be->ops->free_memory(m->be);
+    uint64_t known = m->be->ops->free_memory(m->be), room = known ? usable(known) : UINT64_MAX;
     costs c;
     *s = (kvs_split){.free = known ? known : UINT64_MAX};
-    if (!add_up(m, known, &c)) return kvs_fail_memory(err, (uint64_t)t->n_layer * sizeof *c.layers, "a list of layers");
+    if (!add_up(m, &c)) return kvs_fail_memory(err, (uint64_t)t->n_layer * sizeof *c.layers, "a list of layers");
     bool given = gpu_layers != KVS_GPU_LAYERS_AUTO;
     int32_t least = !given ? 1 : KVS_MAX(KVS_MIN(gpu_layers, t->n_layer), 0);
     uint64_t needed = c.fixed + last_layers(t, &c, least);
-    int status = needed > s->free ? fail(m, s, needed, least, err) : KVS_OK;
-    if (given)
-        s->n_layer = least;
-    else if (!status)
-        choose_layers(t, &c, s);
-    s->used = c.fixed + last_layers(t, &c, s->n_layer);
-    s->tower = s->used + c.tower <= s->free;
-    s->used += s->tower ? c.tower : 0;
-    s->embd = s->n_layer == t->n_layer && s->used + c.embd <= s->free;
-    s->used += s->embd ? c.embd : 0;
+    int status = needed > room ? fail(m, s, with_reserve(needed), least, err) : KVS_OK;
+    if (!status) {
+        s->n_layer = given ? least : choose_layers(t, &c, room);
+        s->used = c.fixed + last_layers(t, &c, s->n_layer);
+        s->tower = take(s, c.tower, room);
+        s->embd = s->n_layer == t->n_layer && take(s, c.embd, room);
+        s->used = with_reserve(s->used);
+    }
     free(c.layers);
     return status;
 }

@@ -134,6 +134,8 @@ class Model:
         self.load_s = time.perf_counter() - begin
         level = logging.WARNING if re.match("cuda:[0-9]+ is not used", self.device_reason) else logging.INFO
         _log.log(level, "%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+        if os.environ.get("KVS_CHECK") == "1" and not self.n_gpu_layers and self.device == "cpu":
+            _log.warning("%s: KVS_CHECK=1 compares a GPU with the CPU; on the CPU there is nothing to compare", self.path)
         if self._info.threads_missing:
             wanted = self.threads + int(self._info.threads_missing)
             _log.warning("%s: %d of %d threads could be started, the system allows no more (ulimit -u)", self.path, self.threads, wanted)

@@ -44,8 +44,8 @@ typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged
     const void *device;
 } kvs_cuda_once;
 
-enum { KVS_PIECE_BYTES = 8 << 20 };
-typedef struct kvs_cuda_piece { /* of weights on their way, KVS_PIECE_BYTES each: pinned, and on the device; NULL before the first */
+enum { KVS_PIECE_BYTES = 8 << 20, KVS_LEAST_PIECE_BYTES = 1 << 16 };
+typedef struct kvs_cuda_piece { /* of weights on their way: pinned, and on the device */
     uint8_t *host, *device;
 } kvs_cuda_piece;
 
@@ -81,7 +81,8 @@ struct kvs_cuda {
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
     uint64_t n_steps;
-    kvs_cuda_piece pieces[2];
+    kvs_cuda_piece pieces[2]; /* of piece_bytes, from the first weight on, until end_place; piece_bytes 0: they are not there */
+    uint64_t piece_bytes;
     uint8_t *scratch; /* [dev] */
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
