@@ -29,7 +29,8 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
-CUDA_TESTS = cuda shim matmul rowops attention kv_ops mix_op prune_ops bf16 model stories session kvsmooth dscr prunehal prunehal_state stacks numeric
+CUDA_TESTS = cuda shim cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 model stories session kvsmooth \
+	dscr prunehal prunehal_state stacks numeric offload
 test-cuda: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU
 	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \

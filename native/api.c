@@ -1,4 +1,5 @@
 /* api.c - what the public header promises beside sessions: library facts, the life of a model, vocabulary, image encode. */
+#include "device.h"
 #include "llama.h"
 #include "session.h"
 
@@ -38,60 +39,21 @@ void kvs_flag_set(int32_t *flag, int32_t value) { __atomic_store_n(flag, value, 
 
 /* ---- the life of a model ---- */
 
-/* "cuda" or "cuda:N", N below 100: the number, else -1 */
-static int32_t cuda_index(const char *device) {
-    if (strncmp(device, "cuda", 4)) return -1;
-    if (!device[4]) return 0;
-    bool digits = device[4] == ':' && device[5] && strspn(device + 5, "0123456789") == strlen(device + 5);
-    return digits && strlen(device + 5) <= 2 ? (int32_t)atoi(device + 5) : -1;
-}
-
-static int open_auto(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
-    kvs_error no_gpu = {.struct_size = sizeof no_gpu};
-    if (!kvs_cuda_open(0, &model->be, &no_gpu)) return KVS_OK;
-    int status = kvs_cpu_open(p->threads, &model->be, err);
-    if (status) return status;
-    char kernels[sizeof model->be->reason];
-    memcpy(kernels, model->be->reason, sizeof kernels);
-    snprintf(model->be->reason, sizeof model->be->reason, "no GPU: %.100s; %.100s", no_gpu.message, kernels);
-    return KVS_OK;
-}
-
-static int open_device(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
-    const char *device = p->device ? p->device : "auto";
-    if (p->threads < 0 || p->threads > 1024)
-        return kvs_fail(err, KVS_E_ARGUMENT, "threads: must be in 0..1024, 0 for all that are allowed");
-    if (!strcmp(device, "auto")) return open_auto(p, model, err);
-    if (!strcmp(device, "cpu")) return kvs_cpu_open(p->threads, &model->be, err);
-    int32_t index = cuda_index(device);
-    if (index < 0) return kvs_fail(err, KVS_E_ARGUMENT, "device: \"%s\" is none of auto, cpu, cuda, cuda:N", device);
-    kvs_error why = {.struct_size = sizeof why};
-    int status = kvs_cuda_open(index, &model->be, &why);
-    if (!status) return KVS_OK;
-    return kvs_fail(err, status, "device \"%s\" can't be had: %s; use \"cpu\" or \"auto\"", device, why.message);
-}
-
-/* A device that can't read the files gets all weights now: a first prompt would wait for them, and what does not fit is known at once. */
-static int fill_device(kvs_model *model, kvs_placing *placing, const int32_t *cancel, kvs_error *err) {
-    int status = model->be->host_memory ? KVS_OK : kvs_place(model, placing, cancel, err);
-    if (!status && !model->be->host_memory && model->text.tied) model->text.output = model->text.token_embd;
-    return status;
-}
-
 static void report(const kvs_model_params *p, int32_t permille) {
     if (p->progress) kvs_flag_set(p->progress, permille);
 }
 
 static int load(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
-    int status = open_device(p, model, err);
+    int status = kvs_device_open(p, model, err);
     if (status) return status;
     report(p, 50);
     if ((status = kvs_text_load(model, p->text_path, p->cancel, err))) return status;
-    if ((status = fill_device(model, &model->text_placing, p->cancel, err))) return status;
-    report(p, 700);
+    report(p, 300);
     if (kvs_cancelled(p->cancel)) return kvs_fail(err, KVS_E_CANCELLED, "loading was cancelled");
     if (p->mmproj_path && (status = kvs_vision_load(model, p->mmproj_path, p->cancel, err))) return status;
-    if ((status = fill_device(model, &model->vision_placing, p->cancel, err))) return status;
+    report(p, 400);
+    if ((status = kvs_device_share(p, model, err))) return status;
+    if ((status = kvs_place_model(model, p->cancel, err))) return status;
     report(p, 1000);
     return kvs_cancelled(p->cancel) ? kvs_fail(err, KVS_E_CANCELLED, "loading was cancelled") : KVS_OK;
 }
@@ -171,6 +133,7 @@ void kvs_model_get_info(const kvs_model *model, kvs_model_info *info) {
         .pad = kvs_tokenizer_pad(tok),
         .add_bos = kvs_tokenizer_add_bos(tok),
         .add_space_prefix = kvs_tokenizer_add_space_prefix(tok),
+        .n_gpu_layers = model->be->host_memory ? 0 : t->n_layer - model->be->host_layers,
         .threads = model->be->threads,
         .threads_missing = model->be->threads_missing,
         .weight_bytes = model->weight_bytes,

@@ -22,6 +22,9 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     char reason[224];                 /* why this one, and which kernels */
     bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here */
     bool host_memory;                 /* [dev] pointers are plain ones: weights can be read where the file is mapped */
+    int32_t host_layers;              /* where a device and the CPU share a model: its first so many layers are the CPU's */
+    bool whole_arrays;                /* alloc_layers is asked for all layers, also for those that are the CPU's */
+    const struct kvs_backend *device; /* whose failure is this one's: of a backend over others; or NULL */
     int32_t failed;                   /* atomic; not 0: what it holds, and gave since then, is not to be used: kvs_device_check */
     char failure[160];                /* why, once failed is 2 */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
@@ -33,6 +36,7 @@ typedef struct kvs_weight { /* a matrix of a model file, used as y = x W^T; a ve
     int64_t row_bytes;
     const void *data; /* [dev] rows of GGUF blocks; NULL = absent */
     bool placed;      /* in the device's own order: for matmul with KVS_ROUND_INT8 alone */
+    bool on_host;     /* where a device and the CPU share a model: one of the CPU's */
 } kvs_weight;
 
 enum kvs_rounding {                     /* of the operands of a product; sums are float32 */
@@ -152,10 +156,11 @@ struct kvs_ops {
     void (*download_rows)(kvs_backend *be, void *dst, const void *src, uint64_t bytes, uint64_t stride, int32_t n);
     void (*copy)(kvs_backend *be, void *dst, const void *src, uint64_t bytes); /* inside the device */
     /* weights that are only multiplied by: bytes that place() wants for one, 0 = it is best read where it is; memory for the sum of them,
-     * to be released like any other; place() copies w there, and false means that it was cancelled */
+     * to be released like any other; place() copies w there; false: it was cancelled, or status says what else */
     uint64_t (*weight_room)(kvs_backend *be, const kvs_weight *w);
-    void *(*alloc_weights)(kvs_backend *be, uint64_t bytes);
+    void *(*alloc_weights)(kvs_backend *be, uint64_t bytes, bool on_host); /* on_host: as those weights say */
     bool (*place)(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
+    void (*end_place)(kvs_backend *be); /* what place() needed for itself goes; it may come again */
     /* step: end gives KVS_OK, KVS_E_CANCELLED, KVS_E_MEMORY, KVS_E_NUMERIC or KVS_E_DEVICE, and fills err */
     void (*begin)(kvs_backend *be, const kvs_step *step);
     int (*status)(kvs_backend *be); /* of the step so far, as far as the host knows: what end would give */
@@ -224,11 +229,9 @@ KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, 
 int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
 /* With these kernels, for tests: KVS_E_DEVICE where there are none of that name, or not for this CPU; NULL: the best. */
 int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
-/* KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
-static inline int kvs_device_check(const kvs_backend *be, kvs_error *err) {
-    int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);
-    if (!failed) return KVS_OK;
-    return kvs_fail(err, KVS_E_DEVICE, "%s failed: %s; load the model again", be->name, failed == 2 ? be->failure : "see the first error");
-}
+/* backend.c. KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
+int kvs_device_check(const kvs_backend *be, kvs_error *err);
+/* KVS_E_MEMORY, with what the device has left if that is known. */
+int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what);
 int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err); /* cuda:index, or KVS_E_DEVICE with the reason */
 #endif

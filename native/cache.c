@@ -70,9 +70,10 @@ int kvs_cache_init(kvs_cache *cache, kvs_backend *be, const kvs_cache_shape *sha
     const kvs_prune_params *prune = shape->prune;
     bool lists = !prune || kvs_pruned_init(cache, prune->layers, prune->n_layers, prune->scope == KVS_SCOPE_KV_HEAD, prune->reversible);
     if (lists && alloc_device(cache, shape) && alloc_timeline(cache)) return KVS_OK;
-    uint64_t needed = 2 * (uint64_t)kv->n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
+    int32_t n_layer = be->host_layers < kv->n_layer ? kv->n_layer - be->host_layers : kv->n_layer; /* that ask for what is scarce */
+    uint64_t needed = 2 * (uint64_t)n_layer * (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
     kvs_cache_free(cache);
-    return kvs_fail_memory(err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
+    return kvs_fail_room(be, err, needed, "the KV cache; a smaller n_ctx or kv_type needs less");
 }
 
 static void drop_pictures(kvs_cache *cache, int32_t n) { /* all but n */

@@ -43,7 +43,7 @@ int kvs_keep_rows(kvs_keep *keep, kvs_cache *cache, int32_t first, int32_t n, co
     *keep = (kvs_keep){.cache = cache, .first = first, .n = n};
     carry_all(keep);
     keep->block = cache->be->ops->alloc(cache->be, keep->bytes);
-    if (!keep->block) return kvs_fail_memory(err, keep->bytes, "rows of the cache as they were");
+    if (!keep->block) return kvs_fail_room(cache->be, err, keep->bytes, "rows of the cache as they were");
     keep->cancel = cancel;
     carry_all(keep);
     if (!kvs_cancelled(cancel)) return KVS_OK;

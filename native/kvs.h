@@ -35,7 +35,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 6 };
+enum { KVS_ABI_VERSION = 7 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -155,6 +155,12 @@ enum kvs_precision {
     KVS_PRECISION_AUTO = 0, /* operands of products in bf16 where weights are not F32 and the CPU multiplies bf16 faster, else float32 */
     KVS_PRECISION_EXACT     /* float32 */
 };
+/* Layers of the text model that a GPU computes, the last so many; the CPU computes those before. The output is the GPU's, and the vision
+ * tower if there is room. */
+enum kvs_gpu_layers {
+    KVS_GPU_LAYERS_NONE = -1, /* no layer, but the output */
+    KVS_GPU_LAYERS_AUTO = 0   /* as many as fit */
+};
 typedef struct kvs_model_params {
     uint32_t struct_size;
     int32_t threads;         /* 0 = the processors that affinity and cgroup quota allow */
@@ -166,12 +172,14 @@ typedef struct kvs_model_params {
     uint64_t model_bytes;    /* limit of all its files together; 0 = none */
     uint64_t cache_bytes;    /* limit of the caches of all its sessions together; 0 = the memory of the machine */
     int32_t precision;       /* kvs_precision */
+    int32_t gpu_layers;      /* kvs_gpu_layers, or how many: they must fit, and a GPU must be there */
 } kvs_model_params;
 typedef struct kvs_model_info {
     uint32_t struct_size;
     int32_t n_ctx_train, n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab;
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
+    int32_t n_gpu_layers;                                                /* of n_layer, on a GPU */
     int32_t vision_bf16;                                                 /* 1: the tower rounds operands to bf16 (kvs_precision) */
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */

@@ -154,7 +154,7 @@ static void output_rows(kvs_model *model, const kvs_pass *pass) {
 int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
     const kvs_ops *ops = model->be->ops;
     int status = kvs_text_check(model, err);
-    if (!status) status = kvs_place(model, &model->text_placing, pass->cancel, err);
+    if (!status) status = kvs_place(model, &model->at_pass, pass->cancel, err);
     if (!status) status = kvs_work_reserve(model, pass->n, pass->logits ? pass->n_spans : 0, err);
     if (status) return status;
     for (int32_t s = 0; s < pass->n_spans; s++) before_step(&pass->spans[s]);

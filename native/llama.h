@@ -23,5 +23,6 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err);
 #define KVS_BAD_WEIGHTS  "weights there are not finite, or so large that float32 overflows; the file is damaged"
 
 /* vision.c: pixels (3, S, S) -> embeddings (n_image, n_embd), host memory; the lock is held */
+uint64_t kvs_vision_work_bytes(const kvs_model *model); /* memory of the device that it takes */
 int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, const int32_t *cancel, kvs_error *err);
 #endif

@@ -83,21 +83,23 @@ static void check_shape(kvs_loader *ld, const kvs_found *t, kvs_shape want) {
     }
 }
 
-static void remember(kvs_loader *ld, kvs_weight *w) {
-    if (ld->n_bound == ld->room_bound) {
-        int32_t room = 2 * ld->room_bound + 64;
-        kvs_weight **grown = kvs_realloc(ld->bound, (uint64_t)room, sizeof *grown);
+/* What points into a file is told where to lie once all of it is known: place.c. */
+static void remember(kvs_loader *ld, kvs_weight *w, int32_t layer) {
+    kvs_model *m = ld->model;
+    if (m->n_bound == m->room_bound) {
+        int32_t room = 2 * m->room_bound + 64;
+        kvs_bound *grown = kvs_realloc(m->bound, (uint64_t)room, sizeof *grown);
         if (!grown) {
             ld->status = kvs_fail_memory(ld->err, (uint64_t)room * sizeof *grown, "a list of weights");
             return;
         }
-        ld->bound = grown;
-        ld->room_bound = room;
+        m->bound = grown;
+        m->room_bound = room;
     }
-    ld->bound[ld->n_bound++] = w;
+    m->bound[m->n_bound++] = (kvs_bound){w, ld->tower ? KVS_OF_TOWER : layer};
 }
 
-void kvs_load_bind(kvs_loader *ld, kvs_weight *w, const kvs_found *t, int64_t rows, int64_t cols) {
+void kvs_load_bind(kvs_loader *ld, kvs_weight *w, int32_t layer, const kvs_found *t, int64_t rows, int64_t cols) {
     *w = (kvs_weight){.type = t->info.type,
                       .rows = rows,
                       .cols = cols,
@@ -105,13 +107,13 @@ void kvs_load_bind(kvs_loader *ld, kvs_weight *w, const kvs_found *t, int64_t ro
                       .data = kvs_gguf_tensor_data(t->file, t->index)};
     kvs_gguf_use_tensor(t->file, t->index);
     ld->model->weight_bytes += (uint64_t)t->info.bytes;
-    if (!ld->model->be->host_memory) remember(ld, w);
+    remember(ld, w, layer);
 }
 
 void kvs_load_matrix(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *name, kvs_shape shape) {
     kvs_found t = find_loadable(ld, layer, name, shape.optional);
     if (t.file) check_shape(ld, &t, shape);
-    if (t.file && !ld->status) kvs_load_bind(ld, w, &t, t.info.dims[1], t.info.dims[0]);
+    if (t.file && !ld->status) kvs_load_bind(ld, w, layer, &t, t.info.dims[1], t.info.dims[0]);
 }
 
 static float *widen(kvs_loader *ld, const kvs_found *t) {
@@ -131,59 +133,6 @@ float *kvs_load_floats(kvs_loader *ld, int32_t layer, const char *name, int64_t 
     return t.file && !ld->status ? widen(ld, &t) : NULL;
 }
 
-static void *own(kvs_loader *ld, void *(*alloc)(kvs_backend *, uint64_t), uint64_t bytes, const char *what) {
-    kvs_model *m = ld->model;
-    void **grown = kvs_realloc(m->owned, (uint64_t)m->n_owned + 1, sizeof *grown);
-    if (grown) m->owned = grown;
-    void *block = grown ? alloc(m->be, bytes) : NULL;
-    if (block)
-        m->owned[m->n_owned++] = block;
-    else
-        ld->status = kvs_fail_memory(ld->err, bytes, what);
-    return block;
-}
-
-const float *kvs_load_own(kvs_loader *ld, const float *host, int64_t n) {
-    const kvs_ops *ops = ld->model->be->ops;
-    uint64_t bytes = (uint64_t)n * sizeof *host;
-    void *block = own(ld, ops->alloc, bytes, "a vector of the model");
-    if (block) ops->upload(ld->model->be, block, host, bytes);
-    return block;
-}
-
-void kvs_load_reserve(kvs_loader *ld, kvs_placing *placing, kvs_weight *const *matrices, int32_t n) {
-    const kvs_ops *ops = ld->model->be->ops;
-    if (!ld->model->be->host_memory) matrices = ld->bound, n = ld->n_bound;
-    if (!ld->status) placing->matrices = kvs_calloc((uint64_t)n, sizeof *placing->matrices);
-    if (!placing->matrices && !ld->status) ld->status = kvs_fail_memory(ld->err, (uint64_t)n * sizeof *matrices, "a list of weights");
-    uint64_t total = 0; /* at most 16 times their files' sizes, which are mapped: no sum overflows */
-    for (int32_t i = 0; i < n && !ld->status; i++) {
-        uint64_t room = matrices[i]->data ? ops->weight_room(ld->model->be, matrices[i]) : 0;
-        if (room) placing->matrices[placing->n++] = matrices[i];
-        total += room;
-    }
-    if (placing->n && !ld->status) placing->room = own(ld, ops->alloc_weights, total, "the weights of the model");
-    free(ld->bound);
-    ld->bound = NULL;
-}
-
-int kvs_place(kvs_model *m, kvs_placing *placing, const int32_t *cancel, kvs_error *err) {
-    for (; placing->done < placing->n; placing->done++) {
-        kvs_weight *w = placing->matrices[placing->done];
-        uint64_t room = m->be->ops->weight_room(m->be, w);
-        const void *from = w->data;
-        uint64_t bytes = (uint64_t)(w->rows * w->row_bytes);
-        if (!m->be->ops->place(m->be, w, placing->room, cancel)) {
-            int status = kvs_device_check(m->be, err);
-            return status ? status : kvs_fail(err, KVS_E_CANCELLED, "cancelled");
-        }
-        for (int32_t i = 0; i < m->n_parts; i++) kvs_gguf_forget(m->parts[i], from, bytes);
-        if (m->mmproj) kvs_gguf_forget(m->mmproj, from, bytes);
-        placing->room += room;
-    }
-    return KVS_OK;
-}
-
 /* Vectors are small enough to be read at load; in matrices a value that is not finite is found by the pass that meets it. */
 static void check_finite(kvs_loader *ld, const kvs_found *t, const float *x) {
     for (int64_t i = 0; i < t->info.dims[0]; i++) {
@@ -195,21 +144,33 @@ static void check_finite(kvs_loader *ld, const kvs_found *t, const float *x) {
     }
 }
 
+static bool own(kvs_loader *ld, float *host) { /* takes it over */
+    kvs_model *m = ld->model;
+    float **grown = kvs_realloc(m->widened, (uint64_t)m->n_widened + 1, sizeof *grown);
+    if (!grown) {
+        free(host);
+        ld->status = kvs_fail_memory(ld->err, sizeof *grown, "a list of vectors");
+        return false;
+    }
+    m->widened = grown;
+    m->widened[m->n_widened++] = host;
+    return true;
+}
+
 void kvs_load_vector(kvs_loader *ld, kvs_weight *w, int32_t layer, const char *name, int64_t cols, bool optional) {
     kvs_found t = find_loadable(ld, layer, name, optional);
     if (t.file) check_shape(ld, &t, (kvs_shape){1, cols, optional});
     if (!t.file || ld->status) return;
-    kvs_load_bind(ld, w, &t, 1, t.info.dims[0]);
+    kvs_load_bind(ld, w, layer, &t, 1, t.info.dims[0]);
+    if (ld->status) return;
     if (t.info.type == KVS_TYPE_F32) {
         check_finite(ld, &t, kvs_gguf_tensor_data(t.file, t.index));
         return;
     }
-    if (!ld->model->be->host_memory && !ld->status) ld->n_bound--; /* its data will not be the file's */
-    float *host = ld->status ? NULL : widen(ld, &t);
-    if (host) check_finite(ld, &t, host);
-    if (host) *w = (kvs_weight){.type = KVS_TYPE_F32, .rows = 1, .cols = w->cols, .row_bytes = 4 * w->cols};
-    if (host) w->data = kvs_load_own(ld, host, w->cols);
-    free(host);
+    float *host = widen(ld, &t);
+    if (!host || !own(ld, host)) return;
+    check_finite(ld, &t, host);
+    *w = (kvs_weight){.type = KVS_TYPE_F32, .rows = 1, .cols = w->cols, .row_bytes = 4 * w->cols, .data = host};
 }
 
 void kvs_load_refuse_rest(kvs_loader *ld, bool (*changes_nothing)(const kvs_model *model, const char *name)) {

@@ -9,9 +9,8 @@ typedef struct kvs_loader {
     kvs_gguf *const *files; /* (n_files) a split model is looked up in all its parts */
     int32_t n_files;
     const char *block;     /* "blk": layer 3 of "attn_q.weight" is "blk.3.attn_q.weight" */
+    bool tower;            /* of the two files */
     const int32_t *cancel; /* or NULL */
-    kvs_weight **bound;    /* (n_bound) where the device can't read the file: all weights that point into it; from malloc */
-    int32_t n_bound, room_bound;
     int status;
     kvs_error *err;
 } kvs_loader;
@@ -26,7 +25,7 @@ enum { KVS_NO_LAYER = -1 };
 
 /* KVS_E_MEMORY, KVS_E_FORMAT (absent, other shape), KVS_E_UNSUPPORTED (type) or KVS_E_CANCELLED in loader->status. */
 void kvs_load_matrix(kvs_loader *loader, kvs_weight *w, int32_t layer, const char *name, kvs_shape shape);
-/* (1, cols), F32 whatever the file has. */
+/* (1, cols), F32 whatever the file has: host memory of the model's where it has another type. */
 void kvs_load_vector(kvs_loader *loader, kvs_weight *w, int32_t layer, const char *name, int64_t cols, bool optional);
 /* The same as host memory, from malloc; NULL where it is absent and optional, or after a failure. */
 float *kvs_load_floats(kvs_loader *loader, int32_t layer, const char *name, int64_t cols, bool optional);
@@ -34,13 +33,8 @@ float *kvs_load_floats(kvs_loader *loader, int32_t layer, const char *name, int6
 void kvs_load_name(const kvs_loader *loader, int32_t layer, const char *name, char full[KVS_NAME]);
 kvs_found kvs_load_find(const kvs_loader *loader, const char *full_name);
 /* Any dims as (rows, cols), once the caller has compared them. */
-void kvs_load_bind(kvs_loader *loader, kvs_weight *w, const kvs_found *t, int64_t rows, int64_t cols);
+void kvs_load_bind(kvs_loader *loader, kvs_weight *w, int32_t layer, const kvs_found *t, int64_t rows, int64_t cols);
 void kvs_load_fail(kvs_loader *loader, const kvs_found *t, const char *format, ...) __attribute__((format(printf, 3, 4)));
-/* A device copy of n floats that the model owns; NULL after a failure. */
-const float *kvs_load_own(kvs_loader *loader, const float *host, int64_t n);
-/* Reserves memory for those of the n matrices that the backend wants in an order of its own, or for all that were bound where the device
- * can't read the file: kvs_place copies them there. Frees the list of them. */
-void kvs_load_reserve(kvs_loader *loader, kvs_placing *placing, kvs_weight *const *matrices, int32_t n);
 /* After all weights: a tensor that nobody has taken, but for those that change nothing, would change the result of whoever knows it. */
 void kvs_load_refuse_rest(kvs_loader *loader, bool (*changes_nothing)(const kvs_model *model, const char *name));
 /* Continues seed with names, types, dims and a sample of the bytes of all tensors. */

@@ -230,7 +230,7 @@ static void load_rope(kvs_loader *ld) {
     ld->status = kvs_gguf_get_f32(file, "llama.rope.freq_base", 1.0f, FLT_MAX, &found, &base, ld->err);
     if (!ld->status) ld->status = read_scaling(file, &scaling, ld->err);
     float *factors = kvs_load_floats(ld, KVS_NO_LAYER, "rope_freqs.weight", rope->n_rot / 2, true);
-    float inv_freq[KVS_MAX_HEAD_DIM / 2];
+    float *inv_freq = ld->model->inv_freq;
     for (int32_t i = 0; i < rope->n_rot / 2 && !ld->status; i++) {
         float exponent = (float)(2 * i) / (float)rope->n_rot, factor = factors ? factors[i] : 1.0f;
         inv_freq[i] = 1.0f / (float)pow((double)base, (double)exponent) / factor / scaling;
@@ -239,7 +239,6 @@ static void load_rope(kvs_loader *ld) {
             if (t.file) kvs_load_fail(ld, &t, "its value %d is %g: a frequency can't be divided by it", i, (double)factor);
         }
     }
-    if (!ld->status) rope->inv_freq = kvs_load_own(ld, inv_freq, rope->n_rot / 2);
     if (!ld->status) ld->model->identity = kvs_hash(ld->model->identity, inv_freq, (uint64_t)rope->n_rot / 2 * sizeof *inv_freq);
     free(factors);
 }
@@ -278,26 +277,6 @@ static void load_weights(kvs_loader *ld) {
     for (int32_t i = 0; i < t->n_layer && !ld->status; i++) load_layer(ld, t, &t->layers[i], i);
 }
 
-static void reserve_weights(kvs_loader *ld) {
-    kvs_text *t = &ld->model->text;
-    enum { PER_LAYER = 7 };
-    kvs_weight **list = kvs_calloc((uint64_t)t->n_layer * PER_LAYER + 1, sizeof *list);
-    if (!list) {
-        ld->status = kvs_fail_memory(ld->err, (uint64_t)t->n_layer * PER_LAYER * sizeof *list, "a list of weights");
-        return;
-    }
-    int32_t n = 0;
-    for (int32_t i = 0; i < t->n_layer; i++) {
-        kvs_text_layer *l = &t->layers[i];
-        kvs_weight *const of_layer[PER_LAYER] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
-        memcpy(list + n, of_layer, sizeof of_layer);
-        n += PER_LAYER;
-    }
-    list[n++] = &t->output; /* a copy of its own where it is tied: tokens are looked up in rows */
-    kvs_load_reserve(ld, &ld->model->text_placing, list, n);
-    free(list);
-}
-
 static uint64_t hash_sizes(const kvs_text *t) {
     const int32_t sizes[] = {t->n_layer, t->n_embd, t->n_ff, t->n_head, t->n_head_kv, t->head_dim, t->n_vocab, t->rope.n_rot};
     return kvs_hash(kvs_hash(0, sizes, sizeof sizes), &t->rms_eps, sizeof t->rms_eps);
@@ -322,14 +301,10 @@ int kvs_text_load(kvs_model *model, const char *path, const int32_t *cancel, kvs
     load_rope(&ld);
     load_weights(&ld);
     kvs_load_refuse_rest(&ld, is_angles);
-    if (ld.status) {
-        free(ld.bound);
-        return ld.status;
-    }
+    if (ld.status) return ld.status;
     for (int32_t i = 0; i < model->n_parts; i++) kvs_gguf_prefetch(model->parts[i]);
     model->identity = kvs_load_identity(&ld, model->identity);
-    reserve_weights(&ld);
-    return ld.status;
+    return KVS_OK;
 }
 
 int kvs_text_check(const kvs_model *model, kvs_error *err) {
@@ -343,10 +318,15 @@ void kvs_text_unload(kvs_model *model) {
     for (int32_t i = 0; i < model->n_owned; i++) model->be->ops->release(model->be, model->owned[i]);
     free(model->owned);
     model->owned = NULL, model->n_owned = 0;
-    free(model->text_placing.matrices);
-    free(model->vision_placing.matrices);
+    free(model->at_load.matrices);
+    free(model->at_pass.matrices);
+    free(model->bound);
+    for (int32_t i = 0; i < model->n_widened; i++) free(model->widened[i]);
+    free(model->widened);
     free(model->text.layers);
-    model->text_placing = model->vision_placing = (kvs_placing){0};
+    model->at_load = model->at_pass = (kvs_placing){0};
+    model->bound = NULL, model->n_bound = model->room_bound = 0;
+    model->widened = NULL, model->n_widened = 0;
     model->text = (kvs_text){0};
     kvs_tokenizer_free(model->tokenizer);
     model->tokenizer = NULL;
@@ -366,6 +346,18 @@ typedef struct buffer {
 
 enum { MAX_BUFFERS = 12 };
 
+static void list_buffers(kvs_model *model, buffer list[MAX_BUFFERS]) {
+    kvs_text *t = &model->text;
+    kvs_work *w = &model->work;
+    uint64_t E = (uint64_t)t->n_embd, F = (uint64_t)t->n_ff, H = (uint64_t)t->n_head;
+    uint64_t Q = H * (uint64_t)t->head_dim, G = (uint64_t)t->n_head_kv * (uint64_t)t->head_dim;
+    const buffer all[MAX_BUFFERS] = {{&w->x, E},         {&w->y, E},        {&w->q, Q},
+                                     {&w->k, G},         {&w->v, G},        {&w->attn, Q},
+                                     {&w->gate, F},      {&w->up, F},       {&w->taps.entropy, H},
+                                     {&w->taps.mass, H}, {&w->taps.lse, H}, {&t->rope.table, (uint64_t)t->rope.n_rot}};
+    memcpy(list, all, sizeof all);
+}
+
 /* All or nothing: new blocks first, then the old ones go. */
 static int grow(kvs_backend *be, const buffer *buffers, int n, int32_t rows, kvs_error *err) {
     float *fresh[MAX_BUFFERS];
@@ -382,18 +374,14 @@ static int grow(kvs_backend *be, const buffer *buffers, int n, int32_t rows, kvs
         if (old) be->ops->release(be, old);
         if (ok) *buffers[i].place = fresh[i];
     }
-    return ok ? KVS_OK : kvs_fail_memory(err, total, "the activations of a pass");
+    return ok ? KVS_OK : kvs_fail_room(be, err, total, "the activations of a pass");
 }
 
 int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_error *err) {
     kvs_text *t = &model->text;
     kvs_work *w = &model->work;
-    uint64_t E = (uint64_t)t->n_embd, F = (uint64_t)t->n_ff, H = (uint64_t)t->n_head;
-    uint64_t Q = H * (uint64_t)t->head_dim, G = (uint64_t)t->n_head_kv * (uint64_t)t->head_dim;
-    const buffer of_rows[] = {{&w->x, E},         {&w->y, E},        {&w->q, Q},
-                              {&w->k, G},         {&w->v, G},        {&w->attn, Q},
-                              {&w->gate, F},      {&w->up, F},       {&w->taps.entropy, H},
-                              {&w->taps.mass, H}, {&w->taps.lse, H}, {&t->rope.table, (uint64_t)t->rope.n_rot}};
+    buffer of_rows[MAX_BUFFERS];
+    list_buffers(model, of_rows);
     const buffer of_logits = {&w->logits, (uint64_t)t->n_vocab};
     int status = KVS_OK;
     if (rows > w->max_rows) {
@@ -405,6 +393,14 @@ int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_err
         w->max_logit_rows = logit_rows;
     }
     return KVS_OK;
+}
+
+uint64_t kvs_work_bytes(const kvs_model *model, int32_t rows, int32_t logit_rows) {
+    buffer of_rows[MAX_BUFFERS];
+    uint64_t columns = 0;
+    list_buffers((kvs_model *)model, of_rows);
+    for (int i = 0; i < MAX_BUFFERS; i++) columns += of_rows[i].columns;
+    return ((uint64_t)rows * columns + (uint64_t)logit_rows * (uint64_t)model->text.n_vocab) * sizeof(float);
 }
 
 /* ---- limits ---- */

@@ -64,8 +64,14 @@ typedef struct kvs_work { /* activation buffers of a pass, [dev], sized for max_
     int32_t max_logit_rows;
 } kvs_work;
 
-/* Matrices that go into the backend's own order, when a pass first wants them: a model that is only looked at costs no memory, and one
- * whose first prompt waits is there at once. What is placed stays so if the rest is cancelled. Guarded by the model's lock. */
+typedef struct kvs_bound { /* a weight that the files hold, and whose it is: a layer of the text, KVS_OF_TEXT or KVS_OF_TOWER */
+    kvs_weight *w;
+    int32_t layer;
+} kvs_bound;
+
+enum { KVS_OF_TEXT = -1, KVS_OF_TOWER = -2 };
+
+/* Weights that go into memory and order of a backend. What is placed stays so if the rest is cancelled. Guarded by the model's lock. */
 typedef struct kvs_placing {
     kvs_weight **matrices; /* (n) of them done */
     int32_t n, done;
@@ -80,12 +86,18 @@ struct kvs_model {
     kvs_text text;
     bool has_vision, exact; /* exact: the tower computes in float32 */
     kvs_vision vision;
-    kvs_placing text_placing;
-    kvs_placing vision_placing; /* only where the device can't read the file: the tower multiplies without int8 */
+    kvs_bound *bound; /* (n_bound) while it loads */
+    int32_t n_bound, room_bound;
+    float **widened; /* (n_widened) vectors of other types than F32; from malloc */
+    int32_t n_widened;
+    /* First what a device can't read in the file, at load. Then, when a pass first wants them, matrices of the text that the CPU multiplies in
+     * an order of its own: a model that is only looked at costs no memory, and one whose first prompt waits is there at once. */
+    kvs_placing at_load, at_pass;
     kvs_backend *be;
     kvs_work work;
-    kvs_turns turns; /* one pass at a time: backend step and work buffers */
-    void **owned;    /* (n_owned) [dev] blocks: vectors widened to F32, rope.inv_freq; released by kvs_text_unload */
+    kvs_turns turns;                      /* one pass at a time: backend step and work buffers */
+    float inv_freq[KVS_MAX_HEAD_DIM / 2]; /* of text.rope, where the host finds it */
+    void **owned;                         /* (n_owned) [dev] blocks: placed weights, rope.inv_freq; released by kvs_text_unload */
     int32_t n_owned;
     uint64_t weight_bytes, identity, mmproj_identity;
     uint64_t file_bytes, cache_bytes; /* so far; of caches: atomic */
@@ -106,7 +118,10 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
 void kvs_vision_unload(kvs_model *model);
 void kvs_text_unload(kvs_model *model);
 
-int kvs_place(kvs_model *model, kvs_placing *placing, const int32_t *cancel, kvs_error *err); /* KVS_OK or KVS_E_CANCELLED */
+/* place.c: after both files, with the backend that all of it runs on: memory for what it wants in an order of its own, and what a device
+ * can't read goes there. kvs_place does the rest, one list of them. KVS_E_MEMORY, KVS_E_CANCELLED, KVS_E_DEVICE. */
+int kvs_place_model(kvs_model *model, const int32_t *cancel, kvs_error *err);
+int kvs_place(kvs_model *model, kvs_placing *placing, const int32_t *cancel, kvs_error *err);
 /* KVS_E_FORMAT once a file of the model has shrunk or changed: what was computed with it since the last call is not to be used. */
 int kvs_text_check(const kvs_model *model, kvs_error *err);
 int kvs_vision_check(const kvs_model *model, kvs_error *err); /* KVS_OK without an mmproj */
@@ -116,6 +131,7 @@ int kvs_model_count_cache(kvs_model *model, uint64_t bytes, kvs_error *err);
 void kvs_model_uncount_cache(kvs_model *model, uint64_t bytes);
 /* Room for a pass of rows rows (and logits of logit_rows of them); the lock is held. */
 int kvs_work_reserve(kvs_model *model, int32_t rows, int32_t logit_rows, kvs_error *err);
+uint64_t kvs_work_bytes(const kvs_model *model, int32_t rows, int32_t logit_rows); /* of such room */
 /* Waits for this thread's turn, but not beyond a cancellation: KVS_OK or KVS_E_CANCELLED. */
 int kvs_model_lock(kvs_model *model, const int32_t *cancel, kvs_error *err);
 void kvs_model_unlock(kvs_model *model);

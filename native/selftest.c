@@ -85,7 +85,7 @@ int32_t kvs_test_bf16(const char *isa) {
 static bool place(kvs_backend *be, kvs_weight *w, int32_t rounding, void **own) {
     uint64_t room = be->host_memory && rounding != KVS_ROUND_INT8 ? 0 : be->ops->weight_room(be, w);
     if (!room) return be->host_memory;
-    *own = be->ops->alloc_weights(be, room);
+    *own = be->ops->alloc_weights(be, room, false);
     return *own && be->ops->place(be, w, *own, NULL);
 }
 
@@ -93,7 +93,7 @@ int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const vo
                         int32_t n, const float *bias, int32_t rounding, float *y) {
     int status;
     kvs_step step;
-    kvs_weight weight = {type, rows, cols, kvs_row_bytes(type, cols), w, false};
+    kvs_weight weight = {type, rows, cols, kvs_row_bytes(type, cols), w, false, false};
     if (weight.row_bytes < 0) return KVS_E_ARGUMENT;
     kvs_backend *be = kvs_selftest_open(isa, threads, &status);
     if (!be) return status;

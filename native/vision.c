@@ -3,6 +3,7 @@
 #include "llama.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 typedef struct tower { /* one encode: N = n_image + 1 rows, E, F of the tower, P = rows of mm0 */
     kvs_model *model;
@@ -39,23 +40,52 @@ static int fail_numeric(const kvs_vision *v, const kvs_fault *fault, kvs_error *
     return kvs_fail_numeric(err, name, fault->value, KVS_BAD_WEIGHTS);
 }
 
+typedef struct buffer {
+    float **place;
+    int64_t columns;
+} buffer;
+
+enum { N_BUFFERS = 8 };
+
+static void list_buffers(tower *t, buffer list[N_BUFFERS]) {
+    const kvs_vision *v = t->v;
+    int64_t E = v->n_embd;
+    const buffer all[N_BUFFERS] = {{&t->patches, v->patch_embd.cols},
+                                   {&t->x, E},
+                                   {&t->y, E},
+                                   {&t->q, E},
+                                   {&t->k, E},
+                                   {&t->val, E},
+                                   {&t->wide, KVS_MAX((int64_t)v->n_ff, v->mm0.rows)},
+                                   {&t->out, v->mm2.rows}};
+    memcpy(list, all, sizeof all);
+}
+
+uint64_t kvs_vision_work_bytes(const kvs_model *model) {
+    tower t = {.v = &model->vision};
+    buffer list[N_BUFFERS];
+    uint64_t columns = 0;
+    list_buffers(&t, list);
+    for (int i = 0; i < N_BUFFERS; i++) columns += (uint64_t)list[i].columns;
+    return ((uint64_t)model->vision.n_image + 1) * columns * sizeof(float);
+}
+
 static bool allocate(tower *t) {
-    const kvs_ops *ops = t->model->be->ops;
-    uint64_t row = (uint64_t)t->n * sizeof(float), width = (uint64_t)t->v->n_embd;
-    uint64_t wide = (uint64_t)KVS_MAX((int64_t)t->v->n_ff, t->v->mm0.rows);
-    t->patches = ops->alloc(t->model->be, row * (uint64_t)t->v->patch_embd.cols);
-    float **rows[] = {&t->x, &t->y, &t->q, &t->k, &t->val};
-    bool ok = t->patches != NULL;
-    for (int i = 0; i < 5; i++) ok = (*rows[i] = ops->alloc(t->model->be, row * width)) && ok;
-    t->wide = ops->alloc(t->model->be, row * wide);
-    t->out = ops->alloc(t->model->be, row * (uint64_t)t->v->mm2.rows);
-    return ok && t->wide && t->out;
+    buffer list[N_BUFFERS];
+    bool ok = true;
+    list_buffers(t, list);
+    for (int i = 0; i < N_BUFFERS; i++) {
+        *list[i].place = ok ? t->model->be->ops->alloc(t->model->be, (uint64_t)t->n * (uint64_t)list[i].columns * sizeof(float)) : NULL;
+        ok = *list[i].place != NULL;
+    }
+    return ok;
 }
 
 static void release(tower *t) {
-    float *all[] = {t->patches, t->x, t->y, t->q, t->k, t->val, t->wide, t->out};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (all[i]) t->model->be->ops->release(t->model->be, all[i]);
+    buffer list[N_BUFFERS];
+    list_buffers(t, list);
+    for (int i = 0; i < N_BUFFERS; i++)
+        if (*list[i].place) t->model->be->ops->release(t->model->be, *list[i].place);
 }
 
 static void multiply(const tower *t, float *y, const float *x, const kvs_weight *w, const kvs_weight *bias, int32_t n, int32_t rounding) {
@@ -137,9 +167,10 @@ int kvs_vision_encode(kvs_model *model, const float *pixels, float *embeddings, 
     tower t = {.model = model, .v = &model->vision, .n = model->vision.n_image + 1};
     float *patches = kvs_calloc((uint64_t)t.v->n_image, (uint64_t)t.v->patch_embd.cols * sizeof *patches);
     int32_t *ids = kvs_calloc((uint64_t)t.n, sizeof *ids);
-    if (!patches || !ids || !allocate(&t)) {
-        status = kvs_fail_memory(err, (uint64_t)t.n * (uint64_t)(6 * t.v->n_embd + t.v->n_ff + t.v->mm2.rows) * sizeof(float),
-                                 "an image encode");
+    if (!patches || !ids) {
+        status = kvs_fail_memory(err, (uint64_t)t.v->n_image * (uint64_t)t.v->patch_embd.cols * sizeof *patches, "a picture's patches");
+    } else if (!allocate(&t)) {
+        status = kvs_fail_room(model->be, err, kvs_vision_work_bytes(model), "an image encode");
     } else {
         for (int32_t i = 0; i < t.n; i++) ids[i] = i;
         cut_patches(t.v, pixels, patches);

@@ -209,7 +209,7 @@ static void load_patches(kvs_loader *ld, kvs_vision *v) { /* [P, P, 3, E] in the
         kvs_load_fail(ld, &t, "has the shape [%lld, %lld, %lld, %lld], but the hyperparameters ask for [%lld, %lld, 3, %lld]",
                       (long long)d[0], (long long)d[1], (long long)d[2], (long long)d[3], (long long)P, (long long)P, (long long)E);
     else if (!ld->status)
-        kvs_load_bind(ld, &v->patch_embd, &t, E, 3 * P * P);
+        kvs_load_bind(ld, &v->patch_embd, KVS_NO_LAYER, &t, E, 3 * P * P);
 }
 
 /* Converters of 2023 call the first matrix ffn_down and the second ffn_up; the shape tells, each layer on its own. A square
@@ -316,7 +316,7 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     int status = kvs_gguf_open(path, &model->mmproj, err);
     if (!status) status = kvs_model_count_file(model, model->mmproj, err);
     if (status) return status;
-    kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .cancel = cancel, .err = err};
+    kvs_loader ld = {.model = model, .files = &model->mmproj, .n_files = 1, .block = "v.blk", .tower = true, .cancel = cancel, .err = err};
     kvs_vision *v = &model->vision;
     if ((status = check_architecture(model->mmproj, err))) return status;
     if ((status = check_projector(&ld, err))) return status;
@@ -327,11 +327,7 @@ int kvs_vision_load(kvs_model *model, const char *path, const int32_t *cancel, k
     if ((status = read_hyperparameters(v, model->mmproj, err))) return status;
     if ((status = blocks_to_run(v, model->mmproj, err))) return status;
     load_weights(&ld, v);
-    if (!model->be->host_memory) kvs_load_reserve(&ld, &model->vision_placing, NULL, 0);
-    if (ld.status) {
-        free(ld.bound);
-        return ld.status;
-    }
+    if (ld.status) return ld.status;
     v->rounding = model->exact || all_f32(v) ? KVS_ROUND_NONE : KVS_ROUND_BF16;
     kvs_gguf_prefetch(model->mmproj);
     model->mmproj_identity = kvs_load_identity(&ld, hash_hyperparameters(v));

@@ -81,7 +81,10 @@ class Model:
     path: a GGUF file (the first part of a split one); None: the environment variable PYKVSMOOTH_MODEL, else
     the small checkpoint in the box. mmproj: the tower's file; None:
     PYKVSMOOTH_MMPROJ, else an mmproj*.gguf beside the model if exactly one fits; False: text only. device: "auto", "cpu", "cuda",
-    "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: "auto" (as many as fit) or a number, of a GPU.
+    "cuda:N"; one asked for by name that can't be had is a DeviceError. gpu_layers: of the text model's layers, the last so many are a GPU's
+    and the CPU computes those before; "auto": as many as fit beside a cache of 4096 rows, and the vision tower if there is room for it and
+    one layer; 0: only the output, and the tower. A number must fit, else it is an OutOfMemoryError, and without a GPU a DeviceError; where
+    not one layer fits "cuda" is an OutOfMemoryError (needed, free), and "auto" the CPU (device_reason).
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
     returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits(). precision, of the vision
     tower: "auto" multiplies in bf16 where the CPU is fast at it (AMD since Zen 4) and the tower's weights are not F32 (rows of pictures are
@@ -112,7 +115,7 @@ class Model:
     ) -> None:
         begin = time.perf_counter()
         self.path = gguf.model_path(path)
-        _check_device(device, gpu_layers)
+        n_layers = _check_device(device, gpu_layers)
         self.limits = _limits(limits)
         utf8("precision", precision)
         if precision not in _PRECISIONS:
@@ -121,7 +124,7 @@ class Model:
         self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
         found = gguf.find_mmproj(self.path, self.metadata, mmproj)
         self.mmproj, self._no_vision = found.path, found.reason
-        self._handle = _load(self.path, self.mmproj, device, n_threads, progress, self.limits, precision)
+        self._handle = _load(self.path, self.mmproj, device, n_layers, n_threads, progress, self.limits, precision)
         self._info = ffi.new("kvs_model_info *")
         self._info.struct_size = ffi.sizeof("kvs_model_info")
         lib.kvs_model_get_info(self._handle.pointer, self._info)
@@ -129,7 +132,10 @@ class Model:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._end_ids = self._find_end_ids()
         self.load_s = time.perf_counter() - begin
-        _log.info("%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+        level = logging.WARNING if re.match("cuda:[0-9]+ is not used", self.device_reason) else logging.INFO
+        _log.log(level, "%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+        if os.environ.get("KVS_CHECK") == "1" and not self.n_gpu_layers and self.device == "cpu":
+            _log.warning("%s: KVS_CHECK=1 compares a GPU with the CPU; on the CPU there is nothing to compare", self.path)
         if self._info.threads_missing:
             wanted = self.threads + int(self._info.threads_missing)
             _log.warning("%s: %d of %d threads could be started, the system allows no more (ulimit -u)", self.path, self.threads, wanted)
@@ -145,6 +151,11 @@ class Model:
     def device_reason(self) -> str:
         """Why it runs there, and with which kernels."""
         return string(self._info.device_reason)
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """Layers of the text model that a GPU computes, of n_layer."""
+        return int(self._info.n_gpu_layers)
 
     @property
     def n_ctx_train(self) -> int:
@@ -378,18 +389,17 @@ class Model:
         return self.token_bytes(id, special=True).decode("utf-8", "replace") if 0 <= id < self.n_vocab else ""
 
 
-def _check_device(device: Any, gpu_layers: Any) -> None:
+def _check_device(device: Any, gpu_layers: Any) -> int:
+    """gpu_layers as libkvs takes it."""
     utf8("device", device)
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", device):
         raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", not {shown(device)}')
     if gpu_layers == "auto":
-        return
+        return int(lib.KVS_GPU_LAYERS_AUTO)
     try:
-        number = integer("gpu_layers", gpu_layers, 0)
+        return integer("gpu_layers", gpu_layers, 0, 1 << 20) or int(lib.KVS_GPU_LAYERS_NONE)
     except (TypeError, ValueError) as error:
         raise type(error)(f'{error}; give "auto" (as many layers as fit) or a number of layers') from None
-    if number > 0:
-        raise errors.DeviceError("gpu_layers: this build has no GPU backend; leave gpu_layers away")
 
 
 def _limits(limits: Any) -> Limits:
@@ -401,7 +411,14 @@ def _limits(limits: Any) -> Limits:
 
 
 def _load(
-    path: str, mmproj: str | None, device: str, threads: int, progress: Callable[[float], Any] | None, limits: Limits, precision: Precision
+    path: str,
+    mmproj: str | None,
+    device: str,
+    gpu_layers: int,
+    threads: int,
+    progress: Callable[[float], Any] | None,
+    limits: Limits,
+    precision: Precision,
 ) -> ModelHandle:
     flag, permille, err, handle = Flag(), Flag(), new_error(), ModelHandle()
     names = [ffi.new("char[]", c_path("path", name)) if name else ffi.NULL for name in (path, mmproj, device)]
@@ -410,7 +427,7 @@ def _load(
     params.text_path, params.mmproj_path, params.device = names
     params.threads, params.cancel, params.progress = threads, flag.pointer, permille.pointer
     params.model_bytes, params.cache_bytes = limits.model_bytes, limits.cache_bytes or 0
-    params.precision = _PRECISIONS[precision]
+    params.precision, params.gpu_layers = _PRECISIONS[precision], gpu_layers
 
     def report() -> None:
         if progress is not None and progress(permille.pointer[0] / 1000) is False:

@@ -19,6 +19,8 @@ static void *cpu_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_p
     return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cpu_alloc(be, bytes) : NULL;
 }
 
+static void cpu_end_place(kvs_backend *be) { (void)be; }
+
 static uint64_t cpu_free_memory(kvs_backend *be) {
     (void)be;
     return 0;
@@ -231,6 +233,7 @@ static const kvs_ops cpu_ops = {
     .weight_room = kvs_cpu_weight_room,
     .alloc_weights = kvs_cpu_alloc_weights,
     .place = kvs_cpu_place,
+    .end_place = cpu_end_place,
     .begin = cpu_begin,
     .status = cpu_status,
     .end = cpu_end,

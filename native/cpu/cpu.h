@@ -118,7 +118,7 @@ void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, con
 void kvs_cpu_rows(kvs_backend *be, float *y, const kvs_weight *table, const int32_t *ids, int32_t n);
 /* place.c */
 uint64_t kvs_cpu_weight_room(kvs_backend *be, const kvs_weight *w);
-void *kvs_cpu_alloc_weights(kvs_backend *be, uint64_t bytes);
+void *kvs_cpu_alloc_weights(kvs_backend *be, uint64_t bytes, bool on_host);
 bool kvs_cpu_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
 /* attention.c */
 void kvs_cpu_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);

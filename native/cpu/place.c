@@ -11,8 +11,8 @@ typedef struct copy {
     uint8_t *to;
 } copy;
 
-void *kvs_cpu_alloc_weights(kvs_backend *be, uint64_t bytes) {
-    (void)be;
+void *kvs_cpu_alloc_weights(kvs_backend *be, uint64_t bytes, bool on_host) {
+    (void)be, (void)on_host;
     uint8_t *block = kvs_calloc_aligned(bytes, 1);
 #ifdef MADV_HUGEPAGE
     const uint64_t page = 4096;

@@ -22,13 +22,17 @@ static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     return NULL;
 }
 
-static void *cuda_alloc_weights(kvs_backend *be, uint64_t bytes) {
-    return kvs_cuda_reserve_pieces((kvs_cuda *)be) ? cuda_alloc(be, bytes) : NULL;
-}
-
 static void *cuda_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer) {
     uint64_t bytes;
     return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cuda_alloc(be, bytes) : NULL;
+}
+
+static void *cuda_alloc_weights(kvs_backend *be, uint64_t bytes, bool) { return cuda_alloc(be, bytes); }
+
+static void cuda_end_place(kvs_backend *be) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    cudaSetDevice(cu->device);
+    kvs_cuda_free_pieces(cu);
 }
 
 static void cuda_release(kvs_backend *be, void *block) {
@@ -199,6 +203,7 @@ static const kvs_ops cuda_ops = {
     .weight_room = kvs_cuda_weight_room,
     .alloc_weights = cuda_alloc_weights,
     .place = kvs_cuda_place,
+    .end_place = cuda_end_place,
     .begin = cuda_begin,
     .status = cuda_status,
     .end = cuda_end,

@@ -44,8 +44,8 @@ typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged
     const void *device;
 } kvs_cuda_once;
 
-enum { KVS_PIECE_BYTES = 8 << 20 };
-typedef struct kvs_cuda_piece { /* of weights on their way, KVS_PIECE_BYTES each: pinned, and on the device; NULL before the first */
+enum { KVS_PIECE_BYTES = 8 << 20, KVS_LEAST_PIECE_BYTES = 1 << 16 };
+typedef struct kvs_cuda_piece { /* of weights on their way: pinned, and on the device */
     uint8_t *host, *device;
 } kvs_cuda_piece;
 
@@ -81,7 +81,8 @@ struct kvs_cuda {
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
     uint64_t n_steps;
-    kvs_cuda_piece pieces[2];
+    kvs_cuda_piece pieces[2]; /* of piece_bytes, from the first weight on, until end_place; piece_bytes 0: they are not there */
+    uint64_t piece_bytes;
     uint8_t *scratch; /* [dev] */
     uint64_t scratch_bytes;
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
@@ -158,7 +159,6 @@ void kvs_cuda_gate(kvs_backend *be, float *g, const float *u, int64_t n);
 void kvs_cuda_unary(kvs_backend *be, int32_t kind, float *x, int64_t n);
 void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
 /* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
-bool kvs_cuda_reserve_pieces(kvs_cuda *cu);
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
 bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel);
 bool kvs_cuda_placed(kvs_cuda *cu, const kvs_weight *w); /* else the step fails: the loader places all, a device can't read the file */

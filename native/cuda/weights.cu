@@ -63,22 +63,37 @@ static void launch_pack(kvs_cuda *cu, int32_t type, const pack_args *a) {
 
 /* ---- pieces ---- */
 
-/* Before the first weight is placed: then a lack of memory is told as one. */
-bool kvs_cuda_reserve_pieces(kvs_cuda *cu) {
-    for (int i = 0; i < 2; i++) {
-        kvs_cuda_piece *piece = &cu->pieces[i];
-        if (!piece->host && !kvs_cuda_outside(cu, cudaMallocHost((void **)&piece->host, KVS_PIECE_BYTES), "cudaMallocHost")) return false;
-        if (!piece->device && !kvs_cuda_outside(cu, cudaMalloc((void **)&piece->device, KVS_PIECE_BYTES), "cudaMalloc")) return false;
-    }
-    return true;
-}
-
 void kvs_cuda_free_pieces(kvs_cuda *cu) {
     for (int i = 0; i < 2; i++) {
         if (cu->pieces[i].host) cudaFreeHost(cu->pieces[i].host);
         cudaFree(cu->pieces[i].device);
         cu->pieces[i].host = cu->pieces[i].device = NULL;
     }
+    cu->piece_bytes = 0;
+}
+
+static cudaError_t allocate_pieces(kvs_cuda *cu, uint64_t bytes) {
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < 2 && !error; i++) {
+        error = cudaMallocHost((void **)&cu->pieces[i].host, bytes);
+        if (!error) error = cudaMalloc((void **)&cu->pieces[i].device, bytes);
+    }
+    if (error)
+        kvs_cuda_free_pieces(cu);
+    else
+        cu->piece_bytes = bytes;
+    return error;
+}
+
+/* Where the weights take nearly all that there is, smaller ones do. */
+static bool reserve_pieces(kvs_cuda *cu) {
+    if (cu->piece_bytes) return true;
+    cudaError_t error = cudaErrorMemoryAllocation;
+    for (uint64_t bytes = KVS_PIECE_BYTES; bytes >= KVS_LEAST_PIECE_BYTES && error == cudaErrorMemoryAllocation; bytes /= 2) {
+        error = allocate_pieces(cu, bytes);
+        if (error == cudaErrorMemoryAllocation) cudaGetLastError();
+    }
+    return kvs_cuda_check(cu, error, "memory for weights on their way");
 }
 
 /* Reads the file, which may take its time; everything else is only begun. */
@@ -90,7 +105,7 @@ static void send_piece(kvs_cuda *cu, const kvs_cuda_piece *piece, int32_t type, 
 }
 
 static void send_all(kvs_cuda *cu, const kvs_weight *w, pack_args *a, int64_t n_blocks, const int32_t *cancel) {
-    const int64_t most = KVS_PIECE_BYTES / a->block_bytes;
+    const int64_t most = (int64_t)cu->piece_bytes / a->block_bytes;
     for (int64_t i = 0; a->first < n_blocks && !cu->status; i++, a->first += a->n) {
         const kvs_cuda_piece *piece = &cu->pieces[i % 2];
         cudaEvent_t mark = cu->marks[i % 2];

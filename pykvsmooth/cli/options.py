@@ -6,7 +6,7 @@ import argparse
 import ast
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .. import errors
 from ..policies import KINDS, kind
@@ -30,6 +30,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--mmproj", metavar="FILE", help="its vision tower (default: PYKVSMOOTH_MMPROJ, else the one mmproj*.gguf beside the model)"
     )
     group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--gpu-layers",
+        type=_layers,
+        default="auto",
+        metavar="N",
+        help="of the text model's layers, so many on the GPU (default: auto, those that fit)",
+    )
     group.add_argument("--threads", type=_positive, metavar="N", help="default: the processors that this process may use")
     group.add_argument(
         "--precision",
@@ -83,6 +90,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _layers(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else 0 if text == "0" else _positive(text)
 
 
 def _rows(text: str) -> int:
@@ -198,7 +209,15 @@ def load_model(args: argparse.Namespace, ui: Ui) -> Model:
         ui.status(f"loading the model: {fraction:.0%}")
 
     try:
-        model = Model(args.model, mmproj=args.mmproj, device=args.device, threads=args.threads, progress=progress, precision=args.precision)
+        model = Model(
+            args.model,
+            mmproj=args.mmproj,
+            device=args.device,
+            gpu_layers=args.gpu_layers,
+            threads=args.threads,
+            progress=progress,
+            precision=args.precision,
+        )
     except ValueError as error:
         if isinstance(error, errors.KVSmoothError):
             raise

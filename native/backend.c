@@ -1,0 +1,17 @@
+#include "backend.h"
+
+int kvs_device_check(const kvs_backend *be, kvs_error *err) {
+    while (be->device) be = be->device;
+    int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);
+    if (!failed) return KVS_OK;
+    return kvs_fail(err, KVS_E_DEVICE, "%s failed: %s; load the model again", be->name, failed == 2 ? be->failure : "see the first error");
+}
+
+int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what) {
+    uint64_t left = be->ops->free_memory(be);
+    if (!left) return kvs_fail_memory(err, needed, what);
+    kvs_fail(err, KVS_E_MEMORY, "out of memory on %s, %.1f MiB are free: %.1f MiB needed for %s", be->name, (double)left / 1048576.0,
+             (double)needed / 1048576.0, what);
+    if (err) err->needed = needed, err->available = left;
+    return KVS_E_MEMORY;
+}
