@@ -8,6 +8,8 @@ int kvs_device_check(const kvs_backend *be, kvs_error *err) {
 }
 
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what) {
+    int status = kvs_device_check(be, err); /* a device that has failed has no memory either */
+    if (status) return status;
     uint64_t left = be->ops->free_memory(be);
     if (!left) return kvs_fail_memory(err, needed, what);
     kvs_fail(err, KVS_E_MEMORY, "out of memory on %s, %.1f MiB are free: %.1f MiB needed for %s", be->name, (double)left / 1048576.0,

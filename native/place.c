@@ -33,7 +33,7 @@ static int place_angles(kvs_model *m, kvs_error *err) {
 static int reserve(kvs_model *m, kvs_placing *placing, kvs_weight *const *list, int32_t n, bool host, kvs_error *err) {
     placing->matrices = kvs_calloc((uint64_t)n, sizeof *placing->matrices);
     if (!placing->matrices) return kvs_fail_memory(err, (uint64_t)n * sizeof *list, "a list of weights");
-    uint64_t total = 0; /* at most 16 times their files' sizes, which are mapped: no sum overflows */
+    uint64_t total = 0; /* at most 64 times their files' sizes, which are mapped: no sum overflows */
     for (int32_t i = 0; i < n; i++) {
         uint64_t room = list[i]->data && on_host(m, list[i]) == host ? m->be->ops->weight_room(m->be, list[i]) : 0;
         if (room) placing->matrices[placing->n++] = list[i];

@@ -10,13 +10,20 @@ static thread_local const kvs_cuda *stepping; /* whose step this thread has begu
 
 static bool use(kvs_cuda *cu) { return !kvs_cuda_failed(cu) && kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice"); }
 
+/* Sessions may ask for memory, and read it, while another thread has a step open: what happens outside of a step leaves its status alone. */
+static bool outside(kvs_cuda *cu, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();
+    if (error != cudaErrorMemoryAllocation) kvs_cuda_fail(cu, error, what);
+    return false;
+}
+
 static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     kvs_cuda *cu = (kvs_cuda *)be;
     void *block = NULL;
-    if (kvs_cuda_failed(cu) || kvs_refused() || !kvs_cuda_outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
-    if (!kvs_cuda_outside(cu, cudaMalloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
-    bool ok = kvs_cuda_outside(cu, cudaMemsetAsync(block, 0, bytes, 0), "cudaMemset") &&
-              kvs_cuda_outside(cu, cudaStreamSynchronize(0), "cudaMemset");
+    if (kvs_cuda_failed(cu) || kvs_refused() || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
+    if (!outside(cu, cudaMalloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
+    bool ok = outside(cu, cudaMemsetAsync(block, 0, bytes, 0), "cudaMemset") && outside(cu, cudaStreamSynchronize(0), "cudaMemset");
     if (ok) return block;
     cudaFree(block);
     return NULL;
@@ -38,7 +45,7 @@ static void cuda_end_place(kvs_backend *be) {
 static void cuda_release(kvs_backend *be, void *block) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaSetDevice(cu->device);
-    kvs_cuda_outside(cu, cudaFree(block), "cudaFree");
+    outside(cu, cudaFree(block), "cudaFree");
 }
 
 /* Copies are synchronous for the caller. In a step they come after what was launched before them. false: there is nothing to be copied. */
@@ -50,15 +57,14 @@ static bool ready_to_copy(kvs_cuda *cu, uint64_t bytes, cudaStream_t *stream) {
         kvs_cuda_flush(cu);
         *stream = cu->stream;
     }
-    return kvs_cuda_outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
+    return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
 }
 
 static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaStream_t stream;
     if (!ready_to_copy(cu, bytes, &stream)) return;
-    if (kvs_cuda_outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what))
-        kvs_cuda_outside(cu, cudaStreamSynchronize(stream), what);
+    if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
 }
 
 static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
@@ -70,8 +76,8 @@ static void cuda_download_rows(kvs_backend *be, void *dst, const void *src, uint
     cudaStream_t stream;
     const char *what = "a copy of rows from the device";
     if (n < 1 || !ready_to_copy(cu, bytes, &stream)) return;
-    if (kvs_cuda_outside(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
-        kvs_cuda_outside(cu, cudaStreamSynchronize(stream), what);
+    if (outside(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
+        outside(cu, cudaStreamSynchronize(stream), what);
 }
 
 typedef struct copy_args {
@@ -117,8 +123,8 @@ static void cuda_copy(kvs_backend *be, void *dst, const void *src, uint64_t byte
 static uint64_t cuda_free_memory(kvs_backend *be) {
     kvs_cuda *cu = (kvs_cuda *)be;
     size_t free_bytes = 0, total = 0;
-    bool ok = !kvs_cuda_failed(cu) && kvs_cuda_outside(cu, cudaSetDevice(cu->device), "cudaSetDevice") &&
-              kvs_cuda_outside(cu, cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo");
+    bool ok = !kvs_cuda_failed(cu) && outside(cu, cudaSetDevice(cu->device), "cudaSetDevice") &&
+              outside(cu, cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo");
     return ok ? KVS_MAX((uint64_t)free_bytes, (uint64_t)1) : 0;
 }
 

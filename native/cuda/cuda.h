@@ -121,9 +121,6 @@ void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
 /* The device is not used again: the first failure of them all is what is told. Any thread. */
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
-/* true if the call went well; else the device has failed, or had no memory. Sessions ask for memory, and read it, while another thread has a
- * step open: what happens outside of a step leaves its status alone. */
-bool kvs_cuda_outside(kvs_cuda *cu, cudaError_t error, const char *what);
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 

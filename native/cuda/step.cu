@@ -13,13 +13,6 @@ void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what) {
     __atomic_store_n(&cu->base.failed, 2, __ATOMIC_RELEASE);
 }
 
-bool kvs_cuda_outside(kvs_cuda *cu, cudaError_t error, const char *what) {
-    if (error == cudaSuccess) return true;
-    cudaGetLastError();
-    if (error != cudaErrorMemoryAllocation) kvs_cuda_fail(cu, error, what);
-    return false;
-}
-
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what) {
     if (error == cudaSuccess) return true;
     cudaGetLastError(); /* one that does not stick is forgotten */

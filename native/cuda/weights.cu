@@ -129,7 +129,7 @@ bool kvs_cuda_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *c
     a.row_bytes = kvs_planes_at(w->type, w->cols).bytes;
     a.block_bytes = traits->block_bytes;
     cu->status = kvs_cuda_failed(cu) ? KVS_E_DEVICE : KVS_OK;
-    if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return false;
+    if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice") || !reserve_pieces(cu)) return false;
     if (kvs_type_is_float(w->type) && w->cols % KVS_GROUP) /* what follows the values of a row is zero */
         kvs_cuda_check(cu, cudaMemsetAsync(room, 0, (uint64_t)(w->rows * a.row_bytes), cu->stream), "cudaMemsetAsync");
     send_all(cu, w, &a, w->rows * (w->cols / traits->block), cancel);
