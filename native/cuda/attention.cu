@@ -52,9 +52,9 @@ void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, c
     a.head_dim = kv->head_dim;
     a.scale = 1.0f / sqrtf((float)kv->head_dim);
     if (!row_by_row(cu->step))
-        kvs_cuda_op(cu, kvs_attn_launch_tile, &a);
+        kvs_cuda_op<kvs_attn_launch_tile>(cu, &a);
     else if (make_room(cu, &a))
-        kvs_cuda_op(cu, kvs_attn_launch_decode, &a);
+        kvs_cuda_op<kvs_attn_launch_decode>(cu, &a);
 }
 
 /* Float32, whatever the rounding: on a GPU nothing is won by rounding first. */
@@ -72,5 +72,5 @@ void kvs_cuda_attn_full(kvs_backend *be, const float *q, const float *k, const f
     a.n_head = a.n_kv_head = n_head;
     a.head_dim = head_dim;
     a.scale = 1.0f / sqrtf((float)head_dim);
-    kvs_cuda_op(cu, kvs_attn_launch_tile, &a);
+    kvs_cuda_op<kvs_attn_launch_tile>(cu, &a);
 }

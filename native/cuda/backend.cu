@@ -95,7 +95,7 @@ static void note_copy(kvs_cuda *cu, void *dst, const void *src, uint64_t bytes) 
     a.dst = dst;
     a.src = src;
     a.bytes = bytes;
-    kvs_cuda_op(cu, launch_copy, &a);
+    kvs_cuda_op<launch_copy>(cu, &a);
 }
 
 /* In a step that is only noted down, what is small goes with all that is staged for it: it stays a graph. */

@@ -103,8 +103,9 @@ static inline bool kvs_cuda_stopped(kvs_cuda *cu) {
 
 /* Launches now or notes down; launch must do nothing but KVS_LAUNCH and asynchronous copies on cu->stream. */
 void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes);
-template <class A> static inline void kvs_cuda_op(kvs_cuda *cu, void (*launch)(kvs_cuda *, const A *), const A *args) {
-    kvs_cuda_do(cu, (kvs_cuda_launch)launch, args, sizeof *args);
+template <auto launch, class A> static inline void kvs_cuda_op(kvs_cuda *cu, const A *args) {
+    kvs_cuda_do(
+        cu, [](kvs_cuda *at, const void *a) { launch(at, (const A *)a); }, args, sizeof *args);
 }
 
 /* Bytes of host memory as they will be on the device when the op runs that is described next; NULL: the step has failed. room: the most

@@ -75,7 +75,7 @@ void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float
     a.layer = layer;
     a.n = cu->step->n;
     a.heads = cu->step->rows->kv->n_kv_head;
-    kvs_cuda_op(cu, launch_put, &a);
+    kvs_cuda_op<launch_put>(cu, &a);
 }
 
 /* One block for each row. */
@@ -105,7 +105,7 @@ void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
     a.layer = layer;
     a.n = cu->step->n;
     a.heads = cu->step->rows->kv->n_head;
-    kvs_cuda_op(cu, launch_put_out, &a);
+    kvs_cuda_op<launch_put_out>(cu, &a);
 }
 
 /* ---- kv_record ---- */
@@ -165,7 +165,7 @@ void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kv
     a.layer = layer;
     a.n = cu->step->n;
     a.n_head = cu->step->rows->kv->n_head;
-    kvs_cuda_op(cu, launch_record, &a);
+    kvs_cuda_op<launch_record>(cu, &a);
 }
 
 /* ---- kv_smooth ---- */
@@ -339,5 +339,5 @@ void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jo
     a.layer = layer;
     a.n_rot = rope ? rope->n_rot : 0;
     a.heads = jobs->kv->n_kv_head;
-    if (a.jobs) kvs_cuda_op(cu, launch_smooth, &a);
+    if (a.jobs) kvs_cuda_op<launch_smooth>(cu, &a);
 }

@@ -441,7 +441,7 @@ static void multiply(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const
         job->type = w->type;
         job->integers = jobs[i].rounding == KVS_ROUND_INT8 && !kvs_type_is_float(w->type);
     }
-    if (reserve_activations(cu, &a)) kvs_cuda_op(cu, launch_matvec, &a);
+    if (reserve_activations(cu, &a)) kvs_cuda_op<launch_matvec>(cu, &a);
 }
 
 /* n: up to 8 */

@@ -145,5 +145,5 @@ void kvs_cuda_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, con
     a.rope_pre = job->rope_pre;
     a.n_rot = rope->n_rot;
     a.x = (float *)kvs_cuda_scratch(cu, (uint64_t)a.n_sides * (uint64_t)a.heads * (uint64_t)a.n * (uint64_t)a.width * sizeof *a.x);
-    if (a.x) kvs_cuda_op(cu, launch_mix, &a);
+    if (a.x) kvs_cuda_op<launch_mix>(cu, &a);
 }

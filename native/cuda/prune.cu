@@ -84,7 +84,7 @@ void kvs_cuda_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t
     a.maximum = maximum;
     a.heads = kv->n_kv_head;
     reserve(cu, kv, a.n);
-    if (a.kv) kvs_cuda_op(cu, launch_score, &a);
+    if (a.kv) kvs_cuda_op<launch_score>(cu, &a);
 }
 
 /* ---- kv_gather, kv_scatter ---- */
@@ -237,7 +237,7 @@ static void move_some(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int
         end = group_end(moves, n, i, kv->row_bytes, &bytes);
         a.n = end - i;
         if (back) copy_kept(&cu->base, moves + i, a.n, kv->row_bytes, scratch, true);
-        kvs_cuda_op(cu, launch_move, &a);
+        kvs_cuda_op<launch_move>(cu, &a);
         if (!back) copy_kept(&cu->base, moves + i, a.n, kv->row_bytes, scratch, false);
     }
 }

@@ -91,7 +91,7 @@ void kvs_cuda_norm(kvs_backend *be, float *y, const float *x, const float *w, co
     a.n = n;
     a.cols = cols;
     a.wide = cols % 4 == 0 && aligned16(x) && aligned16(y) && aligned16(w) && aligned16(bias);
-    kvs_cuda_op(cu, launch_norm, &a);
+    kvs_cuda_op<launch_norm>(cu, &a);
 }
 
 /* ---- angles, RoPE ---- */
@@ -127,7 +127,7 @@ void kvs_cuda_angles(kvs_backend *be, const kvs_rope *rope) {
     a.rows = cu->rows;
     a.n = cu->step->n;
     a.n_rot = rope->n_rot;
-    kvs_cuda_op(cu, launch_angles, &a);
+    kvs_cuda_op<launch_angles>(cu, &a);
 }
 
 typedef struct rope_args {
@@ -162,7 +162,7 @@ void kvs_cuda_rope(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, i
     a.n_head = n_head;
     a.head_dim = head_dim;
     a.n_rot = rope->n_rot;
-    kvs_cuda_op(cu, launch_rope, &a);
+    kvs_cuda_op<launch_rope>(cu, &a);
 }
 
 /* ---- value by value ---- */
@@ -227,7 +227,7 @@ static void each(kvs_backend *be, int32_t kind, float *y, const float *x, int64_
     a.n = n;
     a.kind = kind;
     a.wide = aligned16(y) && aligned16(x);
-    kvs_cuda_op(cu, launch_each, &a);
+    kvs_cuda_op<launch_each>(cu, &a);
 }
 
 void kvs_cuda_add(kvs_backend *be, float *y, const float *x, int64_t n) { each(be, OP_ADD, y, x, n); }
@@ -294,5 +294,5 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
     a.place = place;
     a.wide = cols % 4 == 0 && aligned16(x);
     a.call = ++cu->n_finite;
-    kvs_cuda_op(cu, launch_finite, &a);
+    kvs_cuda_op<launch_finite>(cu, &a);
 }

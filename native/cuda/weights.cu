@@ -185,5 +185,5 @@ void kvs_cuda_rows(kvs_backend *be, float *y, const kvs_weight *table, const int
     a.row_bytes = table->row_bytes;
     a.n = n;
     a.type = table->type;
-    if (a.ids) kvs_cuda_op(cu, launch_rows, &a);
+    if (a.ids) kvs_cuda_op<launch_rows>(cu, &a);
 }
