@@ -200,7 +200,7 @@ def test_errors_are_one_line_with_the_name(run, image, tiny_pair, tmp_path):
         (["--mmproj", text], "text.gguf"),
         (["--n-ctx", 20], "--n-ctx"),
         (["--set", "kvsmooth.layers=40:50"], "layers"),
-        (["--device", "cuda"], "CUDA"),
+        (["--device", "cuda:99"], "cuda:99"),
     ):
         got = run("caption", image, *options)
         assert (got.code, got.out) == (1, ""), options

@@ -87,11 +87,10 @@ def test_swapped_files_and_misfits(tiny_pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"device": "cuda"}, kvs.DeviceError),
-        ({"device": "cuda:1"}, kvs.DeviceError),
+        ({"device": "cuda:99"}, kvs.DeviceError),
         ({"device": "tpu"}, ValueError),
         ({"device": 3}, TypeError),
-        ({"gpu_layers": 3}, kvs.DeviceError),
+        ({"device": "cpu", "gpu_layers": 3}, kvs.DeviceError),
         ({"gpu_layers": "some"}, TypeError),
         ({"gpu_layers": -1}, ValueError),
         ({"threads": 0}, ValueError),
