@@ -34,7 +34,7 @@ CUDA_TESTS = cuda shim cuda_gemm cuda_matvec matmul rowops attention attention_s
 test-cuda: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU
 	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(CUDA_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow"
+	    $(CUDA_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)

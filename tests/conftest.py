@@ -15,6 +15,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
+os.environ["KVS_SEED"] = str(SEED)  # for the workers of pytest -n
 SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny
