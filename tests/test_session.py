@@ -56,6 +56,16 @@ def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Rows that ran in another company: a GPU has other kernels for few rows than for many, and rounds otherwise."""
+    if DEVICE == "cpu":
+        assert_equal(a, b)
+        return
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
 def begin(session: kvs.Session, rng: np.random.Generator, generated: int = 12) -> None:
     session.feed([1, *tokens(rng, 6)])
     session.feed_image(picture(rng))
@@ -215,7 +225,7 @@ def test_every_rewind_that_is_allowed_is_exact(policy: str, kv_type: str, model:
 def test_rows_that_run_again_stay_in_the_timeline(policy: str, model: kvs.Model, rng: np.random.Generator) -> None:
     """Behind a rewind beyond the ring the prompt's last rows run again; if that is cancelled, nothing has changed."""
     prompt, answer = tokens(rng, 20), tokens(rng, 40)
-    with open_session(model, policy) as session, open_session(model, policy) as fresh:
+    with open_session(model, policy, "f32") as session, open_session(model, policy, "f32") as fresh:
         session.feed(prompt)
         session.feed(answer, generated=True)
         session.rewind(40)
@@ -227,7 +237,7 @@ def test_rows_that_run_again_stay_in_the_timeline(policy: str, model: kvs.Model,
         fresh.feed(prompt)
         for one in (session, fresh):
             one.feed(answer[:6], generated=True)
-        assert_equal(state(session), state(fresh))
+        assert_same(state(session), state(fresh))
 
 
 @pytest.mark.parametrize("policy", ["kvsmooth", "smooth_prompt"])
@@ -308,8 +318,8 @@ def test_longer_history_rewinds_further(model: kvs.Model, rng: np.random.Generat
 CONTINUE = """
 import sys, json, numpy as np
 import pykvsmooth as kvs
-text, mmproj, path, policy, ids, out = json.loads(sys.argv[1])
-with kvs.Model(text, mmproj=mmproj, device="cpu") as model:
+text, mmproj, device, path, policy, ids, out = json.loads(sys.argv[1])
+with kvs.Model(text, mmproj=mmproj, device=device) as model:
     session = kvs.Session.load(model, path, policy=None if policy is None else kvs.KVSmooth(**policy))
     before = session.logits()
     session.feed(ids, generated=True)
@@ -334,7 +344,7 @@ def test_save_then_load_in_another_process(
         assert [p.name for p in tmp_path.iterdir()] == ["here.kvs"]
         before = session.logits()
         session.feed(more, generated=True)
-        arguments = json.dumps([tiny_pair.text, tiny_pair.mmproj, str(path), POLICIES[policy], more, str(out)])
+        arguments = json.dumps([tiny_pair.text, tiny_pair.mmproj, DEVICE, str(path), POLICIES[policy], more, str(out)])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", CONTINUE, arguments], check=True, env=environment, timeout=120)
         there = np.load(out)
