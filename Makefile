@@ -29,17 +29,19 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
-CUDA_TESTS = cuda shim cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 model stories session kvsmooth \
-	dscr prunehal prunehal_state stacks numeric offload
-test-cuda: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU
+CUDA_TESTS = cuda shim cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 offload model numeric kvsmooth
+CUDA_LONG_TESTS = stories session dscr prunehal prunehal_state stacks
+test-cuda: CUDA_RUN = $(CUDA_TESTS)
+test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
+test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU; long: whole sessions, all policies (a quarter of an hour)
 	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(CUDA_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
+	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(CUDA_TESTS:%=tests/test_%.py) tests/test_cuda_build.py -p no:cacheprovider
+	    $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS)) tests/test_cuda_build.py -p no:cacheprovider
 
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
@@ -115,5 +117,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

@@ -81,6 +81,7 @@ def state(session: kvs.Session) -> dict[str, np.ndarray]:
     seen = {"logits": session.logits(), "entropies": session.entropies(), "strengths": session.strengths()}
     for layer in range(N_LAYER):
         seen[f"k{layer}"], seen[f"v{layer}"] = session.kv(layer)
+        seen[f"positions{layer}"] = np.asarray(session.positions(layer))
     return seen
 
 
@@ -108,9 +109,12 @@ def test_the_same_numbers_wherever_the_cut_is(name: str, kv_type: str, cut: kvs.
             session.feed(ids[5:])
             session.feed(answer, generated=True)
             states.append(state(session))
+    if name in ("prunehal", "all") and not all(np.array_equal(states[0][key], states[1][key]) for key in states[0] if "positions" in key):
+        assert kv_type != "f32"  # votes may fall to either side where rounded numbers are a last bit apart
+        return
     for key in states[0]:
-        if key == "strengths" or (name in ("prunehal", "all") and states[0][key].shape != states[1][key].shape):
-            continue  # ranks and votes may fall to either side where numbers are a last bit apart
+        if key == "strengths":
+            continue  # so may ranks
         near(states[0][key], states[1][key], rounded if name in ("plain", "dscr") else 0.2)
 
 

@@ -400,26 +400,25 @@ static __global__ void __launch_bounds__(KVS_ATTN_THREADS) merge_kernel(kvs_attn
 
 /* ---- launches ---- */
 
-template <int HEADS> static void launch_heads(kvs_cuda *cu, const kvs_attn_args *a) {
+template <int HEADS, int ITEMS> static void launch_heads(kvs_cuda *cu, const kvs_attn_args *a) {
     int64_t group = a->n_head / a->n_kv_head;
     dim3 grid((unsigned)a->n_tiles, (unsigned)(a->n_kv_head * kvs_ceil_div(group, HEADS)), (unsigned)a->n_rows);
     size_t shared = HEADS * (decode_width(a->head_dim) + KVS_ATTN_TILE) * sizeof(float) + 2 * (size_t)a->piece_bytes;
-    if (a->head_dim <= KVS_ATTN_THREADS)
-        KVS_LAUNCH(cu, (decode_kernel<HEADS, 1>), grid, dim3(KVS_ATTN_THREADS), shared, *a);
-    else
-        KVS_LAUNCH(cu, (decode_kernel<HEADS, 4>), grid, dim3(KVS_ATTN_THREADS), shared, *a);
+    KVS_LAUNCH(cu, (decode_kernel<HEADS, ITEMS>), grid, dim3(KVS_ATTN_THREADS), shared, *a);
 }
 
 static void launch_rows(kvs_cuda *cu, const kvs_attn_args *a) {
     int32_t group = a->n_head / a->n_kv_head;
-    if (group == 1)
-        launch_heads<1>(cu, a);
+    if (a->head_dim > KVS_ATTN_THREADS) /* few models have such heads: not worth a kernel for each group */
+        launch_heads<1, 4>(cu, a);
+    else if (group == 1)
+        launch_heads<1, 1>(cu, a);
     else if (group == 2)
-        launch_heads<2>(cu, a);
+        launch_heads<2, 1>(cu, a);
     else if (group <= 4)
-        launch_heads<4>(cu, a);
+        launch_heads<4, 1>(cu, a);
     else
-        launch_heads<8>(cu, a);
+        launch_heads<8, 1>(cu, a);
     int32_t warps = KVS_MIN((a->head_dim + KVS_WARP - 1) / KVS_WARP, KVS_ATTN_WARPS);
     KVS_LAUNCH(cu, merge_kernel, dim3((unsigned)a->n_head, (unsigned)a->n_rows), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
 }
