@@ -24,7 +24,10 @@ from answers import SMOOTH
 from devices import DEVICE
 
 import pykvsmooth as kvs
+from pykvsmooth._native import library_path
 from pykvsmooth.cli.main import main
+
+os.environ["KVS_LIBRARY"] = str(library_path)  # for processes that tests start: python -c looks into the folder that it runs in first
 
 # A shell that starts this in the background leaves SIGINT ignored, and the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
