@@ -14,7 +14,7 @@ int32_t kvs_test_sample(const char *isa, const float *logits, int32_t n_vocab, c
     int status = n_vocab < 1 ? KVS_E_ARGUMENT : kvs_sampling_check(params, NULL);
     if (status) return status;
     kvs_rng rng;
-    kvs_drawn drawn;
+    kvs_drawn drawn = {0};
     kvs_lent lent = {.be = kvs_selftest_open(isa, 1, &status)};
     if (!lent.be) return status;
     kvs_rng_seed(&rng, seed);
@@ -22,9 +22,9 @@ int32_t kvs_test_sample(const char *isa, const float *logits, int32_t n_vocab, c
     for (int32_t i = 0; i < draws && !status && !lent.status; i++) {
         kvs_draw how = {params, seen, n_seen, params->temperature > 0 ? kvs_rng_uniform(&rng) : 0};
         status = draw_one(lent.be, logits, n_vocab, &how, &drawn);
-        if (status) break;
-        ids[i] = drawn.sample.id;
         *last = drawn.sample;
+        if (status == KVS_E_NUMERIC) last->id = drawn.first_bad, last->n_top = drawn.n_bad;
+        if (!status) ids[i] = last->id;
     }
     return kvs_selftest_finish(&lent, status);
 }
