@@ -106,28 +106,26 @@ SAMPLING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", SAMPLING, ids=["greedy", "random", "cuts"])
 def test_answers_are_drawn_as_on_the_cpu(options: dict[str, Any], policy, model: kvs.Model, rng: np.random.Generator) -> None:
     """From the same logits the same ids; what each token tells is what the session tells afterwards."""
-    seed, image = int(rng.integers(2**62)), picture(rng)
-    with model.session(n_ctx=256, policy=policy) as session, model.session(n_ctx=256, policy=policy) as other:
-        tokens = session.generate("a cat", image=image, max_tokens=12, seed=seed, **options).result().tokens
-        for n, token in enumerate(other.generate("a cat", image=image, max_tokens=len(tokens), seed=seed, **options)):
-            assert (token.id, token.top_logprobs) == (tokens[n].id, tokens[n].top_logprobs)
-        with session._handle as pointer:
-            ids = session._timeline(pointer)[0]
-        session.rewind(len(tokens))
-        for n, token in enumerate(tokens):
-            params = {"temperature": 0.0, **options}
-            n_top = params.pop("logprobs", 0)
-            seen = ids[: len(ids) - len(tokens) + n].tolist()
-            drawn = draw_on("base", session.logits(), n + 1, seed, seen, n_top=n_top, **params)
-            assert drawn.ids[-1] == token.id
-            np.testing.assert_allclose(drawn.logprob, token.logprob, atol=1e-5)
-            assert [id for id, _ in drawn.top] == [id for id, _ in token.top_logprobs]
-            session.feed([token.id], generated=True)
-        layers = session._layers
-        np.testing.assert_allclose([np.mean(row[layers]) for row in session.entropies()], [t.entropy for t in tokens], rtol=1e-6)
+    seed = int(rng.integers(2**62))
+    params = {"temperature": 0.0, **options}
+    n_top = params.pop("logprobs", 0)
+    with model.session(n_ctx=256, policy=policy) as session:
+        stream = session.generate("a cat", image=picture(rng), max_tokens=12, seed=seed, **options)
+        tokens = [next(stream)]
+        while stream.finish_reason is None and len(tokens) < 12:
+            with session._handle as pointer:
+                seen = session._timeline(pointer)[0].tolist()
+            drawn = draw_on("base", session.logits(), len(tokens) + 1, seed, seen, n_top=n_top, **params)
+            token = next(stream)
+            assert drawn.ids[-1] == token.id and [id for id, _ in drawn.top] == [id for id, _ in token.top_logprobs]
+            np.testing.assert_allclose(drawn.logprob, token.logprob, atol=1e-6, rtol=1e-6)
+            tokens.append(token)
+        with session.fork() as fork:  # which has to look for it in the cache
+            layers = fork._layers
+            entropies, strengths = fork.entropies()[:, layers], fork.strengths()[:, layers]
+        assert [_mean(row) for row in entropies.tolist()] == [token.entropy for token in tokens]
         if policy:
-            for row, token in zip(session.strengths(), tokens, strict=True):
-                np.testing.assert_allclose(_mean(row[layers].tolist()), token.strength, rtol=1e-6)
+            np.testing.assert_array_equal([_mean(row) for row in strengths.tolist()], [token.strength for token in tokens])
 
 
 def test_a_sampled_answer_goes_on_elsewhere(tiny_pair, rng: np.random.Generator, tmp_path: Path) -> None:

@@ -56,14 +56,15 @@ KVS_DEVICE float penalised(float logit, float penalty) {
 /* ---- weights ---- */
 
 typedef struct scale { /* score to weight: e^((score - best) / temperature) */
-    float half, best, divisor, inverse;
+    float half, best, up, divisor, inverse;
     int32_t bits;
 } scale;
 
-/* Large temperatures go with halves of scores: their difference may be beyond FLT_MAX. Below 1 such a difference is as good as infinite. */
+/* Large temperatures go with halves of scores, whose difference may be beyond FLT_MAX; below 1 such a difference is as good as infinite. Tiny
+ * ones go with large multiples of differences: 1 / divisor is finite. Powers of two, so nothing is rounded. */
 KVS_DEVICE scale scale_of(float best, float temperature, int32_t bits) {
-    float half = temperature > 1.0f ? 0.5f : 1.0f, divisor = half * temperature;
-    scale s = {half, half * best, divisor, fminf(1.0f / divisor, FLT_MAX), bits};
+    float half = temperature > 1.0f ? 0.5f : 1.0f, up = temperature < 0x1p-64f ? 0x1p64f : 1.0f, divisor = half * up * temperature;
+    scale s = {half, half * best, up, divisor, 1.0f / divisor, bits};
     return s;
 }
 
@@ -76,10 +77,10 @@ KVS_DEVICE uint64_t fixed(float x, int32_t bits) { /* x 2^bits, cut off; 2^-50 <
 
 /* In float32, with what the difference and the quotient lost to rounding. */
 KVS_DEVICE uint64_t weight_of(const scale &s, float score) {
-    float a = s.half * score, d = a - s.best, x = d / s.divisor;
+    float a = s.half * score, d = a - s.best, x = d * s.up * s.inverse;
     if (!(x > -34.0f)) return 0; /* less than 2^-48 */
     float back = d - a, lost = (a - (d - back)) - (s.best + back);
-    float rest = (fmaf(-x, s.divisor, d) + lost) * s.inverse, w = expf(x);
+    float rest = (fmaf(-x, s.divisor, d * s.up) + lost * s.up) * s.inverse, w = expf(x);
     return fixed(fminf(fmaf(w, rest, w), 1.0f), s.bits);
 }
 
@@ -234,27 +235,38 @@ typedef struct looks { /* of the whole row */
     int32_t n_bad;
 } looks;
 
-/* Best and worst, and what is not finite; scores are written. */
+typedef struct candidate { /* of those that a thread has come to; id -1: none yet */
+    float value;
+    int32_t id;
+} candidate;
+
+KVS_DEVICE uint64_t place_of(candidate x) { return x.id < 0 ? 0 : place_of(x.value, x.id); }
+
+/* Best and worst, and what is not finite; scores are written. Ids rise. */
 KVS_DEVICE looks look_at(const sample_args &a, board &s) {
-    uint64_t best = 0, least = 0, raw = 0, bad = 0, first_bad = 0; /* least and first_bad: the other way round */
+    candidate best = {-INFINITY, -1}, worst = {INFINITY, -1}, raw = best;
+    int32_t bad = 0, first_bad = INT32_MAX;
     for (int32_t i = (int32_t)threadIdx.x; i < a.n; i += THREADS) {
         float x = a.logits[i], score = x;
         if (!(fabsf(x) <= FLT_MAX)) {
             bad++;
-            first_bad = KVS_MAX(first_bad, below(i));
+            first_bad = KVS_MIN(first_bad, i);
         }
-        if (a.seen) a.scores[i] = score = a.seen[i / 32] >> i % 32 & 1 ? penalised(x, a.penalty) : x;
-        uint64_t p = place_of(score, i);
-        best = KVS_MAX(best, p);
-        least = KVS_MAX(least, ~p);
-        raw = KVS_MAX(raw, place_of(x, i));
+        if (a.seen) {
+            a.scores[i] = score = a.seen[i / 32] >> i % 32 & 1 ? penalised(x, a.penalty) : x;
+            if (x > raw.value) raw = {x, i};
+        }
+        if (score > best.value) best = {score, i};
+        if (score <= worst.value) worst = {score, i};
     }
-    looks l = {{~block_max(least, s), block_max(best, s)}, block_max(raw, s), (int32_t)block_total(bad, s)};
+    uint64_t top = block_max(place_of(best), s), top_raw = a.seen ? block_max(place_of(raw), s) : top;
+    uint64_t low = ~block_max(worst.id < 0 ? 0 : ~place_of(worst), s);
+    looks l = {{low, top}, top_raw, (int32_t)block_total((uint64_t)bad, s)};
     if (!l.n_bad) return l;
-    first_bad = block_max(first_bad, s);
+    uint64_t first = block_max(first_bad < a.n ? below(first_bad) : 0, s);
     if (!threadIdx.x) {
         a.out->n_bad = l.n_bad;
-        a.out->first_bad = id_of(first_bad);
+        a.out->first_bad = id_of(first);
     }
     return l;
 }
