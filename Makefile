@@ -35,7 +35,7 @@ test-cuda: CUDA_RUN = $(CUDA_TESTS)
 test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
 test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU; long: whole sessions, all policies (a quarter of an hour)
 	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
-	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)

@@ -17,6 +17,7 @@ if(KVS_CUDA_SHIM)
   target_compile_options(kvs_cuda PRIVATE -std=gnu++20 -O2 -g -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
   set_target_properties(kvs_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_sources(kvs PRIVATE $<TARGET_OBJECTS:kvs_cuda>)
+  set_target_properties(kvs PROPERTIES OUTPUT_NAME kvs_shim) # nobody takes it for the library by accident
   message(STATUS "CUDA: over tests/shim, on the CPU")
   return()
 endif()

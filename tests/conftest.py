@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))  # the package that is installed is the one that is tested, if there is one; PYTHONPATH names another
 SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
 os.environ["KVS_SEED"] = str(SEED)  # for the workers of pytest -n
 SHARED = HERE.parents[1] / "shared" / "data"
@@ -23,7 +24,10 @@ from answers import SMOOTH
 from devices import DEVICE
 
 import pykvsmooth as kvs
+from pykvsmooth._native import library_path
 from pykvsmooth.cli.main import main
+
+os.environ["KVS_LIBRARY"] = str(library_path)  # for processes that tests start: python -c looks into the folder that it runs in first
 
 # A shell that starts this in the background leaves SIGINT ignored, and the tests of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -544,6 +544,7 @@ def test_plot_without_matplotlib(run, scenes, tmp_path, monkeypatch):
 # ---- speed ----
 
 
+@pytest.mark.slow
 def test_ten_thousand_captions_in_ten_seconds(run, tmp_path):
     choose = random.Random(1)
     words = [*evaluate.node_words(), *"the a in on of near large red with standing people, men buses wine glasses it's there.".split()]

@@ -1,13 +1,11 @@
 """The page of evidence: what is read off captions, and that the tables say what the runs say."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Pair
 
 import pykvsmooth as kvs

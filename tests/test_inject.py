@@ -27,9 +27,10 @@ from test_loader import write_split
 
 import pykvsmooth as kvs
 from pykvsmooth import gguf
-from pykvsmooth._native import Flag, ffi, lib, native_call
+from pykvsmooth._native import Flag, ffi, lib, library_path, native_call
 
-pytestmark = pytest.mark.skipif(not hasattr(lib, "kvs_test_fail_after"), reason="needs a build with KVS_INJECT: make inject")
+INJECTS = hasattr(ctypes.CDLL(str(library_path)), "kvs_test_fail_after")
+pytestmark = pytest.mark.skipif(not INJECTS, reason="needs a build with KVS_INJECT: make inject")
 
 FILES = tempfile.TemporaryDirectory(prefix="kvs-inject-")  # until the end
 PROMPT = "describe the red car"

@@ -355,7 +355,7 @@ def test_a_signal_leaves_nothing_behind(number: int, code: int, tmp_path: Path) 
     src.write_bytes(f.header())
     os.truncate(src, os.path.getsize(src) + 32 + (16 << 24))  # zeros that take no room on the disk
     command = [sys.executable, "-m", "pykvsmooth", "quantize", str(src), str(dst), "--type", "q6_k", "--threads", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     try:
         end = time.monotonic() + 60

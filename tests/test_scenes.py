@@ -3,14 +3,12 @@
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.scenes import CLASSES, CONTEXTS, KINDS, SIZE, SPLITS, Scene, caption, scene, side
 from models.scenes.__main__ import write
 from models.scenes.scene import FEWEST, MOST

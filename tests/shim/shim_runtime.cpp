@@ -238,9 +238,10 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     return cudaSuccess;
 }
 
+/* Broken devices give memory back, too, if with an error: the process goes on with a device that is well again. */
 cudaError_t cudaFree(void *p) {
-    ENTER(false);
-    if (!p) return cudaSuccess;
+    cudaError_t error = enter(__func__, false);
+    if (!p || (error && error != cudaErrorIllegalAddress)) return error;
     std::lock_guard<std::mutex> hold(lock);
     auto found = blocks.find((const uint8_t *)p);
     if (found == blocks.end()) kvs_shim_fatal("cudaFree of %p, which is not there", p);
@@ -258,7 +259,7 @@ cudaError_t cudaFree(void *p) {
     allocated -= whole(bytes);
     blocks.erase(found);
     free(block);
-    return cudaSuccess;
+    return error;
 }
 
 cudaError_t cudaMallocHost(void **p, size_t bytes) {
@@ -268,9 +269,9 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) {
     return *p ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void *p) {
-    ENTER(false);
-    free(p);
-    return cudaSuccess;
+    cudaError_t error = enter(__func__, false);
+    if (!error || error == cudaErrorIllegalAddress) free(p);
+    return error;
 }
 cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned) {
     ENTER(true);
