@@ -8,7 +8,7 @@
 #ifndef KVS_BACKEND_H
 #define KVS_BACKEND_H
 #include "mix.h"
-#include "util.h"
+#include "sampler.h"
 
 #include <float.h>
 
@@ -175,6 +175,8 @@ struct kvs_ops {
     void (*add)(kvs_backend *be, float *y, const float *x, int64_t n);  /* y += x */
     void (*gate)(kvs_backend *be, float *g, const float *u, int64_t n); /* g = silu(g) u */
     void (*unary)(kvs_backend *be, int32_t kind, float *x, int64_t n);  /* kvs_unary, in place */
+    /* Row i of x (n, cols) to y[i]; y: host, (n) of [dev] rows, others in each step */
+    void (*scatter)(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols);
     /* A value of x (n, cols) beyond limit in magnitude, or NaN, fails the step: its place, a name of the caller's, and the first such row */
     void (*finite)(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
     /* attention: scores scaled by 1/sqrt(head_dim); out (n, n_head, head_dim) */
@@ -191,6 +193,11 @@ struct kvs_ops {
     void (*kv_mix)(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
     /* attention outputs of prompt rows into exact_o, where a cache has one */
     void (*kv_put_out)(kvs_backend *be, int32_t layer, const float *out);
+    /* What the history has of the step's rows in some layers: means over groups of entropy and of strength, and mass. told: host, for each row
+     * NULL or room for (3, kv->n_layer), of which these layers' are there once end() has given KVS_OK. */
+    void (*kv_tell)(kvs_backend *be, kvs_range layers, float *const *told);
+    /* One id from logits (n_vocab), as sampler.c has it; *out is host memory, and there once end() has given KVS_OK */
+    void (*sample)(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
     /* pruning, between begin and end: attention of the newest row on each row of a picture, span by span, mean (or maximum) over the
      * query heads of a KV head: scores [dev] (n_kv_head, rows of spans) */
     void (*kv_score)(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);

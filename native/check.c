@@ -186,6 +186,8 @@ static void check_begin(kvs_backend *be, const kvs_step *step) {
     c->device_step.rows = kvs_twins_rows(&c->twins, step);
     c->status = c->device_step.rows ? KVS_OK : KVS_E_MEMORY;
     if (c->status) c->device_step.n = 0;
+    c->told_layers.n = 0;
+    c->drawn = NULL;
     c->cpu->ops->begin(c->cpu, &c->cpu_step);
     c->device->ops->begin(c->device, &c->device_step);
 }
@@ -216,6 +218,7 @@ static int check_end(kvs_backend *be, kvs_error *err) {
     kvs_error of_cpu = {.struct_size = sizeof of_cpu}, of_device = {.struct_size = sizeof of_device};
     int cpu = c->cpu->ops->end(c->cpu, &of_cpu), device = c->device->ops->end(c->device, &of_device);
     compare_faults(c, cpu, device);
+    if (!device && !cpu && !c->status) kvs_check_ended(c);
     int status = c->status;
     c->status = KVS_OK;
     if (device == KVS_E_NUMERIC && c->step->fault) *c->step->fault = c->device_fault;
@@ -324,6 +327,18 @@ static void check_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) {
     kvs_check_floats(c, "unary", x, 1, n, KVS_CHECK_FLOAT);
 }
 
+static void check_scatter(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols) {
+    kvs_check *c = (kvs_check *)be;
+    const float *x_there = THERE(x);
+    for (int32_t i = 0; i < n; i++) {
+        float *row = THERE(y[i]);
+        if (!kvs_check_enter(c)) return;
+        c->device->ops->scatter(c->device, &row, x_there + (int64_t)i * cols, 1, cols);
+        c->cpu->ops->scatter(c->cpu, y + i, x + (int64_t)i * cols, 1, cols);
+        kvs_check_floats(c, "scatter", y[i], 1, cols, KVS_CHECK_EXACT);
+    }
+}
+
 static void check_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place) {
     kvs_check *c = (kvs_check *)be;
     const float *x_there = THERE(x);
@@ -353,6 +368,8 @@ static void check_close(kvs_backend *be) {
     free(c->weights);
     free(c->buffer);
     free(c->smooth_jobs);
+    free(c->told);
+    free(c->told_here);
     free(c);
 }
 
@@ -381,6 +398,7 @@ static const kvs_ops check_ops = {
     .add = check_add,
     .gate = check_gate,
     .unary = check_unary,
+    .scatter = check_scatter,
     .finite = check_finite,
     .attn = kvs_check_attn,
     .attn_full = check_attn_full,
@@ -389,6 +407,8 @@ static const kvs_ops check_ops = {
     .kv_smooth = kvs_check_kv_smooth,
     .kv_mix = kvs_check_kv_mix,
     .kv_put_out = kvs_check_kv_put_out,
+    .kv_tell = kvs_check_kv_tell,
+    .sample = kvs_check_sample,
     .kv_score = kvs_check_kv_score,
     .kv_gather = kvs_check_kv_gather,
     .kv_scatter = kvs_check_kv_scatter,

@@ -33,6 +33,13 @@ typedef struct kvs_check {
     kvs_smooth_job *smooth_jobs; /* (room_jobs) for the device */
     int32_t room_jobs;
     kvs_mix_job mix_job;
+    /* What the device gives at the end, and the CPU has given */
+    float **told, *told_here; /* (step->n) where it goes; (step->n, 3, n_layer) */
+    kvs_range told_layers;    /* none: nothing was told */
+    const kvs_drawn *drawn;   /* where it goes; NULL: nothing was drawn */
+    kvs_drawn
+        drawn_here[3]; /* with the random number, and with one a little less, a little more: a sum that is rounded may pass it or not */
+    int32_t n_vocab, greedy;
 } kvs_check;
 
 /* Of the largest value in a row. Exact: rows that are only moved or rounded in the same way. Float: products and functions in float32. */
@@ -50,6 +57,11 @@ const uint8_t *kvs_check_fetch(kvs_check *check, const void *address, uint64_t b
 void kvs_check_floats(kvs_check *check, const char *op, float *x, int64_t rows, int64_t cols, float bound);
 bool kvs_check_compare(kvs_check *check, const char *op, const float *there, const float *here, int64_t rows, int64_t cols, float bound);
 void kvs_check_fail(kvs_check *check, const char *format, ...) __attribute__((format(printf, 2, 3))); /* the first one is told */
+
+/* check_end.c: both are compared by kvs_check_ended, once all has gone well */
+void kvs_check_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
+void kvs_check_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
+void kvs_check_ended(kvs_check *check);
 
 /* check_kv.c */
 void kvs_check_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps);

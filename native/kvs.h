@@ -430,9 +430,10 @@ int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, floa
 int32_t kvs_test_mix(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows, int32_t first,
                      int32_t n, const float *w, float gamma, int32_t target, int32_t rope_pre, int32_t n_rot, const float *inv_freq,
                      const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out, float *exact_k, float *exact_v);
-/* draws ids from one row of logits; last: the whole sample of the last draw */
-int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
-                        uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);
+/* draws ids from one row of logits; last: the whole sample of the last draw. KVS_E_NUMERIC: its id is that of the first logit that is not
+ * finite, its n_top their number */
+int32_t kvs_test_sample(const char *isa, const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen,
+                        const kvs_sampling *params, uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);
 
 /* [cffi] end */
 

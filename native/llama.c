@@ -135,7 +135,7 @@ static void ffn_block(kvs_model *model, int32_t n, const kvs_text_layer *layer) 
     ops->add(model->be, w->x, w->y, (int64_t)n * t->n_embd);
 }
 
-/* Logits of the last row of each span, still on the device: (n_spans, V). */
+/* Logits of the last row of each span, to its session's memory. */
 static void output_rows(kvs_model *model, const kvs_pass *pass) {
     const kvs_ops *ops = model->be->ops;
     const kvs_text *t = &model->text;
@@ -149,6 +149,7 @@ static void output_rows(kvs_model *model, const kvs_pass *pass) {
     kvs_matmul out = {.y = w->logits, .w = &t->output};
     ops->matmul(model->be, &out, 1, w->y, pass->n_spans);
     ops->finite(model->be, w->logits, pass->n_spans, t->n_vocab, FLT_MAX, place_in(t->n_layer, 0));
+    ops->scatter(model->be, pass->logits_out, w->logits, pass->n_spans, t->n_vocab);
 }
 
 int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
@@ -170,13 +171,10 @@ int kvs_llama_pass(kvs_model *model, const kvs_pass *pass, kvs_error *err) {
         ops->finite(model->be, model->work.x, pass->n, model->text.n_embd, KVS_MAX_RESIDUAL, place_in(i, SUM));
     }
     if (pass->logits) output_rows(model, pass);
+    if (pass->told) ops->kv_tell(model->be, (kvs_range){0, model->text.n_layer}, pass->told);
     status = ops->end(model->be, err);
     if (status == KVS_E_NUMERIC) status = fail_numeric(model, pass, &fault, err);
     if (kvs_text_check(model, err)) status = KVS_E_FORMAT; /* zeros in place of weights are the cause of whatever came of it */
     for (int32_t s = 0; s < pass->n_spans && !status; s++) status = after_step(&pass->spans[s], err);
-    for (int32_t s = 0; s < pass->n_spans && !status && pass->logits; s++) {
-        int64_t vocab = model->text.n_vocab;
-        ops->download(model->be, pass->logits_out[s], model->work.logits + s * vocab, (uint64_t)vocab * sizeof(float));
-    }
     return status ? status : kvs_device_check(model->be, err);
 }

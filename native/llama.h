@@ -11,7 +11,8 @@ typedef struct kvs_pass {
     const float *const *embd; /* (n) host rows of E floats where the id is -1; NULL = text only */
     int32_t n;
     bool logits;              /* of the last row of each span */
-    float *const *logits_out; /* (n_spans) host, (V) each */
+    float *const *logits_out; /* (n_spans) [dev] (V) each; undefined if the pass fails */
+    float *const *told;       /* (n) as kv_tell() has it, or NULL; undefined if the pass fails */
     const int32_t *cancel;
 } kvs_pass;
 

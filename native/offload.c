@@ -251,6 +251,12 @@ static float *use(offload *o, const float *x, int64_t n, int32_t access) {
     return NULL;
 }
 
+static int32_t side_of_value(offload *o, const float *x) { /* where it is; both: the device */
+    uint64_t bytes = sizeof *x;
+    const kvs_twin *twin = kvs_twins_find(&o->twins, x);
+    return twin && kvs_twin_where(twin, x, &bytes) & KVS_DEVICE ? KVS_DEVICE : KVS_HOST;
+}
+
 /* rows of its table; 0: it is not looked at */
 static kvs_rope use_rope(offload *o, const kvs_rope *rope, int64_t rows, int32_t access) {
     kvs_rope there = *rope;
@@ -355,6 +361,28 @@ static void offload_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) {
     if (!o->status) c->ops->unary(c, kind, x, n);
 }
 
+/* Each row goes to memory of the side where x is. */
+static void offload_scatter(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols) {
+    enum { RUN = 64 };
+    float *there[RUN];
+    offload *o = (offload *)be;
+    for (int32_t first = 0, run; first < n && enter(o, side_of_value(o, x)); first += run) {
+        kvs_backend *c = child(o, o->side);
+        run = KVS_MIN(n - first, (int32_t)RUN);
+        const float *rows = use(o, x + (int64_t)first * cols, (int64_t)run * cols, KVS_READ);
+        for (int32_t i = 0; i < run; i++) there[i] = use(o, y[first + i], cols, KVS_WRITE);
+        if (!o->status) c->ops->scatter(c, there, rows, run, cols);
+    }
+}
+
+static void offload_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
+    offload *o = (offload *)be;
+    if (!enter(o, side_of_value(o, logits))) return;
+    kvs_backend *c = child(o, o->side);
+    logits = use(o, logits, n_vocab, KVS_READ);
+    if (!o->status) c->ops->sample(c, logits, n_vocab, draw, out);
+}
+
 static void offload_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place) {
     offload *o = (offload *)be;
     if (!enter(o, o->side)) return;
@@ -412,6 +440,14 @@ static void offload_kv_put_out(kvs_backend *be, int32_t layer, const float *out)
     kvs_backend *c = child(o, o->side);
     out = use(o, out, q_size(o), KVS_READ);
     if (!o->status) c->ops->kv_put_out(c, layer, out);
+}
+
+static void offload_kv_tell(kvs_backend *be, kvs_range layers, float *const *told) {
+    offload *o = (offload *)be;
+    int32_t end = layers.first + layers.n, cut = KVS_MIN(KVS_MAX(be->host_layers, layers.first), end);
+    kvs_range here = {layers.first, cut - layers.first}, there = {cut, end - cut};
+    if (here.n && enter(o, KVS_HOST)) o->cpu->ops->kv_tell(o->cpu, here, told);
+    if (there.n && enter(o, KVS_DEVICE)) o->device->ops->kv_tell(o->device, there, told);
 }
 
 static void offload_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope,
@@ -514,6 +550,7 @@ static const kvs_ops offload_ops = {
     .add = offload_add,
     .gate = offload_gate,
     .unary = offload_unary,
+    .scatter = offload_scatter,
     .finite = offload_finite,
     .attn = offload_attn,
     .attn_full = offload_attn_full,
@@ -522,6 +559,8 @@ static const kvs_ops offload_ops = {
     .kv_smooth = offload_kv_smooth,
     .kv_mix = offload_kv_mix,
     .kv_put_out = offload_kv_put_out,
+    .kv_tell = offload_kv_tell,
+    .sample = offload_sample,
     .kv_score = offload_kv_score,
     .kv_gather = offload_kv_gather,
     .kv_scatter = offload_kv_scatter,

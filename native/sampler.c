@@ -44,7 +44,7 @@ static uint64_t next_u64(kvs_rng *rng) {
     return result;
 }
 
-static double uniform(kvs_rng *rng) { return (double)(next_u64(rng) >> 11) * 0x1p-53; } /* [0, 1) */
+double kvs_rng_uniform(kvs_rng *rng) { return (double)(next_u64(rng) >> 11) * 0x1p-53; }
 
 /* ---- arguments ---- */
 
@@ -55,7 +55,7 @@ static int fail_argument(kvs_error *err, const char *name, double value, const c
 }
 
 /* Comparisons are written so that NaN fails them. */
-static int check_params(const kvs_sampling *p, kvs_error *err) {
+int kvs_sampling_check(const kvs_sampling *p, kvs_error *err) {
     if (!(p->temperature >= 0 && p->temperature <= FLT_MAX)) return fail_argument(err, "temperature", p->temperature, "finite and >= 0");
     if (p->top_k < 0) return fail_argument(err, "top_k", p->top_k, ">= 0");
     if (!(p->top_p >= 0 && p->top_p <= 1)) return fail_argument(err, "top_p", p->top_p, "in [0, 1]");
@@ -66,13 +66,23 @@ static int check_params(const kvs_sampling *p, kvs_error *err) {
     return KVS_OK;
 }
 
-int kvs_logits_check(const float *logits, int32_t n, kvs_error *err) {
+/* ---- logits that are not finite ---- */
+
+static int32_t count_bad(const float *logits, int32_t n, int32_t *first) {
     int32_t bad = 0;
+    *first = 0;
     for (int32_t i = 0; i < n; i++) bad += !isfinite(logits[i]);
-    if (!bad) return KVS_OK;
-    int32_t first = 0;
-    while (isfinite(logits[first])) first++;
-    return kvs_fail(err, KVS_E_NUMERIC, "%d of %d logits are not finite, the first at id %d", bad, n, first);
+    while (bad && isfinite(logits[*first])) ++*first;
+    return bad;
+}
+
+int kvs_logits_fail(int32_t n_bad, int32_t n, int32_t first, kvs_error *err) {
+    return kvs_fail(err, KVS_E_NUMERIC, "%d of %d logits are not finite, the first at id %d", n_bad, n, first);
+}
+
+int kvs_logits_check(const float *logits, int32_t n, kvs_error *err) {
+    int32_t first, bad = count_bad(logits, n, &first);
+    return bad ? kvs_logits_fail(bad, n, first, err) : KVS_OK;
 }
 
 /* ---- raw logits: the best ones and the log-probabilities ---- */
@@ -189,8 +199,8 @@ static int32_t cut_small(candidate *c, int32_t n, float min_p) {
     return kept;
 }
 
-static int32_t draw(const candidate *c, int32_t n, kvs_rng *rng) {
-    double target = uniform(rng) * total_weight(c, n), sum = 0;
+static int32_t draw(const candidate *c, int32_t n, double uniform) {
+    double target = uniform * total_weight(c, n), sum = 0;
     int32_t last = 0;
     for (int32_t i = 0; i < n; i++) {
         sum += c[i].weight;
@@ -200,63 +210,47 @@ static int32_t draw(const candidate *c, int32_t n, kvs_rng *rng) {
     return c[last].id;
 }
 
-static int32_t draw_random(candidate *c, const float *scores, int32_t n, const kvs_sampling *p, kvs_rng *rng) {
+static int32_t draw_random(candidate *c, const float *scores, int32_t n, const kvs_sampling *p, double uniform) {
     double best = scores[first_maximum(scores, n)];
     for (int32_t i = 0; i < n; i++) c[i] = (candidate){exp((scores[i] - best) / p->temperature), scores[i], i};
     c = cut_best(c, &n, p);
     n = cut_small(c, n, p->min_p);
-    return draw(c, n, rng);
+    return draw(c, n, uniform);
 }
 
-/* One id. Greedy uses no random number. */
-static int choose(const float *scores, int32_t n, const kvs_sampling *p, kvs_rng *rng, int32_t *id, kvs_error *err) {
-    if (p->temperature == 0) {
+static int choose(const float *scores, int32_t n, const kvs_draw *how, int32_t *id, kvs_error *err) {
+    if (how->params->temperature == 0) {
         *id = first_maximum(scores, n);
         return KVS_OK;
     }
     candidate *c = kvs_calloc((uint64_t)n, sizeof *c);
     if (!c) return kvs_fail_memory(err, (uint64_t)n * sizeof *c, "sampling");
-    *id = draw_random(c, scores, n, p, rng);
+    *id = draw_random(c, scores, n, how->params, how->uniform);
     free(c);
     return KVS_OK;
 }
 
-static int choose_penalised(const float *logits, int32_t n, const int32_t *seen, int64_t n_seen, const kvs_sampling *p, kvs_rng *rng,
-                            int32_t *id, kvs_error *err) {
-    if (p->repetition_penalty == 1 || n_seen <= 0) return choose(logits, n, p, rng, id, err);
+static int choose_penalised(const float *logits, int32_t n, const kvs_draw *how, int32_t *id, kvs_error *err) {
+    float penalty = how->params->repetition_penalty;
+    if (penalty == 1 || how->n_seen <= 0) return choose(logits, n, how, id, err);
     float *scores = kvs_calloc((uint64_t)n, sizeof *scores);
     if (scores) memcpy(scores, logits, (size_t)n * sizeof *scores);
-    int rc = scores && apply_penalty(scores, logits, n, seen, n_seen, p->repetition_penalty)
-                 ? choose(scores, n, p, rng, id, err)
+    int rc = scores && apply_penalty(scores, logits, n, how->seen, how->n_seen, penalty)
+                 ? choose(scores, n, how, id, err)
                  : kvs_fail_memory(err, (uint64_t)n * sizeof *scores, "the repetition penalty");
     free(scores);
     return rc;
 }
 
-int kvs_sampler_draw(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params, kvs_rng *rng,
-                     kvs_sample *out, kvs_error *err) {
-    if (n_vocab < 1) return fail_argument(err, "n_vocab", n_vocab, ">= 1");
-    int rc = check_params(params, err);
-    if (!rc) rc = kvs_logits_check(logits, n_vocab, err);
-    int32_t id = -1;
-    if (!rc) rc = choose_penalised(logits, n_vocab, seen, n_seen, params, rng, &id, err);
+int kvs_sampler_draw(const float *logits, int32_t n_vocab, const kvs_draw *how, kvs_drawn *out, kvs_error *err) {
+    memset(out, 0, sizeof *out);
+    out->n_bad = count_bad(logits, n_vocab, &out->first_bad);
+    if (out->n_bad) return KVS_OK;
+    int32_t id = -1, rc = choose_penalised(logits, n_vocab, how, &id, err);
     if (rc) return rc;
     double norm = log_sum_exp(logits, n_vocab);
-    memset(out, 0, sizeof *out);
-    out->id = id;
-    out->logprob = (float)((double)logits[id] - norm);
-    find_top(logits, n_vocab, norm, params->n_top, out);
-    return KVS_OK;
-}
-
-int32_t kvs_test_sample(const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen, const kvs_sampling *params,
-                        uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last) {
-    kvs_rng rng;
-    kvs_rng_seed(&rng, seed);
-    for (int32_t i = 0; i < draws; i++) {
-        int rc = kvs_sampler_draw(logits, n_vocab, seen, n_seen, params, &rng, last, NULL);
-        if (rc) return rc;
-        ids[i] = last->id;
-    }
+    out->sample.id = id;
+    out->sample.logprob = (float)((double)logits[id] - norm);
+    find_top(logits, n_vocab, norm, how->params->n_top, &out->sample);
     return KVS_OK;
 }

@@ -70,20 +70,45 @@ static int count(kvs_session *s, kvs_error *err) {
     return status;
 }
 
+/* Without its cache. */
+static int new_session(kvs_model *model, kvs_session **out, kvs_error *err) {
+    kvs_session *s = kvs_calloc(1, sizeof *s);
+    float *told = kvs_calloc(3 * (uint64_t)model->text.n_layer, sizeof *told);
+    if (!s || !told) {
+        free(told);
+        free(s);
+        return kvs_fail_memory(err, 0, "a session");
+    }
+    s->model = model;
+    s->told = told;
+    s->told_row = -1;
+    uint64_t bytes = 2 * kvs_session_logits_bytes(s);
+    s->logits = model->be->ops->alloc(model->be, bytes);
+    if (!s->logits) {
+        free(told);
+        free(s);
+        return kvs_fail_room(model->be, err, bytes, "the logits of a session");
+    }
+    s->spare = s->logits + model->text.n_vocab;
+    *out = s;
+    return KVS_OK;
+}
+
+/* What a pass that went well has put there belongs to the last row. */
+static void take_logits(kvs_session *s) {
+    float *old = s->logits;
+    s->logits = s->spare;
+    s->spare = old;
+    s->has_logits = true;
+}
+
 int kvs_session_create(kvs_model *model, const kvs_session_params *params, kvs_session **out, kvs_error *err) {
     *out = NULL;
     int status = check_params(params, err);
     if (!status && params->prune) status = kvs_policy_prunehal_check(params->prune, model->text.n_layer, err);
     if (status) return status;
-    kvs_session *s = kvs_calloc(1, sizeof *s);
-    float *logits = kvs_calloc((uint64_t)model->text.n_vocab, sizeof *logits);
-    if (!s || !logits) {
-        free(logits);
-        free(s);
-        return kvs_fail_memory(err, 0, "a session");
-    }
-    s->model = model;
-    s->logits = logits;
+    kvs_session *s;
+    if ((status = new_session(model, &s, err))) return status;
     kvs_cache_shape shape = cache_shape(model, params);
     status = kvs_cache_init(&s->cache, model->be, &shape, err);
     if (!status) status = count(s, err);
@@ -104,9 +129,11 @@ int32_t kvs_session_new(kvs_model *model, const kvs_session_params *params, kvs_
 
 void kvs_session_free(kvs_session *session) {
     if (!session) return;
+    kvs_backend *be = session->model->be;
     kvs_model_uncount_cache(session->model, session->counted);
     kvs_cache_free(&session->cache);
-    free(session->logits);
+    be->ops->release(be, KVS_MIN(session->logits, session->spare));
+    free(session->told);
     free(session);
 }
 
@@ -227,7 +254,7 @@ static int feed_pass(kvs_session *s, const flat *f, int32_t at, int32_t n, const
                      .embd = f->embd + at,
                      .n = n,
                      .logits = at + n == f->n,
-                     .logits_out = &s->logits,
+                     .logits_out = &s->spare,
                      .cancel = cancel};
     int status = kvs_model_lock(s->model, cancel, err);
     if (status) return status;
@@ -268,7 +295,7 @@ static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const
         if (!status) {
             kvs_span span = {.cache = &s->cache, .index = s->cache.n_past, .n = f.n, .ids = f.ids, .hashes = f.hashes};
             kvs_cache_commit(&span);
-            s->has_logits = true;
+            take_logits(s);
         }
     }
     flat_free(&f);
@@ -311,7 +338,7 @@ static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *
     kvs_span span = {.cache = cache, .index = index, .n = 1, .ids = &cache->ids[index], .generated = flags & KVS_ROW_GENERATED};
     kvs_row row;
     kvs_cache_rows(&span, &row);
-    kvs_pass pass = {.spans = &span, .n_spans = 1, .rows = &row, .n = 1, .logits = logits, .logits_out = &s->logits, .cancel = cancel};
+    kvs_pass pass = {.spans = &span, .n_spans = 1, .rows = &row, .n = 1, .logits = logits, .logits_out = &s->spare, .cancel = cancel};
     kvs_keep keep;
     int status = kvs_keep_rows(&keep, cache, index, 1, cancel, err);
     if (status) return status;
@@ -322,6 +349,7 @@ static int run_again(kvs_session *s, int32_t index, bool logits, const int32_t *
         kvs_model_unlock(s->model);
     }
     kvs_keep_end(&keep, status != KVS_OK);
+    if (!status && logits) take_logits(s);
     return status;
 }
 
@@ -407,17 +435,20 @@ static void commit_step(const kvs_span *span) {
 static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, const int32_t *cancel, kvs_error *err) {
     kvs_span spans[MAX_BATCH];
     kvs_row rows[MAX_BATCH];
-    float *logits[MAX_BATCH];
+    float *logits[MAX_BATCH], *told[MAX_BATCH];
     for (int32_t i = 0; i < n; i++) {
         int status = prepare_step(sessions[i], ids[i], cancel, err);
         if (status) return status;
         kvs_cache *cache = &sessions[i]->cache;
         spans[i] = (kvs_span){.cache = cache, .index = cache->n_past, .first = i, .n = 1, .ids = &ids[i], .generated = true};
         kvs_cache_rows(&spans[i], &rows[i]);
-        logits[i] = sessions[i]->logits;
+        logits[i] = sessions[i]->spare;
+        told[i] = sessions[i]->told;
+        sessions[i]->told_row = -1;
     }
     kvs_model *model = sessions[0]->model;
-    kvs_pass pass = {.spans = spans, .n_spans = n, .rows = rows, .n = n, .logits = true, .logits_out = logits, .cancel = cancel};
+    kvs_pass pass = {
+        .spans = spans, .n_spans = n, .rows = rows, .n = n, .logits = true, .logits_out = logits, .told = told, .cancel = cancel};
     int status = kvs_model_lock(model, cancel, err);
     if (status) return status;
     status = kvs_llama_pass(model, &pass, err);
@@ -425,7 +456,8 @@ static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, con
         kvs_cache_touched(&sessions[i]->cache, 1);
         if (status) continue;
         commit_step(&spans[i]);
-        sessions[i]->has_logits = true;
+        take_logits(sessions[i]);
+        sessions[i]->told_row = spans[i].index;
     }
     kvs_model_unlock(model);
     return status;
@@ -478,7 +510,6 @@ static int ensure_logits(kvs_session *s, const int32_t *cancel, kvs_error *err) 
     if (cache->ids[last] < 0) return bad_argument(err, "logits", "rewind left an image row as the last; feed text first");
     bool pruned = cache->pruned.n_events && cache->pruned.events[cache->pruned.n_events - 1].index == last;
     int status = pruned ? run_last_unpruned(s, cancel, err) : run_last_again(s, cancel, err);
-    s->has_logits = !status;
     return status;
 }
 
@@ -486,16 +517,42 @@ int32_t kvs_session_logits(kvs_session *session, float *logits, int32_t *cancel,
     int status = kvs_session_enter(session, err);
     if (status) return status;
     status = ensure_logits(session, cancel, err);
-    if (!status) status = kvs_logits_check(session->logits, session->model->text.n_vocab, err);
-    if (!status) memcpy(logits, session->logits, (size_t)session->model->text.n_vocab * sizeof *logits);
+    kvs_backend *be = session->model->be;
+    if (!status) be->ops->download(be, logits, session->logits, kvs_session_logits_bytes(session));
+    if (!status) status = kvs_device_check(be, err);
+    if (!status) status = kvs_logits_check(logits, session->model->text.n_vocab, err);
     kvs_session_leave(session);
     return status;
 }
 
+/* Where logits are in memory of the host no device is needed, and other sessions' passes go on. */
+static int draw(kvs_session *s, const kvs_draw *how, kvs_drawn *out, const int32_t *cancel, kvs_error *err) {
+    kvs_backend *be = s->model->be;
+    if (be->host_memory) return kvs_sampler_draw(s->logits, s->model->text.n_vocab, how, out, err);
+    int status = kvs_model_lock(s->model, cancel, err);
+    if (status) return status;
+    kvs_step step = {.cancel = cancel};
+    be->ops->begin(be, &step);
+    be->ops->sample(be, s->logits, s->model->text.n_vocab, how, out);
+    status = be->ops->end(be, err);
+    kvs_model_unlock(s->model);
+    return status;
+}
+
+/* A random number is used up if all goes well. */
 static int sample(kvs_session *s, const kvs_sampling *params, kvs_sample *out, const int32_t *cancel, kvs_error *err) {
     int status = ensure_logits(s, cancel, err);
+    if (!status) status = kvs_sampling_check(params, err);
     if (status) return status;
-    return kvs_sampler_draw(s->logits, s->model->text.n_vocab, s->cache.ids, s->cache.n_past, params, &s->rng, out, err);
+    kvs_rng rng = s->rng;
+    kvs_draw how = {params, s->cache.ids, s->cache.n_past, params->temperature > 0 ? kvs_rng_uniform(&rng) : 0};
+    kvs_drawn drawn;
+    status = draw(s, &how, &drawn, cancel, err);
+    if (!status && drawn.n_bad) status = kvs_logits_fail(drawn.n_bad, s->model->text.n_vocab, drawn.first_bad, err);
+    if (status) return status;
+    s->rng = rng;
+    *out = drawn.sample;
+    return KVS_OK;
 }
 
 int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, int32_t *cancel, kvs_error *err) {
@@ -527,21 +584,18 @@ int32_t kvs_session_new_turn(kvs_session *session, kvs_error *err) {
 }
 
 static int fork_session(const kvs_session *from, kvs_session **out, const int32_t *cancel, kvs_error *err) {
-    kvs_session *s = kvs_calloc(1, sizeof *s);
-    float *logits = kvs_calloc((uint64_t)from->model->text.n_vocab, sizeof *logits);
-    int status = s && logits ? kvs_cache_clone(&from->cache, &s->cache, cancel, err) : kvs_fail_memory(err, 0, "a session");
+    kvs_session *s;
+    kvs_backend *be = from->model->be;
+    int status = new_session(from->model, &s, err);
+    if (status) return status;
+    status = kvs_cache_clone(&from->cache, &s->cache, cancel, err);
+    if (!status) status = count(s, err);
+    if (!status && from->has_logits) be->ops->copy(be, s->logits, from->logits, kvs_session_logits_bytes(s));
+    if (!status) status = kvs_device_check(be, err);
     if (status) {
-        free(logits);
-        free(s);
-        return status;
-    }
-    s->model = from->model;
-    s->logits = logits;
-    if ((status = count(s, err))) {
         kvs_session_free(s);
         return status;
     }
-    memcpy(logits, from->logits, (size_t)from->model->text.n_vocab * sizeof *logits);
     s->has_logits = from->has_logits;
     s->rng = from->rng;
     *out = s;

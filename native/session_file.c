@@ -188,7 +188,7 @@ static void write_all(stream *f, kvs_session *s) {
         transfer(f, &saved, sizeof saved);
     }
     transfer_cache(f, &s->cache);
-    if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
+    if (s->has_logits) transfer_device(f, s->logits, kvs_session_logits_bytes(s));
     uint64_t sum = f->hash;
     transfer(f, &sum, sizeof sum);
 }
@@ -483,7 +483,7 @@ static int read_body(stream *f, const header *h, kvs_session *s, kvs_error *err)
     for (int32_t layer = 0; layer < c->kv.n_layer && c->pruned.on; layer++)
         c->pruned.dropped[layer] = c->pruned.on[layer] ? kvs_pruned_missing(&c->pruned, INT32_MAX) : 0;
     transfer_cache(f, c);
-    if (s->has_logits) transfer(f, s->logits, (uint64_t)s->model->text.n_vocab * sizeof(float));
+    if (s->has_logits) transfer_device(f, s->logits, kvs_session_logits_bytes(s));
     uint64_t sum = f->hash, saved = 0;
     transfer(f, &saved, sizeof saved);
     if (f->memory) return kvs_fail_memory(err, 0, "loading a session");

@@ -2,6 +2,7 @@
 #include "session.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 int32_t kvs_session_n_ctx(const kvs_session *session) { return session->cache.kv.n_ctx; }
 
@@ -80,12 +81,21 @@ static float group_mean(const kvs_cache *cache, const float *history, int32_t la
     return (float)(sum / n);
 }
 
-static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {
+/* The newest row has told it with its step; others are looked for where they are. */
+static int telemetry(const kvs_session *s, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {
+    const kvs_cache *cache = &s->cache;
     float *groups = kvs_calloc((uint64_t)cache->kv.n_group, sizeof *groups);
     if (!groups) return kvs_fail_memory(err, 0, "telemetry");
     int32_t n_layer = cache->kv.n_layer, row = n - 1;
     for (int32_t i = cache->n_past - 1; i >= 0 && row >= 0; i--) {
         if (!(cache->flags[i] & KVS_ROW_GENERATED)) continue;
+        if (i == s->told_row) {
+            float *const to[] = {entropies, strengths, masses};
+            for (int32_t what = 0; what < 3; what++)
+                memcpy(to[what] + (int64_t)row * n_layer, s->told + what * n_layer, (size_t)n_layer * sizeof *s->told);
+            row--;
+            continue;
+        }
         for (int32_t layer = 0; layer < n_layer; layer++) {
             entropies[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.entropy, layer, i, groups);
             strengths[(int64_t)row * n_layer + layer] = group_mean(cache, cache->kv.strength, layer, i, groups);
@@ -102,7 +112,7 @@ static int telemetry(const kvs_cache *cache, int32_t n, float *entropies, float 
 int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies, float *strengths, float *masses, kvs_error *err) {
     int status = kvs_session_enter(session, err);
     if (status) return status;
-    status = telemetry(&session->cache, n, entropies, strengths, masses, err);
+    status = telemetry(session, n, entropies, strengths, masses, err);
     kvs_session_leave(session);
     return status;
 }

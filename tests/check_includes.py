@@ -16,7 +16,7 @@ LAYERS = [
     ["model.h", "model.c", "load.h", "load.c", "vision_load.c", "place.c"],
     ["cache.h", "cache.c", "keep.h", "keep.c", "pruned.h", "pruned.c", "policy.h", "policy.c", "policy_*.c"],
     ["selftest.h", "selftest*.c"],
-    ["cpu/*", "cuda/*", "no_cuda.c", "offload.h", "offload.c", "check.h", "check.c", "check_kv.c"],
+    ["cpu/*", "cuda/*", "no_cuda.c", "offload.h", "offload.c", "check.h", "check.c", "check_kv.c", "check_end.c"],
     ["twin.h", "twin.c"],
     ["backend.h", "backend.c"],
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],

@@ -1,15 +1,21 @@
 """What is particular to GPUs: sessions that change devices, calls of the CUDA runtime that fail, models and threads that share a
 device. On the CPU over tests/shim (make test-cuda), and on a GPU (make test-gpu)."""
 
+import ctypes
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from answers import SMOOTH
+from test_sampler import draw_on
 
 import pykvsmooth as kvs
+from pykvsmooth._native import library_path
+from pykvsmooth.generation import _mean
 from pykvsmooth.machine import cuda_text
 
 if "; available: " not in cuda_text():
@@ -19,6 +25,13 @@ SHIM = cuda_text().startswith("archs shim")
 CALLS = """cudaMalloc cudaMallocHost cudaMemcpyAsync cudaMemsetAsync cudaMemcpy2DAsync cudaStreamSynchronize cudaEventRecord
     cudaEventSynchronize cudaStreamBeginCapture cudaStreamEndCapture cudaGraphInstantiate cudaGraphLaunch cudaSetDevice
     cudaStreamCreateWithFlags cudaEventCreateWithFlags cudaDeviceGetAttribute cudaGetDeviceCount""".split()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair) -> Iterator[kvs.Model]:
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda") as model:
+        model._end_ids = frozenset()  # random weights may choose </s> anywhere
+        yield model
 
 
 def greedy(session: kvs.Session, n: int) -> list[int]:
@@ -80,6 +93,76 @@ def test_smoothed_on_both_devices(tiny_pair, rng: np.random.Generator) -> None:
     assert (
         np.mean(np.isclose(strength_a, strength_b, rtol=0, atol=1e-6, equal_nan=True)) > 0.98
     )  # two entropies may be equal to the last bit
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "logprobs": 20},
+]
+
+
+@pytest.mark.parametrize("policy", [None, SMOOTH], ids=["plain", "kvsmooth"])
+@pytest.mark.parametrize("options", SAMPLING, ids=["greedy", "random", "cuts"])
+def test_answers_are_drawn_as_on_the_cpu(options: dict[str, Any], policy, model: kvs.Model, rng: np.random.Generator) -> None:
+    """From the same logits the same ids; what each token tells is what the session tells afterwards."""
+    seed = int(rng.integers(2**62))
+    params = {"temperature": 0.0, **options}
+    n_top = params.pop("logprobs", 0)
+    with model.session(n_ctx=256, policy=policy) as session:
+        stream = session.generate("a cat", image=picture(rng), max_tokens=12, seed=seed, **options)
+        tokens = [next(stream)]
+        while stream.finish_reason is None and len(tokens) < 12:
+            with session._handle as pointer:
+                seen = session._timeline(pointer)[0].tolist()
+            drawn = draw_on("base", session.logits(), len(tokens) + 1, seed, seen, n_top=n_top, **params)
+            token = next(stream)
+            assert drawn.ids[-1] == token.id and [id for id, _ in drawn.top] == [id for id, _ in token.top_logprobs]
+            np.testing.assert_allclose(drawn.logprob, token.logprob, atol=1e-6, rtol=1e-6)
+            tokens.append(token)
+        with session.fork() as fork:  # which has to look for it in the cache
+            layers = fork._layers
+            entropies, strengths = fork.entropies()[:, layers], fork.strengths()[:, layers]
+        assert [_mean(row) for row in entropies.tolist()] == [token.entropy for token in tokens]
+        if policy:
+            np.testing.assert_array_equal([_mean(row) for row in strengths.tolist()], [token.strength for token in tokens])
+
+
+def test_a_sampled_answer_goes_on_elsewhere(tiny_pair, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Logits and random numbers go along: with a fork, and with a file to the other device."""
+    options: dict[str, Any] = {"template": None, "temperature": 1.0, "top_p": 0.9}
+    models = [kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=device) for device in ("cuda", "cpu")]
+    for model in models:
+        model._end_ids = frozenset()
+    with models[0] as cuda, models[1] as cpu, cuda.session(n_ctx=128, kv_type="f32", seed=int(rng.integers(2**62))) as session:
+        session.generate("a", max_tokens=5, **options).result()
+        session.save(tmp_path / "s")
+        with session.fork() as fork, kvs.Session.load(cuda, tmp_path / "s") as same, kvs.Session.load(cpu, tmp_path / "s") as other:
+            for one in (fork, same, other):
+                np.testing.assert_array_equal(one.logits(), session.logits())
+            answers = [one.generate("a", max_tokens=8, **options).result() for one in (session, fork, same, other)]
+            ids = [[token.id for token in answer.tokens] for answer in answers]
+    assert ids[0] == ids[1] == ids[2]
+    assert ids[3][0] == ids[0][0]  # those behind it come of logits that may differ in their last bits
+
+
+@pytest.mark.skipif(not SHIM, reason="counted by the shim")
+@pytest.mark.parametrize("policy", [None, SMOOTH], ids=["plain", "kvsmooth"])
+@pytest.mark.parametrize("options", SAMPLING, ids=["greedy", "random", "cuts"])
+def test_waits_and_copies_of_a_token(options: dict[str, Any], policy, model: kvs.Model) -> None:
+    """One for the step, telemetry included, and one for the id. To the device goes what is staged for a step, and which ids were seen."""
+    counted = ctypes.CDLL(str(library_path)).kvs_shim_counted
+    counted.restype, counted.argtypes = ctypes.c_longlong, [ctypes.c_char_p]
+    words = ["waits", "to_host", "graphs", "captures", "to_device"]
+    with model.session(n_ctx=256, policy=policy) as session:
+        stream = session.generate("a cat", template=None, max_tokens=40, **options)
+        for _ in range(20):
+            next(stream)
+        before = [counted(word.encode()) for word in words]
+        for _ in range(10):
+            next(stream)
+        found = [counted(word.encode()) - n for word, n in zip(words, before, strict=True)]
+    assert found == [20, 20, 10, 0, 20 if "repetition_penalty" in options else 10]
 
 
 @pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")

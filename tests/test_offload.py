@@ -85,6 +85,16 @@ def state(session: kvs.Session) -> dict[str, np.ndarray]:
     return seen
 
 
+def sample(session: kvs.Session, **options: Any) -> tuple[int, float]:
+    """One id, and its log-probability; nothing is fed."""
+    given = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "n_top": 0, **options}
+    params = _native.ffi.new("kvs_sampling *", {"struct_size": _native.ffi.sizeof("kvs_sampling"), **given})
+    drawn, err, flag = _native.ffi.new("kvs_sample *"), _native.new_error(), _native.Flag()
+    with session._handle as pointer:
+        _native.check(_native.lib.kvs_session_sample(pointer, params, drawn, flag.pointer, err), err)
+    return drawn.id, drawn.logprob
+
+
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -141,6 +151,25 @@ def test_files_of_every_kind(rng: np.random.Generator, tmp_path: Path) -> None:
             near(
                 other, logits[0], {"q8_0": 0.1, "q4_k": 0.15, "f16": 1e-2}.get(options.get("type", ""), 1e-3)
             )  # each side rounds x in its own way
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "cuts", [{}, {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}], ids=["greedy", "random"]
+)
+def test_answers_tell_all_layers(cuts: dict[str, Any], cut: kvs.Model, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Telemetry of a step comes from both sides, ids from where the output is; after loading logits are on the host."""
+    with cut.session(n_ctx=256, policy=kvs.KVSmooth(layers="0:", lambda_ref=0.6), seed=1) as session:
+        stream = session.generate("a", image=picture(rng), max_tokens=8, logprobs=2, **cuts)
+        tokens = [next(stream) for _ in range(4)]
+        np.testing.assert_allclose([np.mean(row) for row in session.entropies()], [token.entropy for token in tokens], rtol=1e-6)
+        np.testing.assert_allclose([np.nanmean(row) for row in session.strengths()[1:]], [t.strength for t in tokens[1:]], rtol=1e-6)
+        stream.close()
+        session.save(tmp_path / "s")
+        with kvs.Session.load(cut, tmp_path / "s", session.policy) as loaded:
+            for sampling in ({}, {"temperature": 1.0, **cuts}):
+                drawn = [sample(one, **sampling) for one in (session, loaded)]
+                assert drawn[0][0] == drawn[1][0] and drawn[0][1] == pytest.approx(drawn[1][1], rel=1e-6)
 
 
 @needs_gpu
@@ -417,6 +446,18 @@ def test_ops_are_compared(name: str, layers: int, pair: tuple[str, str], rng: np
                 equal(state(twin), state(session))
             logits.append(session.logits())
     np.testing.assert_array_equal(*logits)
+
+
+@needs_gpu
+@pytest.mark.parametrize("layers", [2, N_LAYER])
+def test_answers_are_compared(layers: int, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for check in ("0", "1"):
+        monkeypatch.setenv("KVS_CHECK", check)
+        with load(pair, layers) as model, model.session(n_ctx=128, policy=POLICIES["kvsmooth"]) as session:
+            for options in ({}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3}):
+                answers.append((check, session.generate("a", max_tokens=8, logprobs=5, seed=3, **options).result().tokens))
+    assert [repr(tokens) for check, tokens in answers if check == "0"] == [repr(tokens) for check, tokens in answers if check == "1"]
 
 
 @needs_gpu

@@ -180,6 +180,16 @@ static void cpu_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) {
     run(be, unary_piece, &args, n, 2);
 }
 
+static void cpu_scatter(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols) {
+    if (kvs_cpu_stopped((kvs_cpu *)be)) return;
+    for (int32_t i = 0; i < n; i++) memcpy(y[i], x + (int64_t)i * cols, (size_t)cols * sizeof *x);
+}
+
+static void cpu_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (!kvs_cpu_stopped(cpu)) cpu->status = kvs_sampler_draw(logits, n_vocab, draw, out, NULL);
+}
+
 typedef struct finite_args {
     const kvs_rowops *ops;
     const float *x;
@@ -245,6 +255,7 @@ static const kvs_ops cpu_ops = {
     .add = cpu_add,
     .gate = cpu_gate,
     .unary = cpu_unary,
+    .scatter = cpu_scatter,
     .finite = cpu_finite,
     .attn = kvs_cpu_attn,
     .attn_full = kvs_cpu_attn_full,
@@ -253,6 +264,8 @@ static const kvs_ops cpu_ops = {
     .kv_smooth = kvs_cpu_kv_smooth,
     .kv_mix = kvs_cpu_kv_mix,
     .kv_put_out = kvs_cpu_kv_put_out,
+    .kv_tell = kvs_cpu_kv_tell,
+    .sample = cpu_sample,
     .kv_score = kvs_cpu_kv_score,
     .kv_gather = kvs_cpu_kv_gather,
     .kv_scatter = kvs_cpu_kv_scatter,

@@ -133,6 +133,7 @@ void kvs_cpu_kv_put(kvs_backend *be, int32_t layer, const float *k, const float 
 void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cpu_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
 void kvs_cpu_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
+void kvs_cpu_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
 /* prune.c */
 void kvs_cpu_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);
 void kvs_cpu_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);

@@ -93,6 +93,23 @@ void kvs_cpu_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs
     }
 }
 
+/* ---- kv_tell ---- */
+
+void kvs_cpu_kv_tell(kvs_backend *be, kvs_range layers, float *const *told) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (kvs_cpu_stopped(cpu)) return;
+    for (int32_t i = 0; i < cpu->step->n; i++) {
+        const kvs_row *row = &cpu->step->rows[i];
+        const kvs_kv *kv = row->kv;
+        for (int32_t layer = layers.first; layer < layers.first + layers.n && told[i]; layer++) {
+            int64_t place = kvs_kv_history(kv, layer, row->index);
+            told[i][layer] = mean(kv->entropy + place, kv->n_group);
+            told[i][kv->n_layer + layer] = mean(kv->strength + place, kv->n_group);
+            told[i][2 * kv->n_layer + layer] = kv->mass[kvs_kv_mass(kv, layer, row->index)];
+        }
+    }
+}
+
 /* ---- kv_smooth ---- */
 
 typedef struct smoother { /* one job on one layer */

@@ -189,8 +189,6 @@ static void cuda_close(kvs_backend *be) {
     kvs_cuda_free_pieces(cu);
     for (int i = 0; i < 2; i++)
         if (cu->marks[i]) cudaEventDestroy(cu->marks[i]);
-    cudaFree(cu->fault);
-    if (cu->fault_host) cudaFreeHost(cu->fault_host);
     if (cu->stream) cudaStreamDestroy(cu->stream);
     cudaGetLastError();
     free(cu);
@@ -221,6 +219,7 @@ static const kvs_ops cuda_ops = {
     .add = kvs_cuda_add,
     .gate = kvs_cuda_gate,
     .unary = kvs_cuda_unary,
+    .scatter = kvs_cuda_scatter,
     .finite = kvs_cuda_finite,
     .attn = kvs_cuda_attn,
     .attn_full = kvs_cuda_attn_full,
@@ -229,6 +228,8 @@ static const kvs_ops cuda_ops = {
     .kv_smooth = kvs_cuda_kv_smooth,
     .kv_mix = kvs_cuda_kv_mix,
     .kv_put_out = kvs_cuda_kv_put_out,
+    .kv_tell = kvs_cuda_kv_tell,
+    .sample = kvs_cuda_sample,
     .kv_score = kvs_cuda_kv_score,
     .kv_gather = kvs_cuda_kv_gather,
     .kv_scatter = kvs_cuda_kv_scatter,
@@ -247,8 +248,7 @@ static bool prepare(kvs_cuda *cu) {
               kvs_cuda_check(cu, cudaStreamCreateWithFlags(&cu->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     for (int i = 0; i < 2 && ok; i++)
         ok = kvs_cuda_check(cu, cudaEventCreateWithFlags(&cu->marks[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    ok = ok && kvs_cuda_check(cu, cudaMalloc((void **)&cu->fault, sizeof *cu->fault), "cudaMalloc") &&
-         kvs_cuda_check(cu, cudaMallocHost((void **)&cu->fault_host, sizeof *cu->fault_host), "cudaMallocHost");
+    ok = ok && kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)).host; /* the first chunk of them is there before any step */
     cu->sm = 10 * major + minor;
     return ok;
 }

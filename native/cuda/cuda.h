@@ -25,7 +25,8 @@ typedef struct kvs_cuda_fault {
     unsigned long long first; /* row << 32 | bits of the value: the least of that call; all ones before */
 } kvs_cuda_fault;
 
-typedef struct kvs_cuda_chunk { /* of what is staged for a step: the same bytes in pinned host memory and on the device */
+typedef struct
+    kvs_cuda_chunk { /* of what is staged for a step, or reported by it: the same bytes in pinned host memory and on the device */
     uint8_t *host, *device;
     uint64_t bytes, used, sent;
     struct kvs_cuda_chunk *next;
@@ -35,6 +36,16 @@ typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cud
     uint8_t *bytes;
     uint64_t used, room;
 } kvs_cuda_list;
+
+typedef struct kvs_cuda_report { /* bytes that kernels write, and where they are in pinned memory once end() has waited */
+    uint8_t *host, *device;
+} kvs_cuda_report;
+
+typedef struct kvs_cuda_delivery { /* from a report to the caller's memory, if the step has gone well */
+    void *to;
+    const uint8_t *from;
+    uint64_t bytes;
+} kvs_cuda_delivery;
 
 enum { KVS_CUDA_ONCE = 64 };
 
@@ -68,13 +79,15 @@ struct kvs_cuda {
     int32_t status; /* first failure of the step, KVS_OK so far */
     bool noting;    /* ops are noted down, not launched */
     kvs_cuda_list list;
-    kvs_cuda_chunk *chunks;
+    kvs_cuda_chunk *chunks, *reports;
+    kvs_cuda_delivery *deliveries; /* (n_deliveries) */
+    int32_t n_deliveries, room_deliveries;
     const kvs_kv **kvs; /* (n_kvs) host structs that are staged, and where */
     const kvs_kv **kvs_device;
     int32_t n_kvs, room_kvs;
     kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
     int32_t n_once;                        /* since begin */
-    kvs_cuda_fault *fault, *fault_host;    /* [dev], pinned */
+    kvs_cuda_report fault;                 /* a kvs_cuda_fault, at one address in every step */
     int32_t n_finite;                      /* calls of finite() since begin */
     int32_t n_launched;                    /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
@@ -111,7 +124,11 @@ template <auto launch, class A> static inline void kvs_cuda_op(kvs_cuda *cu, con
 /* Bytes of host memory as they will be on the device when the op runs that is described next; NULL: the step has failed. room: the most
  * that they will ever be in a step of this kind, so that what comes after them keeps its address; at least bytes. */
 void *kvs_cuda_stage(kvs_cuda *cu, const void *host, uint64_t bytes, uint64_t room);
-const kvs_kv *kvs_cuda_kv(kvs_cuda *cu, const kvs_kv *kv); /* [dev] copy, its spans and dropped rows, too */
+/* Room for what kernels of the step tell the host: all of it comes with the one wait at its end, and deliver says where to. Addresses are
+ * the same in every step of a kind. NULLs: the step has failed. */
+kvs_cuda_report kvs_cuda_reserve_report(kvs_cuda *cu, uint64_t bytes);
+void kvs_cuda_deliver(kvs_cuda *cu, void *to, const uint8_t *from, uint64_t bytes); /* from: in a report's pinned memory */
+const kvs_kv *kvs_cuda_kv(kvs_cuda *cu, const kvs_kv *kv);                          /* [dev] copy, its spans and dropped rows, too */
 
 /* Memory of the device that belongs to one op, until the next op asks. NULL: the step has failed. */
 uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
@@ -155,6 +172,7 @@ void kvs_cuda_rope(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, i
 void kvs_cuda_add(kvs_backend *be, float *y, const float *x, int64_t n);
 void kvs_cuda_gate(kvs_backend *be, float *g, const float *u, int64_t n);
 void kvs_cuda_unary(kvs_backend *be, int32_t kind, float *x, int64_t n);
+void kvs_cuda_scatter(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols);
 void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place);
 /* weights.cu: the order of weights on the device (types.cuh), and rows of a table */
 uint64_t kvs_cuda_weight_room(kvs_backend *be, const kvs_weight *w);
@@ -178,6 +196,9 @@ void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
 void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
+void kvs_cuda_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
+/* sample.cu */
+void kvs_cuda_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
 /* mix.cu */
 void kvs_cuda_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
 /* prune.cu */

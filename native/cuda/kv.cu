@@ -168,6 +168,51 @@ void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kv
     kvs_cuda_op<launch_record>(cu, &a);
 }
 
+/* ---- kv_tell ---- */
+
+typedef struct tell_args {
+    const kvs_row *rows;
+    float *told; /* (n, 3, layers.n) */
+    int32_t n;
+    kvs_range layers;
+} tell_args;
+
+/* A thread for each row and layer. */
+static __global__ void tell_kernel(tell_args a) {
+    int32_t task = blockIdx.x * blockDim.x + threadIdx.x, i = task / a.layers.n, at = task % a.layers.n;
+    if (i >= a.n) return;
+    const kvs_kv *kv = a.rows[i].kv;
+    int32_t layer = a.layers.first + at, index = a.rows[i].index;
+    int64_t place = kvs_kv_history(kv, layer, index);
+    float *told = a.told + (int64_t)i * 3 * a.layers.n + at;
+    told[0] = mean(kv->entropy + place, kv->n_group);
+    told[a.layers.n] = mean(kv->strength + place, kv->n_group);
+    told[2 * a.layers.n] = kv->mass[kvs_kv_mass(kv, layer, index)];
+}
+
+static void launch_tell(kvs_cuda *cu, const tell_args *a) {
+    KVS_LAUNCH(cu, tell_kernel, dim3((unsigned)kvs_ceil_div((int64_t)a->n * a->layers.n, THREADS)), dim3(THREADS), 0, *a);
+}
+
+void kvs_cuda_kv_tell(kvs_backend *be, kvs_range layers, float *const *told) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    int32_t n = cu->step->n;
+    if (kvs_cuda_stopped(cu) || n < 1 || layers.n < 1) return;
+    uint64_t bytes = (uint64_t)layers.n * sizeof(float);
+    kvs_cuda_report report = kvs_cuda_reserve_report(cu, 3 * (uint64_t)n * bytes);
+    if (!report.host) return;
+    KVS_ARGS(tell_args, a);
+    a.rows = cu->rows;
+    a.told = (float *)report.device;
+    a.n = n;
+    a.layers = layers;
+    kvs_cuda_op<launch_tell>(cu, &a);
+    for (int32_t i = 0; i < n; i++)
+        for (int32_t what = 0; what < 3 && told[i]; what++)
+            kvs_cuda_deliver(cu, told[i] + (int64_t)what * cu->step->rows[i].kv->n_layer + layers.first,
+                             report.host + (3 * (uint64_t)i + what) * bytes, bytes);
+}
+
 /* ---- kv_smooth ---- */
 
 /* A kvs_smooth_job as it is staged; room entries of its queue follow, then as many of missing. */

@@ -234,6 +234,37 @@ void kvs_cuda_add(kvs_backend *be, float *y, const float *x, int64_t n) { each(b
 void kvs_cuda_gate(kvs_backend *be, float *g, const float *u, int64_t n) { each(be, OP_GATE, g, u, n); }
 void kvs_cuda_unary(kvs_backend *be, int32_t kind, float *x, int64_t n) { each(be, kind, x, NULL, n); }
 
+/* ---- scatter ---- */
+
+typedef struct scatter_args {
+    float *const *y; /* (n) */
+    const float *x;  /* (n, cols) */
+    int32_t n, cols;
+} scatter_args;
+
+/* Blocks along y are rows. */
+static __global__ void scatter_kernel(scatter_args a) {
+    const float *x = a.x + (int64_t)blockIdx.y * a.cols;
+    float *y = a.y[blockIdx.y];
+    int32_t i = blockIdx.x * THREADS * EACH + threadIdx.x;
+    for (int k = 0; k < EACH && i < a.cols; k++, i += THREADS) y[i] = x[i];
+}
+
+static void launch_scatter(kvs_cuda *cu, const scatter_args *a) {
+    KVS_LAUNCH(cu, scatter_kernel, dim3((unsigned)kvs_ceil_div(a->cols, THREADS * EACH), (unsigned)a->n), dim3(THREADS), 0, *a);
+}
+
+void kvs_cuda_scatter(kvs_backend *be, float *const *y, const float *x, int32_t n, int32_t cols) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    if (kvs_cuda_stopped(cu) || n < 1 || cols < 1) return;
+    KVS_ARGS(scatter_args, a);
+    a.y = (float *const *)kvs_cuda_stage(cu, y, (uint64_t)n * sizeof *y, (uint64_t)n * sizeof *y);
+    a.x = x;
+    a.n = n;
+    a.cols = cols;
+    kvs_cuda_op<launch_scatter>(cu, &a);
+}
+
 /* ---- finite ---- */
 
 typedef struct finite_args {
@@ -286,7 +317,7 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu) || n < 1 || cols < 1) return;
     KVS_ARGS(finite_args, a);
-    a.fault = cu->fault;
+    a.fault = (kvs_cuda_fault *)cu->fault.device;
     a.x = x;
     a.limit = limit;
     a.n = n;

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK_BYTES = 1 << 18, ALIGN = 256, MARK_EVERY = 4 };
+enum { CHUNK_BYTES = 1 << 18, REPORT_BYTES = 1 << 14, ALIGN = 256, MARK_EVERY = 4 };
 
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what) {
     int32_t expected = 0;
@@ -27,13 +27,13 @@ bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what) {
 
 /* ---- staging ---- */
 
-static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, uint64_t bytes) {
+static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, kvs_cuda_chunk **last, uint64_t bytes) {
     kvs_cuda_chunk *chunk = (kvs_cuda_chunk *)kvs_calloc(1, sizeof *chunk);
     if (!chunk) {
         cu->status = KVS_E_MEMORY;
         return NULL;
     }
-    chunk->bytes = KVS_MAX(bytes, (uint64_t)CHUNK_BYTES);
+    chunk->bytes = bytes;
     bool ok = kvs_cuda_check(cu, cudaMallocHost((void **)&chunk->host, chunk->bytes), "cudaMallocHost") &&
               kvs_cuda_check(cu, cudaMalloc((void **)&chunk->device, chunk->bytes), "cudaMalloc");
     if (!ok) {
@@ -41,28 +41,39 @@ static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, uint64_t bytes) {
         free(chunk);
         return NULL;
     }
-    kvs_cuda_chunk **last = &cu->chunks;
-    while (*last) last = &(*last)->next;
     return *last = chunk;
 }
 
-/* The first chunk with room. Chunks never move: addresses stand in graphs. */
-static kvs_cuda_chunk *chunk_for(kvs_cuda *cu, uint64_t bytes) {
-    kvs_cuda_chunk *chunk = cu->chunks;
-    while (chunk && chunk->bytes - chunk->used < bytes) chunk = chunk->next;
-    return chunk ? chunk : add_chunk(cu, bytes);
+/* Room in the first chunk that has it. Chunks never move: addresses stand in graphs. */
+static kvs_cuda_report take_room(kvs_cuda *cu, kvs_cuda_chunk **chunks, uint64_t bytes, uint64_t least) {
+    kvs_cuda_report room = {NULL, NULL};
+    bytes = (KVS_MAX(bytes, (uint64_t)1) + ALIGN - 1) / ALIGN * ALIGN;
+    while (*chunks && (*chunks)->bytes - (*chunks)->used < bytes) chunks = &(*chunks)->next;
+    kvs_cuda_chunk *chunk = *chunks ? *chunks : add_chunk(cu, chunks, KVS_MAX(bytes, least));
+    if (!chunk) return room;
+    room.host = chunk->host + chunk->used;
+    room.device = chunk->device + chunk->used;
+    chunk->used += bytes;
+    return room;
+}
+
+static void free_chunks(kvs_cuda_chunk *chunk) {
+    while (chunk) {
+        kvs_cuda_chunk *next = chunk->next;
+        cudaFreeHost(chunk->host);
+        cudaFree(chunk->device);
+        free(chunk);
+        chunk = next;
+    }
 }
 
 void *kvs_cuda_stage(kvs_cuda *cu, const void *host, uint64_t bytes, uint64_t room) {
     if (cu->status) return NULL;
-    room = (KVS_MAX(room, (uint64_t)1) + ALIGN - 1) / ALIGN * ALIGN;
-    kvs_cuda_chunk *chunk = chunk_for(cu, room);
-    if (!chunk) return NULL;
-    uint64_t at = chunk->used;
-    if (bytes) memcpy(chunk->host + at, host, bytes);
-    memset(chunk->host + at + bytes, 0, room - bytes);
-    chunk->used += room;
-    return chunk->device + at;
+    kvs_cuda_report staged = take_room(cu, &cu->chunks, room, CHUNK_BYTES);
+    if (!staged.host) return NULL;
+    if (bytes) memcpy(staged.host, host, bytes);
+    memset(staged.host + bytes, 0, room - bytes);
+    return staged.device;
 }
 
 static void send_staged(kvs_cuda *cu) {
@@ -123,6 +134,40 @@ static void stage_rows(kvs_cuda *cu, const kvs_step *step) {
     uint64_t bytes = (uint64_t)step->n * sizeof *rows;
     cu->rows = (const kvs_row *)kvs_cuda_stage(cu, rows, bytes, bytes);
     free(rows);
+}
+
+/* ---- reports ---- */
+
+kvs_cuda_report kvs_cuda_reserve_report(kvs_cuda *cu, uint64_t bytes) {
+    kvs_cuda_report none = {NULL, NULL};
+    return cu->status ? none : take_room(cu, &cu->reports, bytes, REPORT_BYTES);
+}
+
+void kvs_cuda_deliver(kvs_cuda *cu, void *to, const uint8_t *from, uint64_t bytes) {
+    if (cu->status) return;
+    if (cu->n_deliveries == cu->room_deliveries) {
+        int32_t room = 2 * cu->room_deliveries + 8;
+        kvs_cuda_delivery *grown = (kvs_cuda_delivery *)kvs_realloc(cu->deliveries, (uint64_t)room, sizeof *grown);
+        if (!grown) {
+            cu->status = KVS_E_MEMORY;
+            return;
+        }
+        cu->deliveries = grown;
+        cu->room_deliveries = room;
+    }
+    cu->deliveries[cu->n_deliveries++] = {to, from, bytes};
+}
+
+/* On their way behind all that was launched. */
+static void send_reports(kvs_cuda *cu) {
+    for (kvs_cuda_chunk *chunk = cu->reports; chunk && !cu->status; chunk = chunk->next)
+        if (chunk->used)
+            kvs_cuda_check(cu, cudaMemcpyAsync(chunk->host, chunk->device, chunk->used, cudaMemcpyDeviceToHost, cu->stream),
+                           "cudaMemcpyAsync of what a step tells");
+}
+
+static void deliver_all(const kvs_cuda *cu) {
+    for (int32_t i = 0; i < cu->n_deliveries; i++) memcpy(cu->deliveries[i].to, cu->deliveries[i].from, cu->deliveries[i].bytes);
 }
 
 /* ---- scratch ---- */
@@ -267,13 +312,9 @@ void kvs_cuda_free_steps(kvs_cuda *cu) {
         forget_graph(&cu->graphs[i]);
         free(cu->graphs[i].list.bytes);
     }
-    while (cu->chunks) {
-        kvs_cuda_chunk *chunk = cu->chunks;
-        cu->chunks = chunk->next;
-        cudaFreeHost(chunk->host);
-        cudaFree(chunk->device);
-        free(chunk);
-    }
+    free_chunks(cu->chunks);
+    free_chunks(cu->reports);
+    free(cu->deliveries);
     free_retired(cu);
     free(cu->retired);
     cudaFree(cu->scratch);
@@ -283,6 +324,14 @@ void kvs_cuda_free_steps(kvs_cuda *cu) {
 }
 
 /* ---- begin and end ---- */
+
+static void reset_fault(kvs_cuda *cu) {
+    cu->fault = kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)); /* the first report: it is always there */
+    kvs_cuda_fault *fault = (kvs_cuda_fault *)cu->fault.device;
+    if (!fault) return;
+    kvs_cuda_check(cu, cudaMemsetAsync(fault, 0, sizeof *fault, cu->stream), "cudaMemsetAsync");
+    kvs_cuda_check(cu, cudaMemsetAsync(&fault->first, 0xff, sizeof fault->first, cu->stream), "cudaMemsetAsync");
+}
 
 void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
     kvs_cuda *cu = (kvs_cuda *)be;
@@ -296,33 +345,39 @@ void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
     cu->n_finite = 0;
     cu->n_launched = 0;
     cu->n_steps++;
+    cu->n_deliveries = 0;
     for (kvs_cuda_chunk *chunk = cu->chunks; chunk; chunk = chunk->next) chunk->used = chunk->sent = 0;
+    for (kvs_cuda_chunk *chunk = cu->reports; chunk; chunk = chunk->next) chunk->used = 0;
     if (cu->status || !kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return;
     free_retired(cu);
-    kvs_cuda_check(cu, cudaMemsetAsync(cu->fault, 0, sizeof *cu->fault, cu->stream), "cudaMemsetAsync");
-    kvs_cuda_check(cu, cudaMemsetAsync(&cu->fault->first, 0xff, sizeof cu->fault->first, cu->stream), "cudaMemsetAsync");
+    reset_fault(cu);
     stage_rows(cu, step);
 }
 
 static void read_fault(kvs_cuda *cu) {
-    if (cu->status || !kvs_cuda_check(cu, cudaMemcpyAsync(cu->fault_host, cu->fault, sizeof *cu->fault, cudaMemcpyDeviceToHost, cu->stream),
-                                      "cudaMemcpyAsync of what was found"))
-        return;
-    kvs_cuda_wait(cu);
-    if (cu->status || !cu->fault_host->found) return;
+    const kvs_cuda_fault *found = (const kvs_cuda_fault *)cu->fault.host;
+    if (!found->found) return;
     cu->status = KVS_E_NUMERIC;
     if (!cu->step->fault) return;
-    uint32_t bits = (uint32_t)cu->fault_host->first;
-    cu->step->fault->place = cu->fault_host->place;
-    cu->step->fault->row = (int32_t)(cu->fault_host->first >> 32);
+    uint32_t bits = (uint32_t)found->first;
+    cu->step->fault->place = found->place;
+    cu->step->fault->row = (int32_t)(found->first >> 32);
     memcpy(&cu->step->fault->value, &bits, sizeof bits);
+}
+
+/* The one wait of a step. */
+static void read_reports(kvs_cuda *cu) {
+    if (!cu->status) send_reports(cu);
+    if (!cu->status) kvs_cuda_wait(cu);
+    if (!cu->status) read_fault(cu);
+    if (!cu->status) deliver_all(cu);
 }
 
 int kvs_cuda_end(kvs_backend *be, kvs_error *err) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (cu->noting) run_noted(cu);
     cu->noting = false;
-    read_fault(cu);
+    read_reports(cu);
     if (cu->status && !kvs_cuda_failed(cu)) cudaStreamSynchronize(cu->stream); /* what was launched still reads what the caller owns */
     int status = cu->status;
     cu->step = NULL;

@@ -2,6 +2,7 @@
 #include "shim.h"
 #include "shim_fiber.h" /* KVS_SHIM_ASAN */
 
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <mutex>
@@ -32,6 +33,23 @@ static std::mutex lock; /* of all that is static here */
 static thread_local cudaError_t last;
 static thread_local int device;
 static thread_local kvs_shim_stream *capturing; /* by this host thread, in a mode that forbids what is not safe */
+
+/* ---- counting ---- */
+
+enum count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, COUNTS };
+static std::atomic<long long> counts[COUNTS];
+
+long long kvs_shim_counted(const char *what) {
+    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures"};
+    for (int i = 0; i < COUNTS; i++)
+        if (!strcmp(what, names[i])) return counts[i];
+    return -1;
+}
+
+static void count_copy(cudaMemcpyKind kind) {
+    if (kind == cudaMemcpyDeviceToHost) counts[TO_HOST]++;
+    if (kind == cudaMemcpyHostToDevice) counts[TO_DEVICE]++;
+}
 
 /* ---- errors, and failures that tests ask for ---- */
 
@@ -174,6 +192,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int whi
 }
 cudaError_t cudaDeviceSynchronize(void) {
     ENTER(false);
+    counts[WAITS]++;
     return cudaSuccess;
 }
 
@@ -288,6 +307,8 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind 
     ENTER(false);
     if (!bytes) return cudaSuccess;
     if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
+    counts[WAITS]++;
+    count_copy(kind);
     memmove(to, from, bytes);
     return cudaSuccess;
 }
@@ -295,7 +316,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     ENTER(stream && stream->capture);
     if (!bytes) return cudaSuccess;
     if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
-    kvs_shim_do(stream, [=]() { memmove(to, from, bytes); });
+    kvs_shim_do(stream, [=]() {
+        count_copy(kind);
+        memmove(to, from, bytes);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
@@ -305,6 +329,7 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
     if (to_pitch < width || from_pitch < width || !may_copy(to, to_bytes, from, from_bytes, kind)) return fail(cudaErrorInvalidValue);
     kvs_shim_do(stream, [=]() {
+        count_copy(kind);
         for (size_t i = 0; i < height; i++) memmove((uint8_t *)to + i * to_pitch, (const uint8_t *)from + i * from_pitch, width);
     });
     return cudaSuccess;
@@ -345,6 +370,7 @@ static cudaError_t look_at(cudaStream_t stream) { /* which no stream allows that
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     ENTER(stream != nullptr);
+    counts[WAITS]++;
     return look_at(stream);
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -378,6 +404,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     ENTER(false);
+    counts[WAITS]++;
     return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
@@ -401,6 +428,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     if (!stream || stream->capture || capturing) return fail(cudaErrorStreamCaptureUnsupported);
     stream->capture = new kvs_shim_graph();
     stream->spoilt = false;
+    counts[CAPTURES]++;
     if (mode != cudaStreamCaptureModeRelaxed) capturing = stream;
     return cudaSuccess;
 }
@@ -425,6 +453,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     ENTER(true);
     if (!exec || (stream && stream->capture)) return fail(cudaErrorInvalidValue);
+    counts[GRAPHS]++;
     for (const auto &work : exec->work) work();
     return cudaSuccess;
 }
