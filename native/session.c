@@ -285,6 +285,7 @@ static int feed(kvs_session *s, const kvs_chunk *chunks, int32_t n_chunks, const
     flat f;
     int status = flatten(s, chunks, n_chunks, &f, err);
     if (!status && f.n) {
+        s->told_row = -1; /* its place may become another row's */
         bool exact = s->cache.n_past > 0 && kvs_cache_exact(&s->cache, s->cache.n_past - 1);
         if (exact) kvs_cache_keep_exact(&s->cache);
         status = add_pictures(s, chunks, n_chunks, err);

@@ -294,6 +294,24 @@ def test_plain_sessions_rewind_to_any_row(model: kvs.Model, rng: np.random.Gener
         assert_equal(expected, state(session))
 
 
+def test_telemetry_of_a_row_that_took_anothers_place(model: kvs.Model, rng: np.random.Generator) -> None:
+    prompt, answer, other = tokens(rng, 8), tokens(rng, 20), tokens(rng, 4)
+    seen = []
+    for detour in (True, False):
+        with open_session(model, "kvsmooth") as session:
+            session.feed(prompt)
+            session.feed(answer[:16], generated=True)
+            if detour:
+                for token in answer[16:]:
+                    with session._handle as pointer:
+                        step([pointer], [token], _native.Flag())
+                session.rewind(4)
+            session.feed(other, generated=True)
+            seen.append((session.entropies(), session.strengths()))
+    for mine, expected in zip(*seen, strict=True):
+        np.testing.assert_array_equal(mine, expected)
+
+
 @pytest.mark.parametrize("n", [-1, 200])
 def test_rewind_out_of_range(n: int, model: kvs.Model, rng: np.random.Generator) -> None:
     with open_session(model, "kvsmooth") as session:
