@@ -6,33 +6,33 @@ is normalised over the pixels that the picture covers, and pooled patch by patch
 
 from __future__ import annotations
 
+import math
 import os
-from typing import TYPE_CHECKING, Any, Union
+from typing import IO, TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from .checks import shown
 from .errors import ImageError
+from .limits import STANDARD, Limits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
 DepthLike = Union[str, "os.PathLike[str]", "NDArray[Any]"]
 
-MAX_VALUES = 89_478_485  # as of pictures
 
-
-def check_map(name: str, values: Any) -> NDArray[np.float32]:
+def check_map(name: str, values: Any, limits: Limits = STANDARD) -> NDArray[np.float32]:
     """A map as (height, width) float32, a copy. ImageError for another shape, no numbers, and values that are not finite."""
     array = np.asarray(values)
-    if array.dtype.kind not in "fiub":
-        raise ImageError(f"{name}: {array.dtype} is no depth; give an array (height, width) of numbers")
+    _check_dtype(name, array.dtype)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[:, :, 0]
     if array.ndim != 2:
         raise ImageError(f"{name}: shape {array.shape} is no depth map; give one map (height, width)")
-    if array.size == 0 or array.size > MAX_VALUES:
-        raise ImageError(f"{name}: {array.shape[1]} x {array.shape[0]} has no values, or more than {MAX_VALUES:,}; give another size")
+    if array.size == 0:
+        raise ImageError(f"{name}: {array.shape[1]} x {array.shape[0]} has no values; give another map")
+    limits.check_pixels(name, array.shape[1], array.shape[0])
     with np.errstate(over="ignore"):
         found = array.astype(np.float32)
     if not np.isfinite(found).all():
@@ -41,48 +41,45 @@ def check_map(name: str, values: Any) -> NDArray[np.float32]:
     return found
 
 
-def read_map(source: DepthLike) -> NDArray[np.float32]:
-    """(height, width) float32 of a PNG (gray, 8 or 16 bits; any other gray picture too), a .npy file, or an array. ImageError."""
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fsdecode(source)
-        return check_map(name, _read_npy(name) if name.lower().endswith(".npy") else _read_gray(name))
-    return check_map("depth", source)
+def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "fiub":
+        raise ImageError(f"{name}: {dtype} is no depth; give an array (height, width) of numbers")
 
 
-def _read_npy(name: str) -> Any:
-    try:
-        with open(name, "rb") as file:
-            return np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise ImageError(f"{name}: can't be read: {error.strerror or error}; check the path") from error
-    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
-        raise ImageError(f"{name}: is no .npy file of numbers, or damaged ({shown(str(error))}); save it with numpy.save") from error
+def read_map(source: DepthLike, limits: Limits = STANDARD) -> NDArray[np.float32]:
+    """(height, width) float32 of a PNG (gray, 8 or 16 bits; any other gray picture too), a .npy file, or an array; limits as of pictures.
+    ImageError."""
+    if not isinstance(source, (str, os.PathLike)):
+        return check_map("depth", source, limits)
+    from .images import opened  # here, because Pillow is slow to import
+
+    with opened(os.fspath(source), limits) as (file, name):
+        return check_map(name, read_values(file, name, limits), limits)
 
 
-def _read_gray(name: str) -> Any:
+def read_values(file: IO[bytes], name: str, limits: Limits) -> Any:
+    """What a file holds, as an array. ImageError if it is damaged, or no depth."""
+    from .images import decoded, guard
+
+    if name.lower().endswith(".npy"):
+        return guard(name, lambda: _npy_values(file, name, limits), "save the depth with numpy.save, as an array of numbers")
+    return decoded(file, name, lambda picture: _gray_values(name, picture, limits))
+
+
+def _npy_values(file: IO[bytes], name: str, limits: Limits) -> Any:
+    """read_array() would allocate what the header says before it reads: the header is looked at first."""
+    form = np.lib.format
+    header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}  # (3, 0) is for names of fields
+    shape, _, dtype = header[form.read_magic(file)](file)
+    _check_dtype(name, dtype)
+    limits.check_pixels(name, math.prod(shape), 1)
+    file.seek(0)
+    return form.read_array(file, allow_pickle=False)
+
+
+def _gray_values(name: str, picture: Image.Image, limits: Limits) -> Any:
     """Values as they are in the file: load_image would make eight bits of them."""
-    from PIL import Image, UnidentifiedImageError
-
-    from .images import readable_formats
-
-    try:
-        with Image.open(name, formats=readable_formats()) as picture:
-            if picture.width * picture.height > MAX_VALUES:
-                raise ImageError(f"{name}: {picture.width} x {picture.height} is more than {MAX_VALUES:,} pixels; make it smaller first")
-            picture.load()
-            return _gray_values(name, picture)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        empty = os.path.isfile(name) and not os.path.getsize(name)
-        raise ImageError(f"{name}: {'is empty' if empty else 'no picture that Pillow can read'}; save the depth as PNG or .npy") from error
-    except OSError as error:
-        raise ImageError(f"{name}: can't be read: {error.strerror or error}; check the path, or save it anew as PNG or .npy") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: damaged or cut short: {error}; save it anew as PNG or .npy") from error
-
-
-def _gray_values(name: str, picture: Any) -> Any:
+    limits.check_pixels(name, *picture.size)
     if picture.mode == "L" or picture.mode == "F" or picture.mode.startswith("I"):
         return np.asarray(picture)
     colours = np.asarray(picture.convert("RGB"))

@@ -12,15 +12,16 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Sequence
-from typing import IO, Any, Union
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checks import choice
 from .errors import ImageError
-from .limits import Limits
+from .limits import STANDARD, Limits
 from .prompt import MODES
 
 ImageLike = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, "np.ndarray[Any, Any]"]
@@ -28,13 +29,13 @@ ImageLike = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[byte
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean in 8 bits: what transparent pixels show
 STRIP_PIXELS = 8 << 20  # that are laid out at once; see _pad
 
-_STANDARD = Limits()
+T = TypeVar("T")
 _REFUSED_FORMATS = {"EPS"}  # Pillow would start Ghostscript on a stranger's PostScript
 _BROKEN_EXIF = (OSError, SyntaxError, LookupError, TypeError, ValueError, AttributeError, struct.error)
 _log = logging.getLogger("pykvsmooth")
 
 
-def load_image(image: ImageLike, *, limits: Limits = _STANDARD) -> Image.Image:
+def load_image(image: ImageLike, *, limits: Limits = STANDARD) -> Image.Image:
     """Any picture as an upright RGB image of 8 bits: a path, bytes, a file object, a PIL image or an HWC uint8 array.
 
     EXIF turns are applied, alpha is laid over CLIP's mean colour, of an animation the first frame is taken. 16-bit gray
@@ -44,17 +45,18 @@ def load_image(image: ImageLike, *, limits: Limits = _STANDARD) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         name = f"PIL image {image.width} x {image.height} {image.mode}"
-        return _guard(name, lambda: _to_rgb(image, name, limits))
+        return guard(name, lambda: _to_rgb(image, name, limits))
     if isinstance(image, np.ndarray):
         return _from_array(image, limits)
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = bytes(image)
         limits.check_bytes(f"<{len(data)} bytes>", len(data))
-        return _decode(io.BytesIO(data), f"<{len(data)} bytes>", data[:64], limits)
+        return _decode(io.BytesIO(data), f"<{len(data)} bytes>", limits)
     if isinstance(image, (str, os.PathLike)):
         return _from_path(os.fspath(image), limits)
     if hasattr(image, "read"):
-        return _from_stream(image, str(getattr(image, "name", "<file object>")), limits)
+        name = str(getattr(image, "name", "<file object>"))
+        return _decode(_all_of(image, name, limits), name, limits)
     raise TypeError(f"image must be a path, bytes, a file object, a PIL image or a uint8 array, not {type(image).__name__}")
 
 
@@ -86,6 +88,14 @@ def preprocess(
 
 
 def _from_path(path: str | bytes, limits: Limits) -> Image.Image:
+    with opened(path, limits) as (file, name):
+        return _decode(file, name, limits)
+
+
+@contextmanager
+def opened(path: str | bytes, limits: Limits) -> Iterator[tuple[IO[bytes], str]]:
+    """A file of no more than limits.image_bytes, open at its start, and its name for messages; of a pipe what it gave. ImageError says
+    why there is none."""
     plain = os.fsdecode(path)
     name = plain if plain and plain.isprintable() else repr(plain)
     scheme = name.split(":", 1)[0].lower()
@@ -93,15 +103,7 @@ def _from_path(path: str | bytes, limits: Limits) -> Image.Image:
         raise ImageError(f"{name[:100]}: addresses are not fetched; download the picture and give its path or bytes")
     try:
         with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            kind = found.st_mode
-            if stat.S_ISREG(kind):
-                limits.check_bytes(name, found.st_size)
-                head = file.read(64)
-                file.seek(0)
-                return _decode(file, name, head, limits)
-            if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
-                return _from_stream(file, name, limits)
+            yield _bounded(file, name, limits), name
     except ImageError:
         raise
     except IsADirectoryError:
@@ -113,10 +115,19 @@ def _from_path(path: str | bytes, limits: Limits) -> Image.Image:
         raise ImageError(f"{name}: can't be opened: {error.strerror or error}; check the path and its permissions") from error
     except ValueError as error:  # a NUL in the path
         raise ImageError(f"{name}: not a path: {error}") from error
+
+
+def _bounded(file: IO[bytes], name: str, limits: Limits) -> IO[bytes]:
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode):
+        limits.check_bytes(name, found.st_size)
+        return file
+    if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
+        return _all_of(file, name, limits)
     raise ImageError(f"{name}: is a device, not a file; give a picture file")
 
 
-def _from_stream(stream: Any, name: str, limits: Limits) -> Image.Image:
+def _all_of(stream: Any, name: str, limits: Limits) -> io.BytesIO:
     try:
         data = stream.read(limits.image_bytes + 1)
     except UnicodeDecodeError:
@@ -126,7 +137,7 @@ def _from_stream(stream: Any, name: str, limits: Limits) -> Image.Image:
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"{name}: the file object gives {type(data).__name__}, not bytes; open it with mode 'rb'")
     limits.check_bytes(name, len(data))  # what has come so far
-    return _decode(io.BytesIO(data), name, bytes(data[:64]), limits)
+    return io.BytesIO(data)
 
 
 def _from_array(array: np.ndarray[Any, Any], limits: Limits) -> Image.Image:
@@ -146,23 +157,30 @@ def _from_array(array: np.ndarray[Any, Any], limits: Limits) -> Image.Image:
         raise ImageError(f"{name}: not (height, width) or (height, width, 1 | 3 | 4); {hint}")
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels")
-    return _guard(name, lambda: _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, limits))
+    return guard(name, lambda: _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, limits))
 
 
 # ---- decoding ----
 
 
-def _decode(file: IO[bytes], name: str, head: bytes, limits: Limits) -> Image.Image:
+def _decode(file: IO[bytes], name: str, limits: Limits) -> Image.Image:
+    return decoded(file, name, lambda picture: _to_rgb(picture, name, limits))
+
+
+def decoded(file: IO[bytes], name: str, take: Callable[[Image.Image], T]) -> T:
+    """take(the picture in the file). ImageError if there is none, or it is damaged."""
+    head = file.read(64)
+    file.seek(0)
     if not head:
         raise ImageError(f"{name}: is empty; give a picture file")
     formats = readable_formats()
 
-    def decode() -> Image.Image:
+    def decode() -> T:
         with Image.open(file, formats=formats) as picture:
-            return _to_rgb(picture, name, limits)
+            return take(picture)
 
     try:
-        return _guard(name, decode)
+        return guard(name, decode)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: {_what_instead(head)}") from None
 
@@ -173,11 +191,10 @@ def readable_formats() -> list[str]:
     return [name for name in Image.ID if name not in _REFUSED_FORMATS]
 
 
-def _guard(name: str, decode: Any) -> Image.Image:
-    """Pillow's decoders raise almost anything on damaged files: every one becomes an ImageError with the picture's name."""
+def guard(name: str, decode: Callable[[], T], again: str = "get the picture again, or save it anew as PNG") -> T:
+    """Pillow's and NumPy's decoders raise almost anything on damaged files: every one becomes an ImageError with the file's name."""
     try:
-        result: Image.Image = decode()
-        return result
+        return decode()
     except (ImageError, UnidentifiedImageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -185,7 +202,7 @@ def _guard(name: str, decode: Any) -> Image.Image:
     except MemoryError as error:
         raise ImageError(f"{name}: not enough memory to decode it; make it smaller first") from error
     except Exception as error:
-        raise ImageError(f"{name}: damaged or cut short: {error}; get the picture again, or save it anew as PNG") from error
+        raise ImageError(f"{name}: damaged or cut short: {error}; {again}") from error
 
 
 def _what_instead(head: bytes) -> str:

@@ -16,7 +16,7 @@ class Limits:
 
     model_bytes: of all files of a model together, mmproj included (they are mapped: it bounds what is read, not what is allocated).
     cache_bytes: of the caches of all open sessions of the model; None = the memory of the machine. image_pixels: width times height
-    of a picture, checked before it is decoded. image_bytes: of a picture's file, stream or bytes object. prompt_chars: of one
+    of a picture or depth map, checked before it is decoded. image_bytes: of its file, stream or bytes object. prompt_chars: of one
     message, system text or tokenized text.
 
     TypeError, ValueError for what is no positive integer.
@@ -48,3 +48,6 @@ class Limits:
         if n > self.image_bytes:
             message = f"{name}: {n:,} bytes are more than the {self.image_bytes:,} that a picture may have; give a smaller file"
             raise ImageLimitError(message, "image_bytes", n, self.image_bytes)
+
+
+STANDARD = Limits()

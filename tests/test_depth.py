@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run
+from conftest import Pair, Run
 from PIL import Image
 from twins import picture
 
@@ -84,11 +84,27 @@ def bad_file(tmp_path: Path, name: str) -> Path:
         path.mkdir()
     elif name == "nan.npy":
         np.save(path, np.full((56, 56), np.nan))
+    elif name in HEADERS:
+        header = HEADERS[name].ljust(117) + b"\n"
+        path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64))
+    elif name == "zip.npy":
+        path.write_bytes(b"PK\3\4" + bytes(60))
+    elif name == "device.npy":
+        path.symlink_to("/dev/zero")
     return path
 
 
+HEADERS = {  # on which NumPy raises TokenError, OverflowError, TypeError, MemoryError
+    "brackets.npy": b"((((",
+    "endless.npy": b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999,)}",
+    "set.npy": b"{[]: 1}",
+    "huge.npy": b"{'descr': '<f4', 'fortran_order': False, 'shape': (4000000, 4000000)}",
+    "negative.npy": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -16)}",
+    "wide.npy": b"{'descr': '<V2147483647', 'fortran_order': False, 'shape': (1, 1)}",
+}
 BAD_FILES = (
     "empty.png empty.npy text.npy text.png words.npy objects.npy cut.npy cut.png colour.png folder.png nan.npy missing.png missing.npy"
+    " zip.npy device.npy " + " ".join(HEADERS)
 )
 
 
@@ -102,6 +118,22 @@ def test_bad_files(name: str, model: kvs.Model, rng: np.random.Generator, tmp_pa
                 call()
             assert name in str(caught.value)
         assert session.n_past == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "npy", "array", "callable"])
+def test_limits_are_those_of_pictures(kind: str, tiny_pair: Pair, rng: np.random.Generator, tmp_path: Path) -> None:
+    values = rng.integers(0, 256, (50, 50), np.uint8)
+    source: Any = values if kind == "array" else (lambda _: values) if kind == "callable" else tmp_path / f"deep.{kind}"
+    if kind == "png":
+        Image.fromarray(values).save(source)
+    elif kind == "npy":
+        np.save(source, values)
+    limits = kvs.Limits(image_pixels=1999)
+    policy = kvs.DSCR(depth=source, **BASE)
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, limits=limits) as model, model.session(n_ctx=64, policy=policy) as session:
+        with pytest.raises(kvs.ImageLimitError) as caught:
+            session.generate("a", image=picture(rng, 40))
+        assert (caught.value.limit, session.n_past) == ("image_pixels", 0)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from .parameters import Parameters
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..limits import Limits
     from ..model import Model
 
 DepthSource = str | os.PathLike[str] | NDArray[Any] | Callable[[Any], Any]
@@ -191,7 +192,7 @@ class DSCR(Parameters):
         picture: upright RGB, laid on the model's square by mode; None: the map is one of the whole square, and a callable can't give it.
         ImageError for a bad map.
         """
-        values = self._map(source, picture)
+        values = self._map(source, picture, model.limits)
         if picture is None:
             width, height, mode = 1, 1, "stretch"
         else:
@@ -206,13 +207,14 @@ class DSCR(Parameters):
             square[padding] = np.nanmin(square)
         return maps.pool(maps.normalise(square, self.depth_norm), self.resolve_grid(model.n_image), self.depth_pool)
 
-    def _map(self, source: Any, picture: Image.Image | None) -> NDArray[np.float32] | None:
+    def _map(self, source: Any, picture: Image.Image | None, limits: Limits) -> NDArray[np.float32] | None:
         """(height, width) of the picture's proportions."""
         if callable(source):
             source = None if picture is None else maps.check_map("depth of the callable", source(picture))
         if source is None:
             return None
-        values = source.values if isinstance(source, DepthMap) else maps.read_map(source)
+        values = source.values if isinstance(source, DepthMap) else maps.read_map(source, limits)
+        limits.check_pixels("DSCR: depth", values.shape[1], values.shape[0])
         if picture is not None:
             maps.check_proportions(values, *picture.size)
         return self._inverted(values)
