@@ -29,8 +29,8 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
-CUDA_TESTS = cuda shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 offload model numeric kvsmooth
-CUDA_LONG_TESTS = stories session dscr prunehal prunehal_state stacks
+CUDA_TESTS = cuda shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 offload model numeric kvsmooth cancel
+CUDA_LONG_TESTS = stories session dscr prunehal prunehal_state stacks limits soak
 test-cuda: CUDA_RUN = $(CUDA_TESTS)
 test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
 test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's tests on the CPU; long: whole sessions, all policies (a quarter of an hour)
@@ -41,7 +41,7 @@ test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's 
 test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS)) tests/test_cuda_build.py -p no:cacheprovider
+	    $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS) threads) tests/test_cuda_build.py -p no:cacheprovider
 
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
@@ -63,7 +63,7 @@ emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machin
 	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
 
 soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (an hour)
-	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
+	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_INTERRUPT_SECONDS=0.5 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
 
 # Inputs that reach something new stay in build/fuzz/found, and the next run goes on from there.
 SECONDS ?= 60
