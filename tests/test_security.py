@@ -28,7 +28,7 @@ def section(title: str) -> str:
 
 def patterns() -> list[str]:
     """The files of the first table."""
-    rows = re.findall(r"^\| (`.*?) \|", section("What a wheel contains").split("| needs")[0], re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", section("What a wheel contains").split("| inside")[0], re.MULTILINE)
     return [pattern for row in rows for pattern in re.findall(r"`([^`]+)`", row)]
 
 
@@ -66,6 +66,18 @@ def test_every_dependency_is_in_the_list() -> None:
     for extra in extras.keys() - {"all", "test", "train"}:
         needed |= names(extras[extra], extra)
     assert listed == needed
+
+
+def test_every_library_inside_is_in_the_list() -> None:
+    """What cmake links into libkvs.so, but for what is the system's or this project's."""
+    table = section("What a wheel contains").split("| inside")[1].split("| needs")[0]
+    listed = set(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
+    cmake = "".join(path.read_text() for path in (ROOT / "CMakeLists.txt", *sorted((ROOT / "cmake").glob("*.cmake"))))
+    linked = {word for found in re.findall(r"target_link_libraries\(kvs \w+ (.*)\)", cmake) for word in found.split()}
+    system = {"m", "rt", "Threads::Threads", "${CMAKE_DL_LIBS}"}
+    names = {"${KVS_CUDART}": "`cudart_static`", "-static-libstdc++": "`libstdc++`, `libgcc`", "-static-libgcc": "`libstdc++`, `libgcc`"}
+    assert {names.get(word, word) for word in linked - system} == listed
+    assert re.findall(r"find_library\(KVS_CUDART (\w+)", cmake) == ["cudart_static"]
 
 
 def test_the_library_needs_the_system_alone() -> None:
