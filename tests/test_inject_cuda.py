@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not (INJECTS and cuda_text().startswith("archs s
 
 IMAGE = np.random.default_rng(SEED).integers(0, 256, (28, 28, 3), np.uint8)
 MACHINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {  # environment, and what is asked for
+    "check": ({"KVS_CHECK": "1"}, {"device": "cuda"}),
     "full": ({"KVS_SHIM_MEMORY": "100000"}, {"device": "auto"}),
 }
 
