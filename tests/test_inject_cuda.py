@@ -2,7 +2,7 @@
 whose small models load in milliseconds, so that every refusal is tried."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,3 +66,16 @@ def test_load(kind: str, lasting: bool) -> None:
             assert len(caption(session, 2)) == 2
 
     assert each_refusal(lambda: machine(kind), open_model, check, lasting) > 100
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "auto", "gpu_layers": 2}], ids=["cuda", "auto"])
+def test_what_a_device_wanted_is_told(options: dict[str, Any]) -> None:
+    def check(_: object, outcome: Any, __: object) -> None:
+        if isinstance(outcome, kvs.Model):
+            outcome.close()
+        elif "can't be had" in str(outcome) and "needed for" in str(outcome):
+            seen.append(outcome.needed)
+
+    seen: list[int] = []
+    each_refusal(lambda: nullcontext(options), open_model, check)
+    assert seen and all(seen)
