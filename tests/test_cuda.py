@@ -187,6 +187,39 @@ def test_every_call_may_fail(call: str, tiny_pair, rng: np.random.Generator, mon
 
 
 @pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")
+@pytest.mark.parametrize("call", ["cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaStreamSynchronize", "cudaSetDevice"])
+def test_a_copy_that_finds_no_memory(call: str, tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told of a copy that is lost: whatever the error, the device is given up, and no file has what was not read."""
+
+    def saved(session: kvs.Session) -> bytes:
+        session.save(path)
+        return path.read_bytes()
+
+    def forked(session: kvs.Session) -> bytes:
+        with session.fork() as fork:
+            return saved(fork)
+
+    path, failed = tmp_path / "s", 0
+    for act in (saved, forked, lambda session: session.visual_masses().tobytes()):
+        for n in (1, 2, 3, 20):
+            with kvs.Model(tiny_pair.text, mmproj=False, device="cuda") as model, model.session(n_ctx=32) as session:
+                session.feed([1, 2, 3])
+                greedy(session, 3)
+                expected = act(session)
+                path.unlink(missing_ok=True)
+                monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:{n}:2")
+                try:
+                    assert act(session) == expected
+                except (kvs.DeviceError, kvs.OutOfMemoryError) as error:
+                    failed += 1
+                    given_up = "cuda:0 failed: " in str(error) and "cudaErrorMemoryAllocation" in str(error)
+                    assert (given_up or act == forked) and not path.exists()  # a fork may find none for itself
+                finally:
+                    monkeypatch.delenv("KVS_SHIM_FAIL")
+    assert failed
+
+
+@pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")
 def test_a_device_that_has_failed(tiny_pair, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of that model is to be trusted any more; the process, and models on the CPU, go on."""
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda") as model, model.session(n_ctx=64) as session:

@@ -246,9 +246,8 @@ static void move_some(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int
  * the cache thinks they are, and the device is given up. */
 static void move_all(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n, bool back) {
     kvs_cuda *cu = (kvs_cuda *)be;
-    if (kvs_cuda_stopped(cu)) return;
-    kvs_cuda_flush(cu);
-    for (int32_t i = 0; i < n; i += MOVES) move_some(cu, kv, moves + i, KVS_MIN(n - i, (int32_t)MOVES), back);
+    if (!kvs_cuda_stopped(cu)) kvs_cuda_flush(cu);
+    for (int32_t i = 0; i < n && !cu->status; i += MOVES) move_some(cu, kv, moves + i, KVS_MIN(n - i, (int32_t)MOVES), back);
     if (cu->status == KVS_E_MEMORY) kvs_cuda_fail(cu, cudaErrorMemoryAllocation, "rows of pictures could not be moved");
 }
 

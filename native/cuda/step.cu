@@ -257,7 +257,10 @@ void kvs_cuda_flush(kvs_cuda *cu) {
 
 void kvs_cuda_wait(kvs_cuda *cu) {
     kvs_cuda_flush(cu);
-    if (!kvs_cuda_failed(cu)) kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), "cudaStreamSynchronize");
+    if (!kvs_cuda_failed(cu))
+        kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), "cudaStreamSynchronize");
+    else if (!cu->status) /* a copy between two ops, or another thread's */
+        cu->status = KVS_E_DEVICE;
 }
 
 /* ---- graphs ---- */

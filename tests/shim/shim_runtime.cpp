@@ -94,26 +94,43 @@ cudaError_t cudaGetLastError(void) {
     return error;
 }
 
+/* KVS_SHIM_FAIL=name:n:error; n: 1, error: by the function, unless they are given. */
+struct failure {
+    std::string name;
+    long n;
+    cudaError_t error;
+};
+
+static failure parse_failure(const std::string &text) {
+    size_t first = text.find(':'), second = first == text.npos ? first : text.find(':', first + 1);
+    failure asked = {text.substr(0, first), first == text.npos ? 1 : atol(text.c_str() + first + 1), cudaErrorUnknown};
+    if (second != text.npos)
+        asked.error = (cudaError_t)atol(text.c_str() + second + 1);
+    else if (asked.name == "cudaStreamSynchronize")
+        asked.error = cudaErrorIllegalAddress;
+    else if (asked.name == "cudaMalloc" || asked.name == "cudaMallocHost")
+        asked.error = cudaErrorMemoryAllocation;
+    return asked;
+}
+
 /* What KVS_SHIM_FAIL says of this call. */
 static cudaError_t asked_failure(const char *name) {
-    static std::string asked;
+    static std::string said;
+    static failure asked;
     static long calls;
     static bool broken;
     const char *text = getenv("KVS_SHIM_FAIL");
     std::lock_guard<std::mutex> hold(lock);
-    if (asked != (text ? text : "")) {
-        asked = text ? text : "";
+    if (said != (text ? text : "")) {
+        said = text ? text : "";
+        asked = parse_failure(said);
         calls = 0;
         broken = false;
     }
     if (broken) return cudaErrorIllegalAddress;
-    size_t colon = asked.find(':');
-    if (asked.empty() || asked.compare(0, colon, name) || ++calls != (colon == asked.npos ? 1 : atol(asked.c_str() + colon + 1)))
-        return cudaSuccess;
-    broken = !strcmp(name, "cudaStreamSynchronize");
-    return broken                                                           ? cudaErrorIllegalAddress
-           : !strcmp(name, "cudaMalloc") || !strcmp(name, "cudaMallocHost") ? cudaErrorMemoryAllocation
-                                                                            : cudaErrorUnknown;
+    if (said.empty() || asked.name != name || ++calls != asked.n) return cudaSuccess;
+    broken = asked.error == cudaErrorIllegalAddress;
+    return asked.error;
 }
 
 /* Every call that can fail begins with it. safe: it may be called while this thread captures. */

@@ -2,9 +2,9 @@
  * call returns, except between cudaStreamBeginCapture and cudaStreamEndCapture.
  *
  * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
- * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n, which makes the n-th call of that
- * function from then on fail: cudaErrorMemoryAllocation for those that allocate, cudaErrorIllegalAddress for cudaStreamSynchronize
- * (after which everything fails, as on a GPU), else cudaErrorUnknown.
+ * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
+ * that function from then on fail with the error of that number. Without a number it is cudaErrorMemoryAllocation for those that allocate,
+ * cudaErrorIllegalAddress for cudaStreamSynchronize, else cudaErrorUnknown. After cudaErrorIllegalAddress everything fails, as on a GPU.
  * Device memory begins as NaN, has 256 bytes around it that nobody may write to (looked at by cudaFree), and copies whose kind does not fit the
  * addresses are refused. */
 #ifndef KVS_SHIM_RUNTIME_H
