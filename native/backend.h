@@ -238,6 +238,8 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
 int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* backend.c. KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 int kvs_device_check(const kvs_backend *be, kvs_error *err);
+/* The device is not used again: the first failure of them all is what is told. Any thread. */
+void kvs_device_fail(kvs_backend *be, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* KVS_E_MEMORY, with what the device has left if that is known. */
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what);
 int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err); /* cuda:index, or KVS_E_DEVICE with the reason */

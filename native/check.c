@@ -430,7 +430,7 @@ int kvs_check_open(kvs_backend *device, kvs_backend *cpu, kvs_backend **out, kvs
     if (!c) return kvs_fail_memory(err, sizeof *c, "a backend");
     if (!kvs_twins_init(&c->twins, cpu, device)) {
         free(c);
-        return kvs_fail_memory(err, 0, "a lock");
+        return kvs_fail_memory(err, sizeof(kvs_kv), "the list of a backend");
     }
     c->cpu = cpu;
     c->device = device;

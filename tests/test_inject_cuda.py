@@ -1,6 +1,7 @@
 """Want of memory on a GPU, and where it shares a model with the CPU: what test_inject.py asks of the CPU. Over tests/shim (make test-cuda),
 whose small models load in milliseconds, so that every refusal is tried."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import SEED
-from test_inject import FILES, INJECTS, each_refusal, nothing_is_left  # noqa: F401
+from test_inject import FILES, INJECTS, STACKS, bits, each_refusal, nothing_is_left  # noqa: F401
 
 import pykvsmooth as kvs
 from pykvsmooth.machine import cuda_text
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.skipif(not (INJECTS and cuda_text().startswith("archs s
 
 IMAGE = np.random.default_rng(SEED).integers(0, 256, (28, 28, 3), np.uint8)
 MACHINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {  # environment, and what is asked for
+    "cuda": ({}, {"device": "cuda"}),
+    "shared": ({}, {"device": "cuda", "gpu_layers": 1}),
     "check": ({"KVS_CHECK": "1"}, {"device": "cuda"}),
     "full": ({"KVS_SHIM_MEMORY": "100000"}, {"device": "auto"}),
 }
@@ -79,3 +82,60 @@ def test_what_a_device_wanted_is_told(options: dict[str, Any]) -> None:
     seen: list[int] = []
     each_refusal(lambda: nullcontext(options), open_model, check)
     assert seen and all(seen)
+
+
+@contextmanager
+def fresh(kind: str, stack: str) -> Iterator[kvs.Session]:
+    """A session of a model that has run nothing, so that no buffer is there yet."""
+    with machine(kind) as options, open_model(options) as model, model.session(n_ctx=64, policy=STACKS[stack], seed=7) as session:
+        yield session
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("kind", MACHINES)
+def test_caption(kind: str, stack: str) -> None:
+    """All refusals with all policies together, some of them with each alone: a caption takes the shim a twentieth of a second."""
+
+    def check(session: kvs.Session, outcome: Any, expected: list[int]) -> None:
+        if isinstance(outcome, Exception):
+            assert session._handle._user is None
+            outcome = caption(session)
+        assert outcome == expected
+
+    each_refusal(lambda: fresh(kind, stack), caption, check, some=0 if stack == "stack" else 6)
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_rows_that_come_back(kind: str, tmp_path: Path) -> None:
+    """Of a session that was loaded, into a model that has moved none yet: what a GPU moves them with is asked for only now. Without it they
+    are neither here nor there, and the GPU is given up."""
+    with fresh(kind, "stack") as session:
+        caption(session)
+        assert session.prunings
+        session.save(tmp_path / "s")
+
+    @contextmanager
+    def loaded() -> Iterator[kvs.Session]:
+        with (
+            machine(kind) as options,
+            open_model(options) as model,
+            kvs.Session.load(model, tmp_path / "s", policy=STACKS["stack"]) as session,
+        ):
+            yield session
+
+    def restored(session: kvs.Session) -> list[Any]:
+        session.restore()
+        return session.prunings
+
+    def check(session: kvs.Session, outcome: Any, _: Any) -> None:
+        if isinstance(outcome, Exception):
+            assert kind != "full" and re.search("cuda:0 failed: .*rows of pictures could not be moved", str(outcome))
+            with pytest.raises(kvs.DeviceError):
+                session.feed([5])
+        else:
+            assert outcome == []
+            seen.append(bits(session))
+            assert seen[-1] == seen[0]
+
+    seen: list[Any] = []
+    each_refusal(loaded, restored, check, errors=(kvs.DeviceError,))

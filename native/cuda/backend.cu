@@ -28,9 +28,9 @@ static bool outside(kvs_cuda *cu, cudaError_t error, const char *what) {
 
 static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     kvs_cuda *cu = (kvs_cuda *)be;
-    void *block = NULL;
-    if (kvs_cuda_failed(cu) || kvs_refused() || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
-    if (!outside(cu, cudaMalloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
+    uint8_t *block = NULL;
+    if (kvs_cuda_failed(cu) || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
+    if (!outside(cu, kvs_cuda_malloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
     bool ok = outside(cu, cudaMemsetAsync(block, 0, bytes, 0), "cudaMemset") && outside(cu, cudaStreamSynchronize(0), "cudaMemset");
     if (ok) return block;
     cudaFree(block);
