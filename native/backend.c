@@ -4,6 +4,7 @@
 
 void kvs_device_fail(kvs_backend *be, const char *format, ...) {
     int32_t expected = 0;
+    while (be->device) be = be->device;
     if (!__atomic_compare_exchange_n(&be->failed, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
     va_list args;
     va_start(args, format);

@@ -24,7 +24,7 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     bool host_memory;                 /* [dev] pointers are plain ones: weights can be read where the file is mapped */
     int32_t host_layers;              /* where a device and the CPU share a model: its first so many layers are the CPU's */
     bool whole_arrays;                /* alloc_layers is asked for all layers, also for those that are the CPU's */
-    const struct kvs_backend *device; /* whose failure is this one's: of a backend over others; or NULL */
+    struct kvs_backend *device;       /* whose failure is this one's: of a backend over others; or NULL */
     int32_t failed;                   /* atomic; not 0: what it holds, and gave since then, is not to be used: kvs_device_check */
     char failure[160];                /* why, once failed is 2 */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */

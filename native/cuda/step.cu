@@ -240,6 +240,7 @@ void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_
         return;
     }
     send_staged(cu);
+    if (cu->status) return;
     launch(cu, args);
     keep_close(cu);
 }
@@ -300,6 +301,7 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
 static void run_noted(kvs_cuda *cu) {
     if (!cu->list.used || kvs_cuda_stopped(cu)) return;
     send_staged(cu);
+    if (cu->status) return; /* the graph would run on rows of an earlier step */
     kvs_cuda_graph *graph = known_graph(cu);
     if (!graph) graph = capture(cu);
     if (!graph) return;
