@@ -132,19 +132,27 @@ def forget(path):
     out[0] = ffi.NULL
 forget(sys.argv[1])
 """
-ALL_TESTS = f"{STAY}; import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not sanitizer', sys.argv[1]]))"
+ALL_TESTS = f"{STAY}; import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not sanitizer', *sys.argv[1:]]))"
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "__lsan_do_leak_check"), reason="needs a library with AddressSanitizer: make asan")
-@pytest.mark.parametrize("what", ["planted", "these tests"])
-def test_leak_sanitizer(what: str) -> None:
-    """At the end of a process it names what the library asked for and nobody can reach; what Python leaves is not ours to judge."""
-    code = [FORGETFUL, pair("plain")[0]] if what == "planted" else [ALL_TESTS, __file__]
+needs_lsan = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "__lsan_do_leak_check"), reason="needs a library with AddressSanitizer: make asan, make test-cuda-asan"
+)
+
+
+def leaks(*code: str) -> list[str]:
+    """What the library had asked for and nobody could reach when python -c code ended; what Python leaves is not ours to judge."""
     options = {"ASAN_OPTIONS": "detect_leaks=1:halt_on_error=1", "LSAN_OPTIONS": "exitcode=0"}
     result = subprocess.run([sys.executable, "-c", *code], capture_output=True, text=True, env=environment() | options)
     assert result.returncode == 0 and "LeakSanitizer" in result.stderr, result.stdout + result.stderr[-2000:]
     blocks = re.split(r"\n(?=(?:Direct|Indirect) leak of)", result.stderr)
-    ours = [block for block in blocks if re.search(r"#[0-4] .*libkvs|#[0-4] .* kvs_", block)]
+    return [block for block in blocks if re.search(r"#[0-4] .*libkvs|#[0-4] .* kvs_", block)]
+
+
+@needs_lsan
+@pytest.mark.parametrize("what", ["planted", "these tests"])
+def test_leak_sanitizer(what: str) -> None:
+    ours = leaks(FORGETFUL, pair("plain")[0]) if what == "planted" else leaks(ALL_TESTS, __file__)
     assert bool(ours) == (what == "planted"), "\n".join(ours[:3])
 
 
