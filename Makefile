@@ -38,11 +38,11 @@ test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's 
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
-# What a kernel reads and writes beside its memory, and what is left of a model
+# What a kernel reads and writes beside its memory, and what is left of a model. Reports go to build/cuda-asan/report.*: pytest -n loses stderr
 CUDA_ASAN_TESTS = cuda cuda_fails inject_cuda offload sampler prune_ops mix_op kv_ops
-test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them under AddressSanitizer (a quarter of an hour)
+test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them under AddressSanitizer (half an hour)
 	$(BIN)/cmake --preset cuda-asan -G Ninja && $(BIN)/cmake --build --preset cuda-asan -j $(JOBS)
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:log_path=$(CURDIR)/build/cuda-asan/report \
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-asan/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
