@@ -29,7 +29,8 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 	KVS_LIBRARY=$(CURDIR)/build/debug/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest tests/test_inject.py -p no:cacheprovider
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
-CUDA_TESTS = cuda shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops mix_op prune_ops bf16 offload model numeric kvsmooth cancel
+CUDA_TESTS = cuda cuda_fails inject_cuda cancel shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops \
+             mix_op prune_ops bf16 offload model numeric kvsmooth
 CUDA_LONG_TESTS = stories session dscr prunehal prunehal_state stacks limits soak
 test-cuda: CUDA_RUN = $(CUDA_TESTS)
 test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
@@ -37,6 +38,14 @@ test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's 
 	$(BIN)/cmake --preset cuda-shim -G Ninja && $(BIN)/cmake --build --preset cuda-shim -j $(JOBS)
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-shim/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
+
+# What a kernel reads and writes beside its memory, and what is left of a model. Reports go to build/cuda-asan/report.*: pytest -n loses stderr
+CUDA_ASAN_TESTS = cuda cuda_fails inject_cuda offload sampler prune_ops mix_op kv_ops
+test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them under AddressSanitizer (half an hour)
+	$(BIN)/cmake --preset cuda-asan -G Ninja && $(BIN)/cmake --build --preset cuda-asan -j $(JOBS)
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:log_path=$(CURDIR)/build/cuda-asan/report \
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-asan/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
@@ -117,5 +126,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-cuda-asan test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

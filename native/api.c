@@ -92,12 +92,10 @@ static void free_work(kvs_model *model) {
 
 void kvs_model_free(kvs_model *model) {
     if (!model) return;
-    if (model->be) {
-        free_work(model);
-        kvs_vision_unload(model);
-        kvs_text_unload(model);
-        model->be->ops->close(model->be);
-    }
+    free_work(model);
+    kvs_vision_unload(model);
+    kvs_text_unload(model);
+    if (model->be) model->be->ops->close(model->be); /* NULL: none could be opened, or none in place of a full GPU; no block was there */
     kvs_turns_destroy(&model->turns);
     free(model);
 }

@@ -1,5 +1,18 @@
 #include "backend.h"
 
+#include <stdarg.h>
+
+void kvs_device_fail(kvs_backend *be, const char *format, ...) {
+    int32_t expected = 0;
+    while (be->device) be = be->device;
+    if (!__atomic_compare_exchange_n(&be->failed, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(be->failure, sizeof be->failure, format, args);
+    va_end(args);
+    __atomic_store_n(&be->failed, 2, __ATOMIC_RELEASE);
+}
+
 int kvs_device_check(const kvs_backend *be, kvs_error *err) {
     while (be->device) be = be->device;
     int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);

@@ -24,7 +24,7 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     bool host_memory;                 /* [dev] pointers are plain ones: weights can be read where the file is mapped */
     int32_t host_layers;              /* where a device and the CPU share a model: its first so many layers are the CPU's */
     bool whole_arrays;                /* alloc_layers is asked for all layers, also for those that are the CPU's */
-    const struct kvs_backend *device; /* whose failure is this one's: of a backend over others; or NULL */
+    struct kvs_backend *device;       /* whose failure is this one's: of a backend over others; or NULL */
     int32_t failed;                   /* atomic; not 0: what it holds, and gave since then, is not to be used: kvs_device_check */
     char failure[160];                /* why, once failed is 2 */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
@@ -238,6 +238,8 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
 int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* backend.c. KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 int kvs_device_check(const kvs_backend *be, kvs_error *err);
+/* The device is not used again: the first failure of them all is what is told. Any thread. */
+void kvs_device_fail(kvs_backend *be, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* KVS_E_MEMORY, with what the device has left if that is known. */
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what);
 int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err); /* cuda:index, or KVS_E_DEVICE with the reason */

@@ -146,10 +146,14 @@ static void *check_alloc_weights(kvs_backend *be, uint64_t bytes, bool on_host) 
 static bool check_place(kvs_backend *be, kvs_weight *w, void *room, const int32_t *cancel) {
     kvs_check *c = (kvs_check *)be;
     kvs_check_weight both = {.here = *w};
+    c->status = KVS_OK;
     if (c->n_weights == c->room_weights) {
         int32_t more = 2 * c->room_weights + 64;
         kvs_check_weight *grown = kvs_realloc(c->weights, (uint64_t)more, sizeof *grown);
-        if (!grown) return false;
+        if (!grown) {
+            c->status = KVS_E_MEMORY;
+            return false;
+        }
         c->weights = grown;
         c->room_weights = more;
     }
@@ -426,7 +430,7 @@ int kvs_check_open(kvs_backend *device, kvs_backend *cpu, kvs_backend **out, kvs
     if (!c) return kvs_fail_memory(err, sizeof *c, "a backend");
     if (!kvs_twins_init(&c->twins, cpu, device)) {
         free(c);
-        return kvs_fail_memory(err, 0, "a lock");
+        return kvs_fail_memory(err, sizeof(kvs_kv), "the list of a backend");
     }
     c->cpu = cpu;
     c->device = device;

@@ -39,12 +39,20 @@ static int open_cuda(const kvs_model_params *p, int32_t index, kvs_model *model,
     return status;
 }
 
+/* What was wanted and what there was, of the error that a longer one tells of. */
+static int with_bytes(kvs_error *err, const kvs_error *why, int status) {
+    if (err) err->needed = why->needed, err->available = why->available;
+    return status;
+}
+
 static int open_auto(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
     kvs_error no_gpu = {.struct_size = sizeof no_gpu};
-    if (!open_cuda(p, 0, model, &no_gpu)) return KVS_OK;
-    if (p->gpu_layers > 0)
-        return kvs_fail(err, KVS_E_DEVICE, "gpu_layers: %d layers on a GPU can't be had: %.200s; leave gpu_layers away", p->gpu_layers,
-                        no_gpu.message);
+    int status = open_cuda(p, 0, model, &no_gpu);
+    if (!status) return KVS_OK;
+    if (p->gpu_layers > 0) {
+        kvs_fail(err, status, "gpu_layers: %d layers on a GPU can't be had: %.200s; leave gpu_layers away", p->gpu_layers, no_gpu.message);
+        return with_bytes(err, &no_gpu, status);
+    }
     char why[160];
     snprintf(why, sizeof why, "no GPU: %.140s", no_gpu.message);
     return open_cpu_instead(p, model, why, err);
@@ -65,7 +73,8 @@ int kvs_device_open(const kvs_model_params *p, kvs_model *model, kvs_error *err)
     kvs_error why = {.struct_size = sizeof why};
     int status = open_cuda(p, index, model, &why);
     if (!status) return KVS_OK;
-    return kvs_fail(err, status, "device \"%s\" can't be had: %s; use \"cpu\" or \"auto\"", p->device, why.message);
+    kvs_fail(err, status, "device \"%s\" can't be had: %s; use \"cpu\" or \"auto\"", p->device, why.message);
+    return with_bytes(err, &why, status);
 }
 
 /* ---- sharing ---- */

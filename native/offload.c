@@ -573,7 +573,7 @@ int kvs_offload_open(kvs_backend *device, kvs_backend *cpu, int32_t host_layers,
     if (!o) return kvs_fail_memory(err, sizeof *o, "a backend");
     if (!kvs_twins_init(&o->twins, cpu, device)) {
         free(o);
-        return kvs_fail_memory(err, 0, "a lock");
+        return kvs_fail_memory(err, sizeof(kvs_kv), "the list of a backend");
     }
     o->cpu = cpu;
     o->device = device;

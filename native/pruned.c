@@ -78,7 +78,9 @@ static void move_layer(kvs_cache *cache, const kvs_move *moves, int32_t n, bool 
     else
         be->ops->kv_gather(be, &cache->kv, moves, n);
     if (!back) be->ops->kv_trim(be, &cache->kv, moves->layer, moves->n_rows - moves->n);
-    be->ops->end(be, NULL); /* nothing in it can fail or be cancelled; a device that breaks down here has failed for good */
+    /* Nothing in it should fail. If it does, rows are not where the cache thinks they are, and nobody may go on with them. */
+    kvs_error why = {.struct_size = sizeof why};
+    if (be->ops->end(be, &why)) kvs_device_fail(be, "rows of pictures could not be moved: %.100s", why.message);
 }
 
 /* Rows out, or back in, as the timeline is now. false: cancelled, and they are where they were. */

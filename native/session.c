@@ -666,7 +666,7 @@ static int restore(kvs_session *s, const int32_t *cancel, kvs_error *err) {
     kvs_model_unlock(s->model);
     if (!done) return kvs_fail(err, KVS_E_CANCELLED, "cancelled");
     cache->pruned.quiet = cache->n_past;
-    return KVS_OK;
+    return kvs_device_check(cache->be, err);
 }
 
 int32_t kvs_session_restore(kvs_session *session, int32_t *cancel, kvs_error *err) {

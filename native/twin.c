@@ -5,11 +5,6 @@
 
 /* ---- the list ---- */
 
-bool kvs_twins_init(kvs_twins *t, kvs_backend *cpu, kvs_backend *device) {
-    *t = (kvs_twins){.cpu = cpu, .device = device};
-    return !kvs_refused() && !pthread_mutex_init(&t->mutex, NULL);
-}
-
 static void free_twin(kvs_twins *t, kvs_twin *twin) {
     if (twin->device) t->device->ops->release(t->device, twin->device);
     if (twin->host) t->cpu->ops->release(t->cpu, twin->host);
@@ -224,6 +219,16 @@ static bool reserve_kv(kvs_twins *t) { /* one more */
     kvs_kv *copy = kvs && copies ? kvs_calloc(1, sizeof *copy) : NULL; /* each by itself: the step holds on to its address */
     if (copy) copies[t->room_kvs++] = copy;
     return copy != NULL;
+}
+
+/* Rows of pictures that move are a step without rows and with one cache, which can't fail: there is room for it from the beginning. */
+bool kvs_twins_init(kvs_twins *t, kvs_backend *cpu, kvs_backend *device) {
+    const kvs_step none = {0};
+    *t = (kvs_twins){.cpu = cpu, .device = device};
+    if (kvs_refused() || pthread_mutex_init(&t->mutex, NULL)) return false;
+    if (kvs_twins_rows(t, &none) && reserve_kv(t)) return true;
+    kvs_twins_free(t);
+    return false;
 }
 
 kvs_kv *kvs_twins_kv(kvs_twins *t, const kvs_kv *kv) {

@@ -28,7 +28,8 @@ LAYERS = [
 ]
 # Devices know the op table and below; nobody above knows a device.
 FORBIDDEN = [(device, name) for device in ("cpu/*", "cuda/*") for name in ("cache.h", "tokenizer.h", "gguf.h")]
-CALLS = "malloc calloc realloc reallocarray aligned_alloc posix_memalign alloca strdup strndup mmap fopen fdopen opendir CPU_ALLOC"
+CALLS = """malloc calloc realloc reallocarray aligned_alloc posix_memalign alloca strdup strndup mmap fopen fdopen opendir CPU_ALLOC
+    cudaMalloc cudaMallocHost"""
 REFUSABLE = re.compile(rf"\b({'|'.join(CALLS.split())}|pthread_create|pthread_\w+_init)\s*\(")
 
 

@@ -10,19 +10,27 @@ static thread_local const kvs_cuda *stepping; /* whose step this thread has begu
 
 static bool use(kvs_cuda *cu) { return !kvs_cuda_failed(cu) && kvs_cuda_check(cu, cudaSetDevice(cu->device), "cudaSetDevice"); }
 
-/* Sessions may ask for memory, and read it, while another thread has a step open: what happens outside of a step leaves its status alone. */
-static bool outside(kvs_cuda *cu, cudaError_t error, const char *what) {
+/* Sessions may ask for memory, and read it, while another thread has a step open: what happens outside of a step leaves its status alone.
+ * Copies give nothing back: where one is lost, for whatever reason, nobody may go on with what stands there. */
+static bool copied(kvs_cuda *cu, cudaError_t error, const char *what) {
     if (error == cudaSuccess) return true;
     cudaGetLastError();
-    if (error != cudaErrorMemoryAllocation) kvs_cuda_fail(cu, error, what);
+    kvs_cuda_fail(cu, error, what);
+    return false;
+}
+
+/* The same of a call that may find no memory: its caller is told. */
+static bool outside(kvs_cuda *cu, cudaError_t error, const char *what) {
+    if (error != cudaErrorMemoryAllocation) return copied(cu, error, what);
+    cudaGetLastError();
     return false;
 }
 
 static void *cuda_alloc(kvs_backend *be, uint64_t bytes) {
     kvs_cuda *cu = (kvs_cuda *)be;
-    void *block = NULL;
-    if (kvs_cuda_failed(cu) || kvs_refused() || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
-    if (!outside(cu, cudaMalloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
+    uint8_t *block = NULL;
+    if (kvs_cuda_failed(cu) || !outside(cu, cudaSetDevice(cu->device), "cudaSetDevice")) return NULL;
+    if (!outside(cu, kvs_cuda_malloc(&block, KVS_MAX(bytes, (uint64_t)1)), "cudaMalloc")) return NULL;
     bool ok = outside(cu, cudaMemsetAsync(block, 0, bytes, 0), "cudaMemset") && outside(cu, cudaStreamSynchronize(0), "cudaMemset");
     if (ok) return block;
     cudaFree(block);
@@ -57,14 +65,14 @@ static bool ready_to_copy(kvs_cuda *cu, uint64_t bytes, cudaStream_t *stream) {
         kvs_cuda_flush(cu);
         *stream = cu->stream;
     }
-    return outside(cu, cudaSetDevice(cu->device), "cudaSetDevice");
+    return copied(cu, cudaSetDevice(cu->device), "cudaSetDevice");
 }
 
 static void move(kvs_backend *be, void *dst, const void *src, uint64_t bytes, cudaMemcpyKind kind, const char *what) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cudaStream_t stream;
     if (!ready_to_copy(cu, bytes, &stream)) return;
-    if (outside(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) outside(cu, cudaStreamSynchronize(stream), what);
+    if (copied(cu, cudaMemcpyAsync(dst, src, bytes, kind, stream), what)) copied(cu, cudaStreamSynchronize(stream), what);
 }
 
 static void cuda_download(kvs_backend *be, void *dst, const void *src, uint64_t bytes) {
@@ -76,8 +84,8 @@ static void cuda_download_rows(kvs_backend *be, void *dst, const void *src, uint
     cudaStream_t stream;
     const char *what = "a copy of rows from the device";
     if (n < 1 || !ready_to_copy(cu, bytes, &stream)) return;
-    if (outside(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
-        outside(cu, cudaStreamSynchronize(stream), what);
+    if (copied(cu, cudaMemcpy2DAsync(dst, bytes, src, stride, bytes, (size_t)n, cudaMemcpyDeviceToHost, stream), what))
+        copied(cu, cudaStreamSynchronize(stream), what);
 }
 
 typedef struct copy_args {

@@ -130,6 +130,14 @@ kvs_cuda_report kvs_cuda_reserve_report(kvs_cuda *cu, uint64_t bytes);
 void kvs_cuda_deliver(kvs_cuda *cu, void *to, const uint8_t *from, uint64_t bytes); /* from: in a report's pinned memory */
 const kvs_kv *kvs_cuda_kv(kvs_cuda *cu, const kvs_kv *kv);                          /* [dev] copy, its spans and dropped rows, too */
 
+/* cudaMalloc and cudaMallocHost, which tests can refuse. */
+static inline cudaError_t kvs_cuda_malloc(uint8_t **block, uint64_t bytes) {
+    return kvs_refused() ? cudaErrorMemoryAllocation : cudaMalloc((void **)block, bytes);
+}
+static inline cudaError_t kvs_cuda_malloc_host(uint8_t **block, uint64_t bytes) {
+    return kvs_refused() ? cudaErrorMemoryAllocation : cudaMallocHost((void **)block, bytes);
+}
+
 /* Memory of the device that belongs to one op, until the next op asks. NULL: the step has failed. */
 uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
 
@@ -137,7 +145,7 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
 void kvs_cuda_flush(kvs_cuda *cu);
 void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
-/* The device is not used again: the first failure of them all is what is told. Any thread. */
+/* kvs_device_fail, with the error in words */
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);

@@ -242,14 +242,12 @@ static void move_some(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int
     }
 }
 
-/* Callers hold that this can't fail. kv_score has asked for the memory before rows leave; where it is missing all the same, rows are not where
- * the cache thinks they are, and the device is given up. */
+/* Callers can't go on if this fails: kv_score has asked for the memory before rows leave. */
 static void move_all(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n, bool back) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu)) return;
     kvs_cuda_flush(cu);
     for (int32_t i = 0; i < n; i += MOVES) move_some(cu, kv, moves + i, KVS_MIN(n - i, (int32_t)MOVES), back);
-    if (cu->status == KVS_E_MEMORY) kvs_cuda_fail(cu, cudaErrorMemoryAllocation, "rows of pictures could not be moved");
 }
 
 void kvs_cuda_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n) { move_all(be, kv, moves, n, false); }

@@ -7,10 +7,7 @@
 enum { CHUNK_BYTES = 1 << 18, REPORT_BYTES = 1 << 14, ALIGN = 256, MARK_EVERY = 4 };
 
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what) {
-    int32_t expected = 0;
-    if (!__atomic_compare_exchange_n(&cu->base.failed, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
-    snprintf(cu->base.failure, sizeof cu->base.failure, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
-    __atomic_store_n(&cu->base.failed, 2, __ATOMIC_RELEASE);
+    kvs_device_fail(&cu->base, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what) {
@@ -34,8 +31,8 @@ static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, kvs_cuda_chunk **last, uint64_t b
         return NULL;
     }
     chunk->bytes = bytes;
-    bool ok = kvs_cuda_check(cu, cudaMallocHost((void **)&chunk->host, chunk->bytes), "cudaMallocHost") &&
-              kvs_cuda_check(cu, cudaMalloc((void **)&chunk->device, chunk->bytes), "cudaMalloc");
+    bool ok = kvs_cuda_check(cu, kvs_cuda_malloc_host(&chunk->host, bytes), "cudaMallocHost") &&
+              kvs_cuda_check(cu, kvs_cuda_malloc(&chunk->device, bytes), "cudaMalloc");
     if (!ok) {
         cudaFreeHost(chunk->host);
         free(chunk);
@@ -180,7 +177,7 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes) {
     if (grown) cu->retired = grown;
     if (!grown)
         cu->status = KVS_E_MEMORY;
-    else if (kvs_cuda_check(cu, cudaMalloc((void **)&block, bytes), "cudaMalloc of working space")) {
+    else if (kvs_cuda_check(cu, kvs_cuda_malloc(&block, bytes), "cudaMalloc of working space")) {
         if (cu->scratch) cu->retired[cu->n_retired++] = cu->scratch;
         cu->scratch = block;
         cu->scratch_bytes = bytes;
@@ -243,6 +240,7 @@ void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_
         return;
     }
     send_staged(cu);
+    if (cu->status) return;
     launch(cu, args);
     keep_close(cu);
 }
@@ -257,7 +255,10 @@ void kvs_cuda_flush(kvs_cuda *cu) {
 
 void kvs_cuda_wait(kvs_cuda *cu) {
     kvs_cuda_flush(cu);
-    if (!kvs_cuda_failed(cu)) kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), "cudaStreamSynchronize");
+    if (!kvs_cuda_failed(cu))
+        kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), "cudaStreamSynchronize");
+    else if (!cu->status) /* a copy between two ops, or another thread's */
+        cu->status = KVS_E_DEVICE;
 }
 
 /* ---- graphs ---- */
@@ -300,6 +301,7 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
 static void run_noted(kvs_cuda *cu) {
     if (!cu->list.used || kvs_cuda_stopped(cu)) return;
     send_staged(cu);
+    if (cu->status) return; /* the graph would run on rows of an earlier step */
     kvs_cuda_graph *graph = known_graph(cu);
     if (!graph) graph = capture(cu);
     if (!graph) return;

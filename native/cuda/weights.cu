@@ -75,8 +75,8 @@ void kvs_cuda_free_pieces(kvs_cuda *cu) {
 static cudaError_t allocate_pieces(kvs_cuda *cu, uint64_t bytes) {
     cudaError_t error = cudaSuccess;
     for (int i = 0; i < 2 && !error; i++) {
-        error = cudaMallocHost((void **)&cu->pieces[i].host, bytes);
-        if (!error) error = cudaMalloc((void **)&cu->pieces[i].device, bytes);
+        error = kvs_cuda_malloc_host(&cu->pieces[i].host, bytes);
+        if (!error) error = kvs_cuda_malloc(&cu->pieces[i].device, bytes);
     }
     if (error)
         kvs_cuda_free_pieces(cu);

@@ -36,11 +36,12 @@ static thread_local kvs_shim_stream *capturing; /* by this host thread, in a mod
 
 /* ---- counting ---- */
 
-enum count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, COUNTS };
+enum count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
 static std::atomic<long long> counts[COUNTS];
 
 long long kvs_shim_counted(const char *what) {
-    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures"};
+    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures",
+                                              "asked", "blocks",  "pinned",    "objects"};
     for (int i = 0; i < COUNTS; i++)
         if (!strcmp(what, names[i])) return counts[i];
     return -1;
@@ -94,26 +95,42 @@ cudaError_t cudaGetLastError(void) {
     return error;
 }
 
+/* KVS_SHIM_FAIL=name:n:error; n: 1, error: by the function, unless they are given. */
+struct failure {
+    std::string name;
+    long n;
+    cudaError_t error;
+};
+
+static failure parse_failure(const std::string &text) {
+    size_t first = text.find(':'), second = first == text.npos ? first : text.find(':', first + 1);
+    failure asked = {text.substr(0, first), first == text.npos ? 1 : atol(text.c_str() + first + 1), cudaErrorUnknown};
+    if (second != text.npos)
+        asked.error = (cudaError_t)atol(text.c_str() + second + 1);
+    else if (asked.name == "cudaStreamSynchronize")
+        asked.error = cudaErrorIllegalAddress;
+    else if (asked.name == "cudaMalloc" || asked.name == "cudaMallocHost")
+        asked.error = cudaErrorMemoryAllocation;
+    return asked;
+}
+
 /* What KVS_SHIM_FAIL says of this call. */
 static cudaError_t asked_failure(const char *name) {
-    static std::string asked;
-    static long calls;
+    static std::string said;
+    static failure asked;
     static bool broken;
     const char *text = getenv("KVS_SHIM_FAIL");
     std::lock_guard<std::mutex> hold(lock);
-    if (asked != (text ? text : "")) {
-        asked = text ? text : "";
-        calls = 0;
+    if (said != (text ? text : "")) {
+        said = text ? text : "";
+        asked = parse_failure(said);
+        counts[ASKED] = 0;
         broken = false;
     }
     if (broken) return cudaErrorIllegalAddress;
-    size_t colon = asked.find(':');
-    if (asked.empty() || asked.compare(0, colon, name) || ++calls != (colon == asked.npos ? 1 : atol(asked.c_str() + colon + 1)))
-        return cudaSuccess;
-    broken = !strcmp(name, "cudaStreamSynchronize");
-    return broken                                                           ? cudaErrorIllegalAddress
-           : !strcmp(name, "cudaMalloc") || !strcmp(name, "cudaMallocHost") ? cudaErrorMemoryAllocation
-                                                                            : cudaErrorUnknown;
+    if (said.empty() || asked.name != name || ++counts[ASKED] != asked.n) return cudaSuccess;
+    broken = asked.error == cudaErrorIllegalAddress;
+    return asked.error;
 }
 
 /* Every call that can fail begins with it. safe: it may be called while this thread captures. */
@@ -216,6 +233,9 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     return cudaSuccess;
 }
 
+/* Broken devices give back what they have, too, if with an error: the process goes on with a device that is well again. */
+static bool gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
+
 cudaError_t cudaMalloc(void **p, size_t bytes) {
     *p = nullptr;
     ENTER(false);
@@ -233,15 +253,15 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     __asan_poison_memory_region(block + ZONE + bytes, whole(bytes) - bytes + ZONE);
 #endif
     allocated += whole(bytes);
+    counts[BLOCKS]++;
     blocks[block + ZONE] = bytes;
     *p = block + ZONE;
     return cudaSuccess;
 }
 
-/* Broken devices give memory back, too, if with an error: the process goes on with a device that is well again. */
 cudaError_t cudaFree(void *p) {
     cudaError_t error = enter(__func__, false);
-    if (!p || (error && error != cudaErrorIllegalAddress)) return error;
+    if (!p || !gives_back(error)) return error;
     std::lock_guard<std::mutex> hold(lock);
     auto found = blocks.find((const uint8_t *)p);
     if (found == blocks.end()) kvs_shim_fatal("cudaFree of %p, which is not there", p);
@@ -257,6 +277,7 @@ cudaError_t cudaFree(void *p) {
                            kvs_shim_last());
     }
     allocated -= whole(bytes);
+    counts[BLOCKS]--;
     blocks.erase(found);
     free(block);
     return error;
@@ -266,11 +287,15 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) {
     *p = nullptr;
     ENTER(false);
     *p = malloc(KVS_MAX(bytes, (size_t)1));
-    return *p ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+    if (!*p) return fail(cudaErrorMemoryAllocation);
+    counts[PINNED]++;
+    return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void *p) {
     cudaError_t error = enter(__func__, false);
-    if (!error || error == cudaErrorIllegalAddress) free(p);
+    if (!p || !gives_back(error)) return error;
+    counts[PINNED]--;
+    free(p);
     return error;
 }
 cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned) {
@@ -349,19 +374,30 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 
 /* ---- streams and events ---- */
 
+template <class T> static T *made(T *object) {
+    counts[OBJECTS]++;
+    return object;
+}
+template <class T> static cudaError_t destroy(T *object, cudaError_t error) {
+    if (!object || !gives_back(error)) return error;
+    counts[OBJECTS]--;
+    delete object;
+    return error;
+}
+
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
     *stream = nullptr;
     ENTER(true);
-    *stream = new kvs_shim_stream();
+    *stream = made(new kvs_shim_stream());
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    ENTER(true);
+    cudaError_t error = enter(__func__, true);
     if (!stream) return fail(cudaErrorInvalidResourceHandle);
+    if (!gives_back(error)) return error;
     if (capturing == stream) capturing = nullptr;
     delete stream->capture;
-    delete stream;
-    return cudaSuccess;
+    return destroy(stream, error);
 }
 static cudaError_t look_at(cudaStream_t stream) { /* which no stream allows that is being captured */
     if (!stream || !stream->capture) return cudaSuccess;
@@ -384,14 +420,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
     *event = nullptr;
     ENTER(true);
-    *event = new kvs_shim_event();
+    *event = made(new kvs_shim_event());
     return cudaSuccess;
 }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    ENTER(true);
-    delete event;
-    return cudaSuccess;
-}
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event, enter(__func__, true)); }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     ENTER(true);
     if (!event) return fail(cudaErrorInvalidResourceHandle);
@@ -436,18 +468,20 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     *graph = nullptr;
     cudaError_t asked = asked_failure(__func__);
     if (!stream || !stream->capture) return fail(cudaErrorInvalidValue);
-    kvs_shim_graph *made = stream->capture;
+    kvs_shim_graph *captured = stream->capture;
     stream->capture = nullptr;
     if (capturing == stream) capturing = nullptr;
-    if (!asked && !stream->spoilt) *graph = made;
-    if (!*graph) delete made;
+    if (!asked && !stream->spoilt)
+        *graph = made(captured);
+    else
+        delete captured;
     return fail(asked ? asked : stream->spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
     *exec = nullptr;
     ENTER(true);
     if (!graph) return fail(cudaErrorInvalidValue);
-    *exec = new kvs_shim_exec{graph->work};
+    *exec = made(new kvs_shim_exec{graph->work});
     return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
@@ -457,13 +491,5 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     for (const auto &work : exec->work) work();
     return cudaSuccess;
 }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
-    ENTER(true);
-    delete exec;
-    return cudaSuccess;
-}
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-    ENTER(true);
-    delete graph;
-    return cudaSuccess;
-}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return destroy(exec, enter(__func__, true)); }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return destroy(graph, enter(__func__, true)); }

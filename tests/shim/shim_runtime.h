@@ -2,9 +2,9 @@
  * call returns, except between cudaStreamBeginCapture and cudaStreamEndCapture.
  *
  * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
- * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n, which makes the n-th call of that
- * function from then on fail: cudaErrorMemoryAllocation for those that allocate, cudaErrorIllegalAddress for cudaStreamSynchronize
- * (after which everything fails, as on a GPU), else cudaErrorUnknown.
+ * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
+ * that function from then on fail with the error of that number. Without a number it is cudaErrorMemoryAllocation for those that allocate,
+ * cudaErrorIllegalAddress for cudaStreamSynchronize, else cudaErrorUnknown. After cudaErrorIllegalAddress everything fails, as on a GPU.
  * Device memory begins as NaN, has 256 bytes around it that nobody may write to (looked at by cudaFree), and copies whose kind does not fit the
  * addresses are refused. */
 #ifndef KVS_SHIM_RUNTIME_H
@@ -107,8 +107,9 @@ template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cu
 
 size_t kvs_shim_max_shared(void); /* bytes of a block */
 /* So far in this process: waits of the host for a stream or an event ("waits"), copies to the host and from it ("to_host", "to_device"; those of
- * a graph count each time that it runs), "graphs" launched and "captures" of new ones; -1 for another word. For tests, which find it by
- * its name in the library. */
+ * a graph count each time that it runs), "graphs" launched and "captures" of new ones. Since KVS_SHIM_FAIL changed: calls of the function that
+ * it names ("asked"). There now: "blocks" of devices, "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
+ * which find it by its name in the library. */
 extern "C" __attribute__((visibility("default"))) long long kvs_shim_counted(const char *what);
 /* Now, or as a part of the graph that stream is captured for. */
 void kvs_shim_do(cudaStream_t stream, std::function<void()> work);
