@@ -72,10 +72,13 @@ def phase_of(shown: bytes) -> str:
 
 def strike(argv: list[str], moment: float | None) -> End:
     """Starts the command in a terminal of its own and types Ctrl-C that many seconds later; None: when it writes the caption."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or the child would take it as this process does, which is pytest's
     pid, fd = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.execve(argv[0], argv, environment() | {"TERM": "xterm"})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     before, shown, struck = termios.tcgetattr(fd), b"", 0.0
     phase, begin = "start", time.monotonic()
     while True:
