@@ -71,7 +71,7 @@ emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machin
 	$(BIN)/cmake --preset avx512-emulated -G Ninja && $(BIN)/cmake --build --preset avx512-emulated -j $(JOBS)
 	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
 
-soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (an hour)
+soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (a quarter of an hour)
 	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_INTERRUPT_SECONDS=0.5 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
 
 # Inputs that reach something new stay in build/fuzz/found, and the next run goes on from there.
