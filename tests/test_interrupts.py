@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -106,6 +107,36 @@ def is_pythons_own(end: End) -> bool:
         and (b"Traceback" in end.shown or b"Fatal Python error: init" in end.shown)
         and b"/pykvsmooth/" not in end.shown
     )
+
+
+LOST = """
+import os, signal, sys, time, weakref
+from functools import partial
+from pykvsmooth.cli.command import _once_more
+sys.unraisablehook = partial(_once_more, sys.unraisablehook)
+class Thing: pass
+def strike(_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+def fail(_):
+    raise ValueError("told")
+one, two = Thing(), Thing()
+refs = weakref.ref(one, fail), weakref.ref(two, strike)
+del one
+try:
+    del two
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("ended")
+"""
+
+
+def test_ctrl_c_in_a_callback_is_not_lost() -> None:
+    """Python ignores what is raised in one of a weak reference: the command, which the terminal's owner wants to end, would go on."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stdout == "ended\n" and time.monotonic() - began < 15
+    assert "ValueError: told" in done.stderr and "KeyboardInterrupt" not in done.stderr
 
 
 def test_ctrl_c_at_any_time(argv: list[str]) -> None:

@@ -11,9 +11,12 @@ import contextlib
 import logging
 import os
 import signal
+import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from ..errors import KVSmoothError
@@ -73,6 +76,7 @@ def run(argv: Sequence[str] | None) -> int:
     try:
         if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # until here pykvsmooth_start had it
+            sys.unraisablehook = partial(_once_more, sys.unraisablehook)
         args = make_parser().parse_args(argv)
         ui.quiet, debug = getattr(args, "quiet", False), getattr(args, "debug", False)
         _configure(log, ui.quiet, debug)
@@ -99,6 +103,14 @@ def run(argv: Sequence[str] | None) -> int:
         with contextlib.suppress(OSError):
             ui.clear()
         logging.getLogger("pykvsmooth").removeHandler(log)
+
+
+def _once_more(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Python drops a KeyboardInterrupt that comes in a destructor or in a weak reference's callback: another comes when that is over."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.005, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        hook(unraisable)
 
 
 def _configure(handler: logging.Handler, quiet: bool, debug: bool) -> None:
