@@ -69,10 +69,15 @@ def read_values(file: IO[bytes], name: str, limits: Limits) -> Any:
 def _npy_values(file: IO[bytes], name: str, limits: Limits) -> Any:
     """read_array() would allocate what the header says before it reads: the header is looked at first."""
     form = np.lib.format
-    header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}  # (3, 0) is for names of fields
-    shape, _, dtype = header[form.read_magic(file)](file)
+    version = form.read_magic(file)
+    header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    if version not in header:  # 3.0 is for names of fields
+        raise ImageError(
+            f"{name}: .npy {version[0]}.{version[1]} is not of plain numbers; save the depth with numpy.save as (height, width)"
+        )
+    shape, _, dtype = header[version](file)
     _check_dtype(name, dtype)
-    limits.check_pixels(name, math.prod(shape), 1)
+    limits.check_pixels(name, math.prod(shape[1:]), shape[0] if shape else 1)
     file.seek(0)
     return form.read_array(file, allow_pickle=False)
 

@@ -87,6 +87,8 @@ def bad_file(tmp_path: Path, name: str) -> Path:
     elif name in HEADERS:
         header = HEADERS[name].ljust(117) + b"\n"
         path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64))
+    elif name == "fields.npy":
+        path.write_bytes(b"\x93NUMPY\3\0" + bytes(60))
     elif name == "zip.npy":
         path.write_bytes(b"PK\3\4" + bytes(60))
     elif name == "device.npy":
@@ -104,7 +106,7 @@ HEADERS = {  # on which NumPy raises TokenError, OverflowError, TypeError, Memor
 }
 BAD_FILES = (
     "empty.png empty.npy text.npy text.png words.npy objects.npy cut.npy cut.png colour.png folder.png nan.npy missing.png missing.npy"
-    " zip.npy device.npy " + " ".join(HEADERS)
+    " fields.npy zip.npy device.npy " + " ".join(HEADERS)
 )
 
 
