@@ -67,9 +67,8 @@ def measure(name: str, n: int, seconds: float, attempt: Attempt) -> None:
             seconds *= 0.8
         else:
             delays.append(delay)
-    p50, top = np.median(delays) * 1e3, max(delays) * 1e3
-    LONGEST[name] = max(delays)
-    print(f"{name:<22} n={n}  within {seconds:6.2f} s  p50 {p50:7.1f} ms  max {top:7.1f} ms", flush=True)
+    p50, LONGEST[name] = np.median(delays), max(delays)
+    print(f"{name:<22} n={n}  within {seconds:6.2f} s  p50 {p50 * 1e3:7.1f} ms  max {LONGEST[name] * 1e3:7.1f} ms", flush=True)
 
 
 def picture(size: int = 336) -> np.ndarray:
