@@ -54,7 +54,8 @@ static void multiply(void *arg, int64_t begin, int64_t end, int32_t thread) {
         while (unit >= units(job->w)) unit -= units(job++->w);
         const kvs_weight *w = job->w;
         int64_t row = unit * KVS_UNIT;
-        kvs_panel panel = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, KVS_MIN(KVS_UNIT, w->rows - row), w->cols};
+        kvs_panel panel = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, KVS_MIN(KVS_UNIT, w->rows - row), w->cols,
+                           0};
         p->ops->many(&panel, p->turned + first * kvs_bf16_pairs(w->cols), KVS_MIN(p->rows, p->n - first),
                      job->bias ? job->bias + row : NULL, job->y + first * w->rows + row, w->rows,
                      p->scratch + (int64_t)thread * KVS_DOTS_SCRATCH);

@@ -288,6 +288,7 @@ int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_e
     }
     cpu->isa = isa;
     cpu->bf16 = kvs_isa_bf16(isa);
+    cpu->ahead = kvs_isa_ahead();
     cpu->base.ops = &cpu_ops;
     cpu->base.host_memory = true;
     cpu->base.has_bf16 = cpu->bf16 != NULL;

@@ -14,7 +14,7 @@
 
 enum {
     KVS_KC = 512,        /* columns of a float panel: a multiple of every block */
-    KVS_XT = 128,        /* activation rows of one call of gemm at most */
+    KVS_XT = 320,        /* activation rows of one call of many at most: half a picture's prompt */
     KVS_FEW = 4,         /* up to so many activation rows, stripes are read once, and nothing is unpacked to memory */
     KVS_FEW_FLOAT = 3,   /* the same for float weights: straight from their rows */
     KVS_ROWS_FLOAT = 32, /* weight rows of a float panel */
@@ -45,6 +45,7 @@ typedef struct kvs_panel { /* the part of a weight matrix that one call works on
     int32_t type;
     const uint8_t *w; /* first row, or the stripe that it begins */
     int64_t row_bytes, rows, cols;
+    int64_t ahead; /* kvs_isa_ahead() */
 } kvs_panel;
 
 /* Operands rounded to bf16 first, sums in float32: dots_bf16.h. Turned: pairs of neighbouring columns of KVS_BF16_GROUP rows stand side

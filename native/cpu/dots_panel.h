@@ -4,8 +4,9 @@
 #define KVS_DOTS_PANEL_H
 #include "dots_stripes.h"
 
-#define NV 2         /* vectors of a panel */
-#define PR (NV * VI) /* weight rows of a panel */
+#define NV 2                    /* vectors of a panel */
+#define PR (NV * VI)            /* weight rows of a panel */
+enum { NX = VI == 16 ? 6 : 4 }; /* activation rows that pass over it together: their 2 NV NX sums take most registers */
 
 typedef struct packed {       /* 256 columns of PR rows */
     uint8_t q[64][PR][4];     /* values as unsigned bytes; magnitudes of those that stay signed */
@@ -65,9 +66,9 @@ KVS_INLINE vi times_scale(vi acc, vi s, const packed *w, int v, int scale_row) {
 }
 
 /* acc += products of words t..t + n, all of one scale; depth: steps that fit a sum of dot() */
-KVS_INLINE void steps(vi acc[NV][4], int nx, int n, int depth, const packed *w, int t, const int8_t *const x[4], int scale_row) {
+KVS_INLINE void steps(vi acc[NV][NX], int nx, int n, int depth, const packed *w, int t, const int8_t *const x[NX], int scale_row) {
     for (int begin = t; begin < t + n; begin += depth) {
-        vi s[NV][4];
+        vi s[NV][NX];
         KVS_EACH (v, NV)
             KVS_EACH (i, nx) s[v][i] = vi_zero();
         KVS_EACH (k, depth)
@@ -84,13 +85,13 @@ KVS_INLINE void steps(vi acc[NV][4], int nx, int n, int depth, const packed *w, 
 }
 
 #ifdef KVS_ISA_AVX512
-KVS_INLINE void signed_steps(vi acc[NV][4], int nx, int n, const packed *w, int t, const int8_t *const x[4], int scale_row) {
+KVS_INLINE void signed_steps(vi acc[NV][NX], int nx, int n, const packed *w, int t, const int8_t *const x[NX], int scale_row) {
     steps(acc, nx, n, n, w, t, x, scale_row);
 }
 #else
-KVS_INLINE void signed_steps(vi acc[NV][4], int nx, int n, const packed *w, int t, const int8_t *const x[4], int scale_row) {
+KVS_INLINE void signed_steps(vi acc[NV][NX], int nx, int n, const packed *w, int t, const int8_t *const x[NX], int scale_row) {
     KVS_EACH (k, n) {
-        vi xv[4];
+        vi xv[NX];
         KVS_EACH (i, nx) xv[i] = vi_word(x[i] + 4 * (t + k));
         KVS_EACH (v, NV) {
             vi u = vi_load(w->q[t + k][v * VI]), sign = vi_load(w->sign[t + k][v * VI]);
@@ -103,24 +104,28 @@ KVS_INLINE void signed_steps(vi acc[NV][4], int nx, int n, const packed *w, int 
 }
 #endif
 
-/* What block_sums() calls m, for vector v of the panel: of a block of 32, or the products of pairs */
-KVS_INLINE vi sums_times(kind t, const packed *w, int v, const int16_t *sums) {
+/* What block_sums() calls m: of a block of 32, or the products of pairs */
+KVS_INLINE vi sums_times(kind t, const vi *pair, const int16_t *sums) {
     vi m = vi_set(t.block == 32 ? -*sums : 0);
-    for (int j = 0; j < pairs(t); j++) m = vi_madd_to(m, vi_load(w->pair[j] + v * VI), vi_word(sums + 2 * j));
+    KVS_EACH (j, pairs(t)) m = vi_madd_to(m, pair[j], vi_word(sums + 2 * j));
     return m;
 }
 
-/* Block b to p[b % 4] */
-KVS_INLINE void add_to_sums(kind t, const panel_call *c, int b, int nx, vi acc[NV][4], const int16_t *sums, const float *xd) {
-    KVS_EACH (i, nx)
-        KVS_EACH (v, NV) {
+/* Block b to p[b % 4]. Vector by vector: what is the panel's stays in registers for all rows. */
+KVS_INLINE void add_to_sums(kind t, const panel_call *c, int b, int nx, vi acc[NV][NX], const int16_t *sums, const float *xd) {
+    KVS_EACH (v, NV) {
+        vi pair[8];
+        KVS_EACH (j, pairs(t)) pair[j] = vi_load(c->w->pair[j] + v * VI);
+        vf d = v_load(c->w->d[b] + v * VI), dm = t.m ? v_load(c->w->m[b] + v * VI) : v_zero();
+        KVS_EACH (i, nx) {
             float *to = c->sums[(c->first + b) % 4][i] + v * VI;
-            vi isum = acc[v][i], m = has_sums(t) ? sums_times(t, c->w, v, sums + i * (t.block / t.sub)) : vi_zero();
+            vi isum = acc[v][i], m = has_sums(t) ? sums_times(t, pair, sums + i * (t.block / t.sub)) : vi_zero();
             if (t.block == 256 && t.offset && has_sums(t)) isum = vi_sub(isum, vi_left(m, __builtin_ctz((unsigned)t.offset)));
-            vf y = v_add(v_load(to), v_mul(v_mul(v_load(c->w->d[b] + v * VI), v_set(xd[i])), vi_float(isum)));
-            if (t.m) y = v_sub(y, v_mul(v_mul(v_load(c->w->m[b] + v * VI), v_set(xd[i])), vi_float(m)));
+            vf y = v_add(v_load(to), v_mul(v_mul(d, v_set(xd[i])), vi_float(isum)));
+            if (t.m) y = v_sub(y, v_mul(v_mul(dm, v_set(xd[i])), vi_float(m)));
             v_store(to, y);
         }
+    }
 }
 
 KVS_INLINE void block_times(int32_t type, const panel_call *c, int nx, int b) {
@@ -128,8 +133,8 @@ KVS_INLINE void block_times(int32_t type, const panel_call *c, int nx, int b) {
     const kvs_acts *a = c->acts;
     const int64_t at = c->at + b * a->n;
     const int16_t *sums = (t.sub == 16 ? a->s16 : a->s32) + at * (t.block / t.sub);
-    const int8_t *x[4];
-    vi acc[NV][4];
+    const int8_t *x[NX];
+    vi acc[NV][NX];
     KVS_EACH (i, nx) {
         x[i] = a->q + (at + i - b) * t.block;
         KVS_EACH (v, NV) acc[v][i] = vi_set(t.block == 32 && has_sums(t) ? -t.offset * sums[i] : 0);
@@ -148,32 +153,53 @@ KVS_INLINE void times(int32_t type, const panel_call *c, int nx) {
     for (int b = 0; b < c->n_blocks; b++) block_times(type, c, nx, b);
 }
 
+/* Single rows are dear: fours before them as often as that leaves fewer */
 KVS_INLINE void times_all(int32_t type, panel_call c, int64_t n) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4, c.at += 4, c.sums = (float(*)[KVS_XT][PR])(c.sums[0] + 4)) times(type, &c, 4);
-    for (; i < n; i++, c.at++, c.sums = (float(*)[KVS_XT][PR])(c.sums[0] + 1)) times(type, &c, 1);
+    for (int64_t left = n, nx; left > 0; left -= nx, c.at += nx, c.sums = (float(*)[KVS_XT][PR])(c.sums[0] + nx)) {
+        nx = left >= 4 && left % NX > 1 ? 4 : left >= NX ? NX : 1;
+        if (nx == NX)
+            times(type, &c, NX);
+        else if (nx == 4)
+            times(type, &c, 4);
+        else
+            times(type, &c, 1);
+    }
 }
 
 /* ---- panels ---- */
+typedef struct columns {  /* some 256 of them, of a panel */
+    int64_t first, bytes; /* number of the first block; of a stripe's block */
+    int n_blocks;
+} columns;
+
+static const uint8_t *stripe_columns(const kvs_panel *p, const columns *c, int64_t row) {
+    return p->w + row / KVS_STRIPE * KVS_STRIPE * p->row_bytes + c->first * c->bytes;
+}
+
 /* Lanes beyond the last stripe get it once more: nobody reads their sums. */
-KVS_INLINE void pack(int32_t type, packed *w, const kvs_panel *p, int64_t first_block, int n_blocks) {
-    const int64_t bytes = KVS_STRIPE * p->row_bytes / (p->cols / kinds[type].block);
+KVS_INLINE void pack(int32_t type, packed *w, const kvs_panel *p, const columns *c) {
     for (int to = 0; to < PR; to += VI) {
-        int64_t stripe = KVS_MIN(to / KVS_STRIPE, (p->rows - 1) / KVS_STRIPE);
-        const uint8_t *block = p->w + stripe * KVS_STRIPE * p->row_bytes + first_block * bytes;
-        for (int b = 0; b < n_blocks; b++) pack_lanes(type, w, block + b * bytes, b, to % KVS_STRIPE, to);
+        const uint8_t *block = stripe_columns(p, c, KVS_MIN(to, p->rows - 1));
+        for (int b = 0; b < c->n_blocks; b++) pack_lanes(type, w, block + b * c->bytes, b, to % KVS_STRIPE, to);
     }
+}
+
+KVS_INLINE void fetch_next(const kvs_panel *p, const columns *c) {
+    for (int64_t r = 0; r < KVS_MIN(p->rows, PR); r += KVS_STRIPE)
+        fetch(stripe_columns(p, c, r) + c->n_blocks * c->bytes, c->n_blocks * c->bytes);
 }
 
 /* Block number first of the panel, and those that fill up 256 columns with it */
 KVS_INLINE void add_columns(int32_t type, const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, panel_scratch *s) {
     const int32_t block = kinds[type].block;
-    int n_blocks = block == 256 ? 1 : (int)KVS_MIN(256 / block, p->cols / block - first);
-    pack(type, &s->w, p, first, n_blocks);
-    times_all(type, (panel_call){&s->w, a, first * a->n + row, s->sums, first, n_blocks}, n);
+    columns c = {first, KVS_STRIPE * p->row_bytes / (p->cols / block),
+                 block == 256 ? 1 : (int)KVS_MIN(256 / block, p->cols / block - first)};
+    pack(type, &s->w, p, &c);
+    if (p->ahead) fetch_next(p, &c);
+    times_all(type, (panel_call){&s->w, a, first * a->n + row, s->sums, first, c.n_blocks}, n);
 }
 
-static void columns(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, panel_scratch *s) {
+static void columns_by_type(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, panel_scratch *s) {
 #define CASE(type)                                                                                                                         \
     case KVS_TYPE_##type: add_columns(KVS_TYPE_##type, p, a, row, n, first, s); break;
     switch (p->type) { EACH_TYPE(CASE) }
@@ -182,7 +208,7 @@ static void columns(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t 
 
 static void panel(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, panel_scratch *s) {
     for (int plane = 0; plane < 4; plane++) memset(s->sums[plane], 0, (size_t)n * sizeof s->sums[0][0]);
-    for (int64_t first = 0; first < p->cols / a->block; first += 256 / a->block) columns(p, a, row, n, first, s);
+    for (int64_t first = 0; first < p->cols / a->block; first += 256 / a->block) columns_by_type(p, a, row, n, first, s);
     for (int64_t i = 0; i < n; i++)
         for (int64_t r = 0; r < KVS_MIN(PR, p->rows); r++)
             y[i * y_step + r] = (s->sums[0][i][r] + s->sums[1][i][r]) + (s->sums[2][i][r] + s->sums[3][i][r]);

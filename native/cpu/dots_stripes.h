@@ -115,6 +115,11 @@ KVS_INLINE void add_block(int32_t type, partial p, int nx, const uint8_t *block,
     }
 }
 
+/* Inlined, as its callers must be: gcc 12 drops calls of functions that do nothing else. */
+KVS_INLINE void fetch(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 KVS_INLINE void few_rows(int32_t type, int nx, const kvs_panel *p, const kvs_acts *a, int64_t row, float *y, int64_t y_step) {
     const int32_t width = kinds[type].block;
     const int64_t bytes = KVS_STRIPE * p->row_bytes / (p->cols / width);
@@ -122,7 +127,10 @@ KVS_INLINE void few_rows(int32_t type, int nx, const kvs_panel *p, const kvs_act
         _Alignas(64) partial sum[4];
         memset(sum, 0, sizeof sum);
         const uint8_t *w = p->w + r * p->row_bytes;
-        for (int64_t b = 0; b < p->cols / width; b++) add_block(type, sum[b % 4], nx, w + b * bytes, a, b * a->n + row);
+        for (int64_t b = 0; b < p->cols / width; b++) {
+            if (p->ahead) fetch(w + b * bytes + p->ahead, bytes);
+            add_block(type, sum[b % 4], nx, w + b * bytes, a, b * a->n + row);
+        }
         for (int i = 0; i < nx; i++)
             for (int64_t k = 0; k < KVS_MIN(KVS_STRIPE, p->rows - r); k++)
                 y[i * y_step + r + k] = (sum[0][i][k] + sum[1][i][k]) + (sum[2][i][k] + sum[3][i][k]);

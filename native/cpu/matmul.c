@@ -6,7 +6,7 @@ typedef struct run {
     const kvs_dots *dots;
     const kvs_matmul *jobs;
     const float *x;
-    int64_t n, n_tiles;
+    int64_t n, n_tiles, ahead;
     kvs_acts acts[2]; /* blocks of 32, blocks of 256 */
     uint8_t *scratch; /* KVS_DOTS_SCRATCH per thread */
 } run;
@@ -81,7 +81,7 @@ static void add_bias(const kvs_matmul *job, int64_t row, int64_t rows, int64_t f
 /* Weight rows row..row + rows times activation rows first..first + n */
 static void multiply(const run *r, const kvs_matmul *job, int64_t row, int64_t rows, int64_t first, int64_t n, int32_t thread) {
     const kvs_weight *w = job->w;
-    kvs_panel p = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, rows, w->cols};
+    kvs_panel p = {w->type, (const uint8_t *)w->data + row * w->row_bytes, w->row_bytes, rows, w->cols, r->ahead};
     float *y = job->y + first * w->rows + row;
     void *scratch = r->scratch + (int64_t)thread * KVS_DOTS_SCRATCH;
     if (!block_of(job))
@@ -126,7 +126,7 @@ void kvs_cpu_matmul(kvs_backend *be, const kvs_matmul *jobs, int32_t n_jobs, con
         kvs_cpu_matmul_bf16(cpu, jobs, n_jobs, x, n);
         return;
     }
-    run r = {.dots = cpu->isa->dots, .jobs = jobs, .x = x, .n = n, .n_tiles = (n + KVS_XT - 1) / KVS_XT};
+    run r = {.dots = cpu->isa->dots, .jobs = jobs, .x = x, .n = n, .n_tiles = (n + KVS_XT - 1) / KVS_XT, .ahead = cpu->ahead};
     if (!prepare(cpu, &r, n_jobs)) {
         cpu->status = KVS_E_MEMORY;
         return;
