@@ -71,6 +71,7 @@ static void add_query(const attn_job *job, queries *qs, int64_t row, int32_t hea
 
 static void attend(const attn_job *job, kvs_attn_task *task, const queries *qs, int32_t thread) {
     task->head_dim = job->head_dim;
+    task->ahead = job->cpu->ahead;
     task->n_q = qs->n;
     task->q = qs->q;
     task->out = qs->out;

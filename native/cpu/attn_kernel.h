@@ -78,12 +78,17 @@ static inline void widen(const attn_work *w, const uint8_t *src, float *dst) {
     for (int32_t i = n; i < w->width; i++) dst[i] = 0.0f;
 }
 
-/* Rows are short and are read in turns from two places: the processor's own guess of what comes next is too timid. Into the
- * second-level cache, because the first one waits for too few lines at a time (measured: twice as fast as a prefetch into it). */
-static inline void prefetch_rows(const attn_work *w, const uint8_t *src, int32_t first) {
-    int64_t row_bytes = w->task->row_bytes, bytes = GROUP * row_bytes;
-    if (first * row_bytes + AHEAD + bytes > w->n_keys * row_bytes) return;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(src + AHEAD + i, 0, 2);
+/* Rows are short and are read in turns from two places: the processor's own guess of what comes next is too timid. Zen 4 wants them in
+ * the second-level cache, because the first one waits for too few lines at a time (twice as fast); Zen 5 in the first (a tenth faster).
+ * Inlined, because gcc 12 drops calls of functions that do nothing else. */
+static inline __attribute__((always_inline)) void prefetch_rows(const attn_work *w, const uint8_t *src, int32_t first) {
+    const kvs_attn_task *t = w->task;
+    int64_t ahead = t->ahead ? t->ahead : AHEAD, bytes = GROUP * t->row_bytes;
+    if (first * t->row_bytes + ahead + bytes > w->n_keys * t->row_bytes) return;
+    if (t->ahead)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(src + ahead + i, 0, 3);
+    else
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(src + ahead + i, 0, 2);
 }
 
 typedef struct group { /* up to GROUP rows of keys or values that are about to be used */
