@@ -33,17 +33,18 @@ static float int8_rounds(int64_t rounds) {
     return (float)_mm256_extract_epi32(_mm512_castsi512_si256(all), 0);
 }
 #elif defined(KVS_ISA_AVX2)
-enum { INT8_OPERATIONS = 2 * 32 * SUMS };
+enum { INT8_SUMS = 8, INT8_OPERATIONS = 2 * 32 * INT8_SUMS }; /* more would not stay in registers beside their products */
 
+/* Pairs added up in 16 bits, which is as far as a kernel may go before it must widen them. */
 static float int8_rounds(int64_t rounds) {
-    __m256i sum[SUMS], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1), all = _mm256_setzero_si256();
-    for (int i = 0; i < SUMS; i++) sum[i] = _mm256_set1_epi32(i);
+    __m256i sum[INT8_SUMS], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5), all = _mm256_setzero_si256();
+    for (int i = 0; i < INT8_SUMS; i++) sum[i] = _mm256_set1_epi16((short)i);
     for (int64_t r = 0; r < rounds; r++)
-        KVS_EACH (i, SUMS) {
+        KVS_EACH (i, INT8_SUMS) {
             __asm__ volatile("" : "+x"(x)); /* otherwise there would be one product for all sums */
-            sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
+            sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(x, y));
         }
-    for (int i = 0; i < SUMS; i++) all = _mm256_xor_si256(all, sum[i]);
+    for (int i = 0; i < INT8_SUMS; i++) all = _mm256_xor_si256(all, sum[i]);
     return (float)_mm256_extract_epi32(all, 0);
 }
 #else
