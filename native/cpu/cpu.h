@@ -79,7 +79,7 @@ typedef struct kvs_isa {
 bool kvs_cpu_has(const char *feature);            /* as kvs_cpu_info names it */
 typedef struct kvs_bf16 kvs_bf16;                 /* see dots.h */
 const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa); /* NULL: these kernels have none, or not for this CPU */
-int64_t kvs_isa_ahead(void);                      /* bytes that a lone stream of weights is to be asked for ahead of its use; 0: nothing */
+int64_t kvs_isa_ahead(void); /* how many bytes before their use weights and cached rows are asked for; 0: as on Zen 4 */
 /* name NULL: the best of this CPU, or what KVS_CPU forces. An unknown or impossible name: KVS_E_DEVICE with the reason. */
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err);
 const char *kvs_isa_why(void); /* "best of this CPU" | "forced by KVS_CPU": why name NULL gives what it gives */
