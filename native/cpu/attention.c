@@ -84,7 +84,8 @@ static void attend(const attn_job *job, kvs_attn_task *task, const queries *qs, 
     job->cpu->isa->rows->attn(task);
 }
 
-static void causal_piece(const attn_job *job, piece p, int32_t thread) {
+/* next_head: the KV head that is read after this piece, or -1 */
+static void causal_piece(const attn_job *job, piece p, int32_t next_head, int32_t thread) {
     const kvs_row *rows = job->cpu->step->rows;
     for (int32_t i = p.first; i < p.first + p.n;) {
         const kvs_kv *kv = rows[i].kv;
@@ -95,6 +96,7 @@ static void causal_piece(const attn_job *job, piece p, int32_t thread) {
                               .row_bytes = kv->row_bytes,
                               .k = kvs_kv_rows(kv, kv->k, job->layer, p.kv_head),
                               .v = kvs_kv_rows(kv, kv->v, job->layer, p.kv_head),
+                              .next = next_head < 0 ? NULL : kvs_kv_rows(kv, kv->k, job->layer, next_head),
                               .spans = kvs_kv_spans(kv, job->layer, p.kv_head),
                               .n_spans = kv->n_spans,
                               .exclude_self = kv->exclude_self};
@@ -104,7 +106,8 @@ static void causal_piece(const attn_job *job, piece p, int32_t thread) {
 
 static void causal_task(void *arg, int64_t begin, int64_t end, int32_t thread) {
     const attn_job *job = arg;
-    for (int64_t i = begin; i < end; i++) causal_piece(job, find_piece(job, i), thread);
+    for (int64_t i = begin; i < end; i++)
+        causal_piece(job, find_piece(job, i), job->n_rows == 1 && i + 1 < end ? find_piece(job, i + 1).kv_head : -1, thread);
 }
 
 static void full_task(void *arg, int64_t begin, int64_t end, int32_t thread) {

@@ -17,6 +17,7 @@ typedef struct kvs_attn_task { /* one KV head, n_q query rows that belong to it,
     int32_t kv_type, head_dim;
     int64_t row_bytes;
     const uint8_t *k, *v; /* (n_kv) rows of row_bytes */
+    const uint8_t *next;  /* the keys that are read after this task, n_kv rows of them, or NULL */
     int64_t ahead;        /* kvs_isa_ahead() */
     int32_t n_q;
     const float *const *q;                            /* (n_q) pointers to head_dim values */
