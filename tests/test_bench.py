@@ -30,7 +30,7 @@ from pykvsmooth.cli import bench as command
 from pykvsmooth.gguf_in import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", 24, "--sessions", "1,2", "--threads", 1]
+QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", "24", "--sessions", "1,2", "--threads", 1]
 
 # llama-bench -p 0 -n 8 -d 64 -fa 0 -o json, build 0c1e570, without the keys that do not matter here
 RECORDED = """[
@@ -452,7 +452,7 @@ def test_the_box(tmp_path):
 def test_a_plot(run, tiny_pair, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     folder = peer(tmp_path / "bin", ANSWER)
-    few = Settings(tiny_pair.text, depths=(3, 9), tokens=2, rows=24, repeat=2, sessions=(1, 2), only=("prefill", "decode", "sessions"))
+    few = Settings(tiny_pair.text, depths=(3, 9), tokens=2, rows=(8, 24), repeat=2, sessions=(1, 2), only=("prefill", "decode", "sessions"))
     bench = Bench(replace(few, mmproj=tiny_pair.mmproj, threads=(1, 2), against=str(folder)))
     bench.run()
     for name in ("p.png", "p.svg"):
@@ -466,6 +466,33 @@ def test_a_plot(run, tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     got = run("bench", *QUICK, "--plot", tmp_path / "q.png")
     assert got.code == 1 and "pip install 'pykvsmooth[plot]'" in got.err
+
+
+def test_prompts_of_several_lengths(run, tmp_path):
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--rows", "24,8", "--only", "prefill,policy", "--json", out)
+    assert got.code == 0, got.err
+    figures = json.loads(out.read_text())["figures"]
+    assert [(figure["what"], *figure["at"].values()) for figure in figures] == [("prefill", 8), ("prefill", 24), ("policy", 24)]
+    operations = [figure["more"]["operations"] for figure in figures[:2]]
+    assert operations[1] == 3 * operations[0]
+
+
+def test_models_side_by_side(tiny_pair, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    few = Settings(
+        tiny_pair.text, depths=(3, 128), tokens=2, rows=(8, 24), repeat=1, sessions=(1, 2), only=("prefill", "decode", "sessions")
+    )
+    for name in ("a", "b"):
+        bench = Bench(replace(few, threads=(1,)))
+        bench.run()
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(bench)))
+    argv = [sys.executable, "-m", "models.scaling", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "s.svg"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, argv)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "s.svg").read_text()
+    assert drawn.count("G weights") == 6 and "GB that a token reads" in drawn  # two lines in three panels
 
 
 def test_a_text_model(run, tmp_path, monkeypatch):

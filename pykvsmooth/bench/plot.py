@@ -1,4 +1,5 @@
-"""A run as a picture: time per token against depth, shares of the roofs, and how many sessions scale. Needs matplotlib."""
+"""A run as a picture: time per token against depth, speed of prompts against rows, shares of the roofs, and how sessions scale. Needs
+matplotlib."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def draw(bench: Bench, path: str) -> None:
     """.png, .pdf or .svg, with a panel for each kind of figure that there is. Raises KVSmoothError if it can't be written, ImportError
     without matplotlib."""
     measured = [f for f in bench.figures if f.values]
-    panels = [panel for panel in (_depths, _shares, _sessions) if any(f.what in _WHAT[panel] for f in measured)] or [_depths]
+    panels = [panel for panel in (_depths, _rows, _shares, _sessions) if any(f.what in _WHAT[panel] for f in measured)] or [_depths]
     figure = figure_class()(figsize=(4.7 * len(panels), 4.6), layout="constrained")
     colours = {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(sorted({f.threads for f in measured}))}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -56,6 +57,14 @@ def _depth_line(axes: Any, figures: Sequence[Figure], label: str, colour: str) -
         axes.plot(*zip(*peers, strict=True), "s--", markersize=4, linewidth=1.2, color=colour, alpha=0.6, label=f"llama.cpp, {label}")
 
 
+def _rows(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
+    for threads, colour in colours.items():
+        mine = [(f.at["rows"], spread(f.values).median) for f in figures if f.threads == threads]
+        if mine:
+            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=_threads(threads))
+    axes.set(xlabel="rows of a prompt", ylabel="rows per second", title="prompts", xlim=(0, None), ylim=(0, None))
+
+
 def _shares(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
     """A bar for each figure and roof."""
     bars = [(f, kind, spread(f.shares[kind])) for f in figures for kind in held_against(f)]
@@ -83,4 +92,9 @@ def _sessions(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
     axes.set(xlabel="sessions that step together", ylabel="times the tokens of one", title="many sessions", ylim=(0, None))
 
 
-_WHAT = {_depths: ("decode",), _shares: ("encode", "prefill", "decode"), _sessions: ("sessions",)}  # figures of a panel
+_WHAT = {
+    _depths: ("decode",),
+    _rows: ("prefill",),
+    _shares: ("encode", "prefill", "decode"),
+    _sessions: ("sessions",),
+}  # figures of a panel

@@ -36,7 +36,7 @@ class Settings:
     """What is measured.
 
     model, mmproj: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a decode. rows: of
-    the prefill, and before the tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the
+    each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the
     caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all.
     against: folder of a llama.cpp build. timeout: seconds for each process.
     """
@@ -45,7 +45,7 @@ class Settings:
     mmproj: str | None = None
     threads: tuple[int, ...] = ()
     depths: tuple[int, ...] = (128, 640, 2048)
-    rows: int = 640
+    rows: tuple[int, ...] = (640,)
     sessions: tuple[int, ...] = (1, 2, 4, 8)
     tokens: int = 32
     caption_tokens: int = 128
@@ -135,7 +135,7 @@ class Bench:
             return model.threads
 
     def _measurements(self, stage: str) -> int:
-        figures = {"decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}
+        figures = {"prefill": len(self.settings.rows), "decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}
         return figures.get(stage, 1) * (self.settings.repeat + 1)
 
     def note_model(self, model: Model) -> Work:

@@ -178,19 +178,24 @@ def encode(bench: Bench, context: Context) -> None:
 
 
 def prefill(bench: Bench, context: Context) -> None:
-    rows, operations = bench.settings.rows, context.work.row_operations
+    with context.model.session(n_ctx=max(bench.settings.rows), kv_type=KV_TYPE) as session:
+        for rows in sorted(bench.settings.rows):
+            _prefill_of(bench, context, session, rows)
+
+
+def _prefill_of(bench: Bench, context: Context, session: Session, rows: int) -> None:
+    operations = context.work.row_operations
     figure = Figure("prefill", "rows/s", context.threads, {"rows": rows}, more={"operations": operations * rows})
-    with context.model.session(n_ctx=rows, kv_type=KV_TYPE) as session:
 
-        def measure() -> float:
-            session.reset()
-            ids = _ids(context.model, rows)
-            begin = time.perf_counter()
-            session.feed(ids)
-            return rows / (time.perf_counter() - begin)
+    def measure() -> float:
+        session.reset()
+        ids = _ids(context.model, rows)
+        begin = time.perf_counter()
+        session.feed(ids)
+        return rows / (time.perf_counter() - begin)
 
-        rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.prefill(bench.path, context.threads, rows, setting))
-        bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda speed: speed * operations, rivals))
+    rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.prefill(bench.path, context.threads, rows, setting))
+    bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda speed: speed * operations, rivals))
 
 
 def decode(bench: Bench, context: Context) -> None:
@@ -225,7 +230,7 @@ def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> 
 def policy(bench: Bench, context: Context) -> None:
     """A token with KVSmooth against one without it, in turns, and against itself one without it for the noise. Each repetition forks
     the three sessions anew: where their caches lie in memory may matter, too."""
-    model, rows, tokens = context.model, bench.settings.rows, bench.settings.tokens
+    model, rows, tokens = context.model, max(bench.settings.rows), bench.settings.tokens
     figure = Figure("policy", "ratio", context.threads, {"depth": rows})
     with ExitStack() as held:
         off, on = (

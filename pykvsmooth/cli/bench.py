@@ -23,7 +23,7 @@ Measure on a machine where nothing else runs. Ctrl-C ends it and shows what ther
 
 roofs     what this machine reads, multiplies and adds at best, by the kernels that KVS_CPU chooses
 load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024
-encode    a picture; prefill: --rows rows; decode: tokens behind --depths rows, of a session that grows
+encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
 sessions  answers that step together, from a prompt of 128 rows on
 caption   from the start of `pykvsmooth caption` to its end
@@ -54,7 +54,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threads", type=_threads, default=(), metavar="N[,N]", help="one run for each (default: what caption takes)")
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
-    parser.add_argument("--rows", type=options._rows, default=640, metavar="N", help="of prefill, and the depth of policy (default: 640)")
+    parser.add_argument(
+        "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: depth of policy (default: 640)"
+    )
     parser.add_argument("--sessions", type=_numbers, default=(1, 2, 4, 8), metavar="N[,N]", help="default: 1,2,4,8")
     parser.add_argument("--tokens", type=options._positive, default=32, metavar="N", help="of each decode (default: 32)")
     parser.add_argument("--max-tokens", type=options._positive, default=128, metavar="N", help="of the caption (default: 128)")
