@@ -20,7 +20,7 @@ evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes a
 bench: $(VENV)/installed ## measure speed: of the model in the box, or MODEL=F.gguf [MMPROJ=F.gguf] [ARGS="--threads 1,2 --against DIR"]
 	@$(BIN)/pykvsmooth bench $(if $(MODEL),--model "$(MODEL)") $(if $(MMPROJ),--mmproj "$(MMPROJ)") $(ARGS)
 
-test: lint $(VENV)/installed inject test-cuda ## lint, then the whole test suite
+test: lint $(VENV)/installed inject test-cuda amx-emulated ## lint, then the whole test suite
 	$(BIN)/pytest tests
 
 # A library whose every allocation, lock and thread the tests can refuse
@@ -70,6 +70,14 @@ asan ubsan tsan: $(VENV)/installed $(VENV)/tools ## the fast tests under a sanit
 emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AVX-512 on a machine without it (needs SIMDe's headers)
 	$(BIN)/cmake --preset avx512-emulated -G Ninja && $(BIN)/cmake --build --preset avx512-emulated -j $(JOBS)
 	KVS_LIBRARY=$(CURDIR)/build/avx512-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=avx512 $(BIN)/python -m pytest tests -m "not slow"
+
+# Its products of int8 and bf16, and whole captions; what does without is skipped, not failed
+amx-emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AMX on a machine with AVX-512 but without AMX; part of make test
+	@if ! (cd / && $(CURDIR)/$(BIN)/python -c "import sys; from pykvsmooth._native import lib; sys.exit(not lib.kvs_test_isa(b'avx512'))"); then \
+	    echo "amx-emulated: skipped, this CPU has no AVX-512 with VNNI"; exit 0; fi; \
+	set -ex; $(BIN)/cmake --preset amx-emulated -G Ninja; $(BIN)/cmake --build --preset amx-emulated -j $(JOBS); \
+	KVS_LIBRARY=$(CURDIR)/build/amx-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=amx $(BIN)/python -m pytest -p no:cacheprovider \
+	    tests/test_matmul.py tests/test_bf16.py tests/test_stories.py
 
 soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (a quarter of an hour)
 	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_INTERRUPT_SECONDS=0.5 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s
@@ -126,5 +134,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-cuda-asan test-gpu emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-cuda-asan test-gpu emulated amx-emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

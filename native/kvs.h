@@ -383,7 +383,7 @@ void kvs_roofs_free(kvs_roofs *roofs);
 int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);
 
 /* ---- single ops and kernels, for tests: selftest*.c; not part of the stable interface ---- */
-int32_t kvs_test_isa(const char *isa); /* 1 if these kernels can be run here: base, avx2, avx512; cuda: those of the first GPU */
+int32_t kvs_test_isa(const char *isa); /* 1 if these kernels can be run here: base, avx2, avx512, amx; cuda: those of the first GPU */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
                         int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,

@@ -82,7 +82,7 @@ def _kernels(*names: str) -> list[str]:
 @pytest.fixture(scope="session")
 def cpu_isas() -> list[str]:
     """Kernel sets that this CPU runs."""
-    return _kernels("base", "avx2", "avx512")
+    return _kernels("base", "avx2", "avx512", "amx")
 
 
 @pytest.fixture(scope="session")

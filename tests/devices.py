@@ -2,4 +2,19 @@
 
 import os
 
+import pytest
+
+from pykvsmooth._native import lib
+
 DEVICE = os.environ.get("KVS_TEST_DEVICE", "cpu")
+
+NO_AMX = "no tiles of AMX here (make amx-emulated computes them in C)"
+
+
+def kernel_set(isa: str) -> object:
+    """A parameter that is skipped where these kernels can't be run."""
+    reason = NO_AMX if isa == "amx" else f"this CPU has no {isa}"
+    return pytest.param(isa, marks=pytest.mark.skipif(not lib.kvs_test_isa(isa.encode()), reason=reason))
+
+
+KERNEL_SETS = [kernel_set(isa) for isa in ("base", "avx2", "avx512", "amx")]

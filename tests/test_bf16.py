@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from test_matmul import FEW, all_isas, block_of, check, matmul, pointer
+from test_matmul import ALL_SETS, FEW, block_of, check, matmul, pointer
 from test_quant import TYPES, expected, random_blocks
 from twins import picture, pixels
 
@@ -82,7 +82,7 @@ def test_what_is_not_finite_stays_in_its_row(rng: np.random.Generator) -> None:
     assert not np.isfinite(y[[3, 17, 29]]).any() and y[rest].tobytes() == clean[rest].tobytes()
 
 
-@pytest.mark.parametrize("isa", all_isas())
+@pytest.mark.parametrize("isa", ALL_SETS)
 @pytest.mark.parametrize("name", TYPES)
 def test_float32_when_asked_for(isa: str, name: str, rng: np.random.Generator) -> None:
     """Also types with integer kernels. bf16 where there is none is float32, and so is it for weights that are F32."""
@@ -151,7 +151,7 @@ def test_rows_of_attention_do_not_depend_on_each_other(rng: np.random.Generator)
     assert np.isnan(broken[:, 1]).all() and broken[:, [0, 2]].tobytes() == out[:, [0, 2]].tobytes()
 
 
-@pytest.mark.parametrize("isa", all_isas())
+@pytest.mark.parametrize("isa", ALL_SETS)
 def test_float32_attention_when_asked_for(isa: str, rng: np.random.Generator) -> None:
     q, k, v = draw(rng, 70, 2, 40)
     plain, asked = attend(isa, q, k, v, rounding=NONE), attend(isa, q, k, v, rounding=BF16)

@@ -475,7 +475,7 @@ def test_info(run):
     assert got.code == 0 and got.err == ""
     facts = dict(line.split(": ", 1) for line in got.out.splitlines())
     assert facts["pykvsmooth"].startswith(kvs.__version__)
-    assert re.search(r"; kernels: (base|avx2|avx512)", facts["cpu"])
+    assert re.search(r"; kernels: (base|avx2|avx512|amx)", facts["cpu"])
     assert re.match(r"archs .*; (available|unavailable: .+)", facts["cuda"])
     assert {"library", "threads", "memory", "python", "packages"} <= set(facts)
 

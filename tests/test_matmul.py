@@ -8,6 +8,7 @@ must not depend on the other rows of its batch. What a GPU rounds is another mat
 
 import numpy as np
 import pytest
+from devices import KERNEL_SETS, kernel_set
 from test_quant import HALVES, SIZES, TYPES, expected, random_blocks, type_id
 
 from pykvsmooth._native import ffi, lib
@@ -139,11 +140,10 @@ def scaled_and_minima(name: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return next(parts), next(parts)
 
 
-def all_isas() -> list[str]:
-    return [isa for isa in ("base", "avx2", "avx512", "cuda") if lib.kvs_test_isa(isa.encode())]
+ALL_SETS = [*KERNEL_SETS, kernel_set("cuda")]
 
 
-@pytest.mark.parametrize("isa", all_isas())
+@pytest.mark.parametrize("isa", ALL_SETS)
 @pytest.mark.parametrize("name", TYPES)
 def test_against_numpy(isa: str, name: str, rng: np.random.Generator) -> None:
     block = block_of(name)
@@ -176,17 +176,15 @@ def test_every_tail(name: str, isas: list[str], rng: np.random.Generator) -> Non
             check(isa, name, w, x[:1], None, matmul(isa, name, w, x[:1]))
 
 
+@pytest.mark.parametrize("isa", KERNEL_SETS[1:])
 @pytest.mark.parametrize("name", list(BLOCK))
-def test_integer_kernels_agree_to_the_bit(name: str, cpu_isas: list[str], rng: np.random.Generator) -> None:
-    if cpu_isas == ["base"]:
-        pytest.skip("this CPU runs the base kernels only")
-    for n in (*range(1, 14), 321):
+def test_integer_kernels_agree_to_the_bit(isa: str, name: str, rng: np.random.Generator) -> None:
+    for n in (*range(1, 18), 23, 31, 32, 33, 321, 512):
         cols = block_of(name) * int(rng.integers(1, 20))
         w = random_blocks(rng, name, int(rng.integers(1, 71)), cols)
         x = rng.standard_normal((n, cols)).astype(np.float32)
-        base = matmul("base", name, w, x)
-        for isa in cpu_isas[1:]:
-            np.testing.assert_array_equal(matmul(isa, name, w, x).view(np.uint32), base.view(np.uint32), f"{isa}, {n} rows")
+        y, base = matmul(isa, name, w, x), matmul("base", name, w, x)
+        np.testing.assert_array_equal(y.view(np.uint32), base.view(np.uint32), f"{n} rows")
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from answers import SMOOTH, ids
+from devices import KERNEL_SETS
 
 import pykvsmooth as kvs
 from pykvsmooth._native import ffi, lib
@@ -69,11 +70,9 @@ def test_the_first_bad_row_is_found(isas: list[str], rng: np.random.Generator, c
 PARTS = {"attn_q": "", "attn_k": ", its keys", "attn_v": ", its values", "attn_output": "", "ffn_gate": "", "ffn_up": "", "ffn_down": ""}
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", KERNEL_SETS)
 @pytest.mark.parametrize("layer", range(N_LAYER))
-def test_weights_of_a_layer(layer: int, isa: str, cpu_isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in cpu_isas:
-        pytest.skip(f"this CPU has no {isa}")
+def test_weights_of_a_layer(layer: int, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVS_CPU", isa)
     path, _, _ = tiny.write_pair(tmp_path, seed=layer, vision=False, load=False)
     for (part, where), bad in zip(PARTS.items(), itertools.cycle((np.nan, np.inf, 3e38)), strict=False):
@@ -84,11 +83,9 @@ def test_weights_of_a_layer(layer: int, isa: str, cpu_isas: list[str], tmp_path:
         weights[3:5] = kept
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", KERNEL_SETS)
 @pytest.mark.parametrize("kind", ["q8_0", "q5_1", "q4_k", "q6_k", "iq4_nl"])
-def test_a_scale_of_a_quantized_tensor(kind: str, isa: str, cpu_isas: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in cpu_isas:
-        pytest.skip(f"this CPU has no {isa}")
+def test_a_scale_of_a_quantized_tensor(kind: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVS_CPU", isa)
     shape = {"n_embd": 256, "n_ff": 512, "n_layer": 2}
     path, _, _ = tiny.write_pair(tmp_path, seed=3, vision=False, load=False, type=kind, **shape)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from devices import KERNEL_SETS
 
 import pykvsmooth as kvs
 from pykvsmooth import machine
@@ -12,13 +13,11 @@ from pykvsmooth._native import ffi, lib
 from pykvsmooth.bench.roofs import KINDS, READS, Roofs
 
 BUFFER = 4 << 20
-UNITS = {"base": set(), "avx2": set(), "avx512": {"bf16", "amx_int8", "amx_bf16"}}  # beyond those that every set has
+UNITS = {"base": set(), "avx2": set(), "avx512": {"bf16"}, "amx": {"bf16", "amx_int8", "amx_bf16"}}  # beyond those that every set has
 
 
-@pytest.fixture(params=["base", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, cpu_isas: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in cpu_isas:
-        pytest.skip(f"this CPU does not run {request.param}")
+@pytest.fixture(params=KERNEL_SETS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("KVS_CPU", request.param)
     return request.param
 

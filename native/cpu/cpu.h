@@ -6,11 +6,11 @@
 #include "pool.h"
 
 /* Kernels come in two tables per instruction set; dots.c and rows.c are compiled once per set (KVS_ISA_AVX2, KVS_ISA_AVX512,
- * or none for base), and everything in them but the table is static. */
+ * or none for base), and everything in them but the table is static. AMX is a table of AVX-512's dots.c. */
 
 /* dots.c: products of weight rows with activation rows */
 typedef struct kvs_dots kvs_dots; /* see dots.h */
-extern const kvs_dots kvs_dots_base, kvs_dots_avx2, kvs_dots_avx512;
+extern const kvs_dots kvs_dots_base, kvs_dots_avx2, kvs_dots_avx512, kvs_dots_amx;
 
 /* rows.c: everything else */
 typedef struct kvs_attn_task { /* one KV head, n_q query rows that belong to it, keys 0..n_kv */

@@ -12,6 +12,10 @@ static const kvs_bf16 bf16 = {bf16_round, bf16_many, bf16_keys, bf16_values, bf1
 #define BF16_TABLE NULL
 #endif
 const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, BF16_TABLE};
+#ifdef KVS_HAVE_AMX
+#include "dots_amx.h"
+const kvs_dots kvs_dots_amx = {"amx", true, quantize, few, amx_many, floats, NULL};
+#endif
 #elif defined(KVS_ISA_AVX2)
 #include "dots_panel.h"
 const kvs_dots kvs_dots_avx2 = {"avx2", true, quantize, few, many, floats, NULL};

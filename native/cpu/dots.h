@@ -20,6 +20,7 @@ enum {
     KVS_FEW_FLOAT = 3,   /* the same for float weights: straight from their rows */
     KVS_ROWS_FLOAT = 32, /* weight rows of a float panel */
     KVS_ROWS_MAX = 32,   /* weight rows of any panel at most */
+    KVS_ACTS_MORE = 31,  /* activation rows beyond the last one: kernels may read their q, whatever it is */
     KVS_UNIT = 32        /* what matmul.c hands out: a multiple of every panel */
 };
 

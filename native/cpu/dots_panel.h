@@ -16,9 +16,10 @@ typedef struct packed {       /* 256 columns of PR rows */
     float d[8][PR], m[8][PR]; /* of 256 columns, or of each 32 */
 } packed;
 
+typedef float planes[4][KVS_XT][PR]; /* p[b % 4] of dots.h */
 typedef struct panel_scratch {
+    planes sums; /* first: see panel() */
     packed w;
-    float sums[4][KVS_XT][PR]; /* p[b % 4] of dots.h */
 } panel_scratch;
 _Static_assert(sizeof(panel_scratch) <= KVS_DOTS_SCRATCH && PR <= KVS_ROWS_MAX && KVS_UNIT % PR == 0, "scratch of a thread");
 
@@ -176,6 +177,11 @@ static const uint8_t *stripe_columns(const kvs_panel *p, const columns *c, int64
     return p->w + row / KVS_STRIPE * KVS_STRIPE * p->row_bytes + c->first * c->bytes;
 }
 
+/* Block number first, and those that fill up 256 columns with it */
+KVS_INLINE columns columns_of(const kvs_panel *p, int32_t block, int64_t first) {
+    return (columns){first, KVS_STRIPE * p->row_bytes / (p->cols / block), (int)KVS_MIN(256 / block, p->cols / block - first)};
+}
+
 /* Lanes beyond the last stripe get it once more: nobody reads their sums. */
 KVS_INLINE void pack(int32_t type, packed *w, const kvs_panel *p, const columns *c) {
     for (int to = 0; to < PR; to += VI) {
@@ -189,37 +195,43 @@ KVS_INLINE void fetch_next(const kvs_panel *p, const columns *c) {
         fetch(stripe_columns(p, c, r) + c->n_blocks * c->bytes, c->n_blocks * c->bytes);
 }
 
-/* Block number first of the panel, and those that fill up 256 columns with it */
 KVS_INLINE void add_columns(int32_t type, const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, panel_scratch *s) {
-    const int32_t block = kinds[type].block;
-    columns c = {first, KVS_STRIPE * p->row_bytes / (p->cols / block),
-                 block == 256 ? 1 : (int)KVS_MIN(256 / block, p->cols / block - first)};
+    const columns c = columns_of(p, kinds[type].block, first);
     pack(type, &s->w, p, &c);
     if (p->ahead) fetch_next(p, &c);
     times_all(type, (panel_call){&s->w, a, first * a->n + row, s->sums, first, c.n_blocks}, n);
 }
 
-static void columns_by_type(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, panel_scratch *s) {
+static void columns_by_type(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, void *s) {
 #define CASE(type)                                                                                                                         \
     case KVS_TYPE_##type: add_columns(KVS_TYPE_##type, p, a, row, n, first, s); break;
     switch (p->type) { EACH_TYPE(CASE) }
 #undef CASE
 }
 
-static void panel(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, panel_scratch *s) {
-    for (int plane = 0; plane < 4; plane++) memset(s->sums[plane], 0, (size_t)n * sizeof s->sums[0][0]);
-    for (int64_t first = 0; first < p->cols / a->block; first += 256 / a->block) columns_by_type(p, a, row, n, first, s);
+typedef void (*add_columns_fn)(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, int64_t first, void *scratch);
+
+/* scratch begins with planes, to which add() adds */
+static void panel(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, add_columns_fn add,
+                  void *scratch) {
+    float(*s)[KVS_XT][PR] = scratch;
+    for (int plane = 0; plane < 4; plane++) memset(s[plane], 0, (size_t)n * sizeof s[0][0]);
+    for (int64_t first = 0; first < p->cols / a->block; first += 256 / a->block) add(p, a, row, n, first, scratch);
     for (int64_t i = 0; i < n; i++)
-        for (int64_t r = 0; r < KVS_MIN(PR, p->rows); r++)
-            y[i * y_step + r] = (s->sums[0][i][r] + s->sums[1][i][r]) + (s->sums[2][i][r] + s->sums[3][i][r]);
+        for (int64_t r = 0; r < KVS_MIN(PR, p->rows); r++) y[i * y_step + r] = (s[0][i][r] + s[1][i][r]) + (s[2][i][r] + s[3][i][r]);
 }
 
-static void many(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, void *scratch) {
+static void panels(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, add_columns_fn add,
+                   void *scratch) {
     for (int64_t r = 0; r < p->rows; r += PR) {
         kvs_panel part = *p;
         part.w += r * p->row_bytes;
         part.rows = p->rows - r;
-        panel(&part, a, row, n, y + r, y_step, scratch);
+        panel(&part, a, row, n, y + r, y_step, add, scratch);
     }
+}
+
+static void many(const kvs_panel *p, const kvs_acts *a, int64_t row, int64_t n, float *y, int64_t y_step, void *scratch) {
+    panels(p, a, row, n, y, y_step, columns_by_type, scratch);
 }
 #endif

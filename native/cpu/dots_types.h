@@ -100,27 +100,27 @@ KVS_INLINE vi unscaled(vi sum, vi s) { return scaled(sum, s, _mm256_set1_epi16(1
 #endif
 
 /* ---- types ---- */
-/* Values are unsigned bytes u up to top: value = scale (u - offset), or scale u - min; a scale for each sub values, one alone is 1; a min
- * alone is -1. A step unpacks a word of the stripe, for all its rows: as many words of values as there are runs, each steps words after
+/* Values are unsigned bytes u up to top: value = scale (u - offset), or scale u - min; a scale for each sub values, of that magnitude at
+ * most, one alone is 1; a min alone is -1. A step unpacks a word of the stripe, for all its rows: as many words of values as there are runs, each steps words after
  * the one before. So step k of group g has words k + steps (runs g + r), r = 0..runs - 1, of the block's. */
 typedef struct kind {
-    int32_t block, sub, top, offset, runs, steps;
+    int32_t block, sub, top, offset, scale, runs, steps;
     size_t d, m; /* where the halves are in a stripe's block; 0: no m */
 } kind;
 #define AT(type, field) offsetof(kvs_stripe_##type, field)
 static const kind kinds[] = {
-    [KVS_TYPE_Q4_0] = {32, 32, 15, 8, 2, 4, AT(q4_0, d), 0},
-    [KVS_TYPE_Q4_1] = {32, 32, 15, 0, 2, 4, AT(q4_1, d), AT(q4_1, m)},
-    [KVS_TYPE_Q5_0] = {32, 32, 31, 16, 2, 4, AT(q5_0, d), 0},
-    [KVS_TYPE_Q5_1] = {32, 32, 31, 0, 2, 4, AT(q5_1, d), AT(q5_1, m)},
-    [KVS_TYPE_Q8_0] = {32, 32, 255, 128, 1, 8, AT(q8_0, d), 0},
-    [KVS_TYPE_Q2_K] = {256, 16, 3, 0, 4, 8, AT(q2_k, d), AT(q2_k, m)},
-    [KVS_TYPE_Q3_K] = {256, 16, 7, 4, 4, 8, AT(q3_k, d), 0},
-    [KVS_TYPE_Q4_K] = {256, 32, 15, 0, 2, 8, AT(q4_k, d), AT(q4_k, m)},
-    [KVS_TYPE_Q5_K] = {256, 32, 31, 0, 2, 8, AT(q5_k, d), AT(q5_k, m)},
-    [KVS_TYPE_Q6_K] = {256, 16, 63, 32, 4, 8, AT(q6_k, d), 0},
-    [KVS_TYPE_IQ4_NL] = {32, 32, 255, 128, 2, 4, AT(q4_0, d), 0},
-    [KVS_TYPE_IQ4_XS] = {256, 32, 255, 128, 2, 4, AT(iq4_xs, d), 0},
+    [KVS_TYPE_Q4_0] = {32, 32, 15, 8, 1, 2, 4, AT(q4_0, d), 0},
+    [KVS_TYPE_Q4_1] = {32, 32, 15, 0, 1, 2, 4, AT(q4_1, d), AT(q4_1, m)},
+    [KVS_TYPE_Q5_0] = {32, 32, 31, 16, 1, 2, 4, AT(q5_0, d), 0},
+    [KVS_TYPE_Q5_1] = {32, 32, 31, 0, 1, 2, 4, AT(q5_1, d), AT(q5_1, m)},
+    [KVS_TYPE_Q8_0] = {32, 32, 255, 128, 1, 1, 8, AT(q8_0, d), 0},
+    [KVS_TYPE_Q2_K] = {256, 16, 3, 0, 15, 4, 8, AT(q2_k, d), AT(q2_k, m)},
+    [KVS_TYPE_Q3_K] = {256, 16, 7, 4, 32, 4, 8, AT(q3_k, d), 0},
+    [KVS_TYPE_Q4_K] = {256, 32, 15, 0, 63, 2, 8, AT(q4_k, d), AT(q4_k, m)},
+    [KVS_TYPE_Q5_K] = {256, 32, 31, 0, 63, 2, 8, AT(q5_k, d), AT(q5_k, m)},
+    [KVS_TYPE_Q6_K] = {256, 16, 63, 32, 128, 4, 8, AT(q6_k, d), 0},
+    [KVS_TYPE_IQ4_NL] = {32, 32, 255, 128, 1, 2, 4, AT(q4_0, d), 0},
+    [KVS_TYPE_IQ4_XS] = {256, 32, 255, 128, 32, 2, 4, AT(iq4_xs, d), 0},
 };
 #undef AT
 #define EACH_TYPE(X) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)

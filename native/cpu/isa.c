@@ -3,10 +3,16 @@
 #include "dots.h"
 #include "roofs.h"
 
+#include <errno.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef KVS_HAVE_X86
 #include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 enum feature {
@@ -22,7 +28,8 @@ enum feature {
     F_AMX_INT8 = 512,
     F_AMX_BF16 = 1024,
     NEED_AVX2 = F_AVX2 | F_FMA | F_F16C,
-    NEED_AVX512 = NEED_AVX2 | F_AVX512F | F_AVX512BW | F_AVX512VL | F_AVX512DQ | F_AVX512VNNI
+    NEED_AVX512 = NEED_AVX2 | F_AVX512F | F_AVX512BW | F_AVX512VL | F_AVX512DQ | F_AVX512VNNI,
+    NEED_AMX = NEED_AVX512 | F_AMX_INT8
 };
 static const char *const feature_names[] = {"avx2",     "fma",        "f16c",       "avx512f",  "avx512bw", "avx512vl",
                                             "avx512dq", "avx512vnni", "avx512bf16", "amx_int8", "amx_bf16"};
@@ -111,6 +118,9 @@ static const struct {
     {{"avx2", &kvs_dots_avx2, &kvs_rowops_avx2, &kvs_roof_loops_avx2}, NEED_AVX2},
     {{"avx512", &kvs_dots_avx512, &kvs_rowops_avx512, &kvs_roof_loops_avx512}, NEED_AVX512},
 #endif
+#ifdef KVS_HAVE_AMX /* tiles for products of many rows, AVX-512 for the rest */
+    {{"amx", &kvs_dots_amx, &kvs_rowops_avx512, &kvs_roof_loops_amx}, NEED_AMX},
+#endif
 };
 enum { N_ISAS = sizeof table / sizeof *table };
 
@@ -118,8 +128,41 @@ static int32_t needed(int i, bool named) {
 #ifdef KVS_EMULATE_AVX512 /* these kernels are AVX2 code underneath; only tests, by name, should meet them */
     if (named && table[i].need == NEED_AVX512) return NEED_AVX2;
 #endif
+#ifdef KVS_EMULATE_AMX /* plain C underneath */
+    if (table[i].need == NEED_AMX) return named ? NEED_AVX512 : -1;
+#endif
     (void)named;
     return table[i].need;
+}
+
+static void list_features(int32_t features, char *text, size_t size) {
+    size_t n = 0;
+    text[0] = 0;
+    for (int i = 0; i < N_FEATURES && n < size; i++)
+        if (features >> i & 1) n += (size_t)snprintf(text + n, size - n, "%s%s", n ? " " : "", feature_names[i]);
+}
+
+/* AMX's registers are given to processes that ask for them. */
+static int ask_for_tiles(kvs_error *err) {
+#if defined(__linux__) && defined(__x86_64__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18, NOT_ASKED = -1 };
+    static _Atomic int answer = NOT_ASKED; /* of the whole process, once and for all */
+    if (answer == NOT_ASKED) answer = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 ? 0 : errno;
+    if (answer == 0) return KVS_OK;
+    return kvs_fail(err, KVS_E_DEVICE, "the kernel does not give this process the tile registers of AMX: %s", strerror(answer));
+#else
+    return kvs_fail(err, KVS_E_DEVICE, "this operating system gives no tile registers of AMX");
+#endif
+}
+
+static int can_run(int i, bool named, kvs_error *err) {
+    int32_t lacking = needed(i, named) & ~cpu_features();
+    char text[160];
+    list_features(lacking, text, sizeof text);
+    if (lacking)
+        return kvs_fail(err, KVS_E_DEVICE, "the kernels \"%s\" need %s, which this CPU or its operating system does not offer",
+                        table[i].isa.name, text);
+    return needed(i, named) & F_AMX_INT8 ? ask_for_tiles(err) : KVS_OK;
 }
 
 static const char *forced(void) {
@@ -129,36 +172,33 @@ static const char *forced(void) {
 
 const char *kvs_isa_why(void) { return forced() ? "forced by KVS_CPU" : "best of this CPU"; }
 
-static void list_features(int32_t features, char *text, size_t size) {
+/* A list of them for people: a, b and c */
+static void list_names(char *text, size_t size) {
     size_t n = 0;
-    text[0] = 0;
-    for (int i = 0; i < N_FEATURES && n < size; i++)
-        if (features >> i & 1) n += (size_t)snprintf(text + n, size - n, "%s%s", n ? " " : "", feature_names[i]);
+    for (int i = 0; i < N_ISAS && n < size; i++)
+        n += (size_t)snprintf(text + n, size - n, "%s%s", !i ? "" : i + 1 < N_ISAS ? ", " : " and ", table[i].isa.name);
 }
 
 int kvs_isa_choose(const char *name, const kvs_isa **out, kvs_error *err) {
-    int32_t has = cpu_features();
-    const char *source = name ? "" : "KVS_CPU: ";
+    bool by_caller = name != NULL;
     if (!name) name = forced();
     *out = NULL;
     if (!name) {
         for (int i = 0; i < N_ISAS; i++)
-            if (!(needed(i, false) & ~has)) *out = &table[i].isa;
+            if (!can_run(i, false, NULL)) *out = &table[i].isa;
         return KVS_OK;
     }
+    const char *source = by_caller ? "" : "KVS_CPU: ";
     for (int i = 0; i < N_ISAS; i++) {
         if (strcmp(table[i].isa.name, name)) continue;
-        int32_t lacking = needed(i, true) & ~has;
-        char text[160];
-        list_features(lacking, text, sizeof text);
-        if (lacking)
-            return kvs_fail(err, KVS_E_DEVICE, "%sthe kernels \"%s\" need %s, which this CPU or its operating system does not offer",
-                            source, name, text);
+        kvs_error why = {.struct_size = sizeof why};
+        if (can_run(i, true, &why)) return kvs_fail(err, KVS_E_DEVICE, "%s%s", source, why.message);
         *out = &table[i].isa;
         return KVS_OK;
     }
-    return kvs_fail(err, KVS_E_DEVICE, "%sthere are no kernels \"%.32s\" in this build; it has base%s", source, name,
-                    N_ISAS > 1 ? ", avx2 and avx512" : "");
+    char text[64];
+    list_names(text, sizeof text);
+    return kvs_fail(err, KVS_E_DEVICE, "%sthere are no kernels \"%.32s\" in this build; it has %s", source, name, text);
 }
 
 int32_t kvs_cpu_info(char *text, int32_t size) {

@@ -27,7 +27,7 @@ static uint64_t take(uint64_t *at, uint64_t bytes) {
 static void acts_layout(kvs_acts *a, uint64_t *at, uint8_t *memory, int32_t block, int64_t n, int64_t cols) {
     uint64_t places = (uint64_t)(n * (cols / block)), size = (uint64_t)block;
     *a = (kvs_acts){.block = block, .n = n};
-    uint64_t q = take(at, places * size), d = take(at, places * sizeof *a->d);
+    uint64_t q = take(at, (places + KVS_ACTS_MORE) * size), d = take(at, places * sizeof *a->d);
     uint64_t s32 = take(at, places * size / 32 * sizeof *a->s32), s16 = take(at, block == 256 ? places * 16 * sizeof *a->s16 : 0);
     if (!memory) return;
     a->q = (int8_t *)(memory + q);

@@ -2,14 +2,9 @@
 #include "cpu.h"
 #include "roofs.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 /* A thread looks at the clock after each piece: short against a measurement, long against the look. */
 enum { HUGE_PAGE = 2 << 20, PIECE_BYTES = 1 << 20 };
@@ -122,24 +117,13 @@ void kvs_roofs_free(kvs_roofs *roofs) {
     free(roofs);
 }
 
-/* The kernel gives tile registers to processes that ask for them. */
-static int ask_for_tiles(kvs_error *err) {
-#if defined(__linux__) && defined(__x86_64__)
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
-    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0) return KVS_OK;
-    return kvs_fail(err, KVS_E_DEVICE, "the kernel does not give this process the tile registers of AMX: %s", strerror(errno));
-#else
-    return kvs_fail(err, KVS_E_DEVICE, "this operating system gives no tile registers of AMX");
-#endif
-}
-
 static int find_loop(const kvs_roofs *r, int32_t kind, const kvs_roof_loop **out, kvs_error *err) {
     const kvs_roof_loop *loop = &r->isa->roofs->loops[kind];
     if (!loop->operations) return kvs_fail(err, KVS_E_DEVICE, "the kernels %s of this build have no unit of this kind", r->isa->name);
     if (loop->feature && !kvs_cpu_has(loop->feature))
         return kvs_fail(err, KVS_E_DEVICE, "this CPU, or its operating system, does not offer %s", loop->feature);
     *out = loop;
-    return loop->feature && !strncmp(loop->feature, "amx", 3) ? ask_for_tiles(err) : KVS_OK;
+    return KVS_OK;
 }
 
 int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err) {

@@ -83,85 +83,65 @@ __attribute__((target("avx512bf16"))) static float bf16_rounds(int64_t rounds) {
 #endif
 
 #if defined(KVS_ISA_AVX512) && defined(KVS_HAVE_AMX)
-#define AMX __attribute__((target("amx-tile,amx-int8,amx-bf16")))
+#include "amx.h"
 enum { TILES = 4, AMX_INT8_OPERATIONS = 2 * 16 * 16 * 64 * TILES, AMX_BF16_OPERATIONS = 2 * 16 * 16 * 32 * TILES };
 
-typedef struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-
-/* Four sums, 0..3, and two tiles for either side of the product. Compilers' _tile_loadconfig is not used: gcc 12's says that it reads 8
- * of the 64 bytes, and the stores to the others are dropped. */
-AMX static void tiles_begin(void) {
+static void tiles_begin(void) {
     static const uint8_t zeros[1024];
-    tile_config config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(4, zeros, 64);
-    _tile_loadd(5, zeros, 64);
-    _tile_loadd(6, zeros, 64);
-    _tile_loadd(7, zeros, 64);
+    const kvs_tile_config config = kvs_tiles_2x2(64);
+    KVS_TILES_BEGIN(&config);
+    KVS_TILE_ZERO(0);
+    KVS_TILE_ZERO(1);
+    KVS_TILE_ZERO(2);
+    KVS_TILE_ZERO(3);
+    KVS_TILE_LOAD(4, zeros, 64);
+    KVS_TILE_LOAD(5, zeros, 64);
+    KVS_TILE_LOAD(6, zeros, 64);
+    KVS_TILE_LOAD(7, zeros, 64);
 }
 
-AMX static float tiles_end(void) {
+static float tiles_end(void) {
     float sums[256];
-    _tile_stored(0, sums, 64);
-    _tile_release();
+    KVS_TILE_STORE(0, sums, 64);
+    KVS_TILES_END();
     return sums[0];
 }
 
-AMX static float amx_int8_rounds(int64_t rounds) {
+static float amx_int8_rounds(int64_t rounds) {
     tiles_begin();
     for (int64_t r = 0; r < rounds; r++) {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+        KVS_TILE_DOT_SIGNED(0, 4, 6);
+        KVS_TILE_DOT_SIGNED(1, 4, 7);
+        KVS_TILE_DOT_SIGNED(2, 5, 6);
+        KVS_TILE_DOT_SIGNED(3, 5, 7);
     }
     return tiles_end();
 }
 
-AMX static float amx_bf16_rounds(int64_t rounds) {
+static float amx_bf16_rounds(int64_t rounds) {
     tiles_begin();
     for (int64_t r = 0; r < rounds; r++) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        KVS_TILE_DOT_BF16(0, 4, 6);
+        KVS_TILE_DOT_BF16(1, 4, 7);
+        KVS_TILE_DOT_BF16(2, 5, 6);
+        KVS_TILE_DOT_BF16(3, 5, 7);
     }
     return tiles_end();
 }
-#define AMX_INT8_LOOP                                                                                                                      \
-    { "amx_int8", amx_int8_rounds, AMX_INT8_OPERATIONS }
-#define AMX_BF16_LOOP                                                                                                                      \
-    { "amx_bf16", amx_bf16_rounds, AMX_BF16_OPERATIONS }
-#else
-#define AMX_INT8_LOOP                                                                                                                      \
-    { 0 }
-#define AMX_BF16_LOOP                                                                                                                      \
-    { 0 }
 #endif
 
+#define LOOPS                                                                                                                              \
+    [KVS_ROOF_F32] = {NULL, f32_rounds, 2 * VW * SUMS}, [KVS_ROOF_INT8] = {NULL, int8_rounds, INT8_OPERATIONS}, [KVS_ROOF_BF16] = BF16_LOOP
 #if defined(KVS_ISA_AVX512)
-#define NAME   "avx512"
-#define SYMBOL kvs_roof_loops_avx512
-#elif defined(KVS_ISA_AVX2)
-#define NAME   "avx2"
-#define SYMBOL kvs_roof_loops_avx2
-#else
-#define NAME   "base"
-#define SYMBOL kvs_roof_loops_base
+const kvs_roof_loops kvs_roof_loops_avx512 = {"avx512", read_all, {LOOPS}};
+#ifdef KVS_HAVE_AMX
+const kvs_roof_loops kvs_roof_loops_amx = {"amx",
+                                           read_all,
+                                           {LOOPS, [KVS_ROOF_AMX_INT8] = {"amx_int8", amx_int8_rounds, AMX_INT8_OPERATIONS},
+                                            [KVS_ROOF_AMX_BF16] = {"amx_bf16", amx_bf16_rounds, AMX_BF16_OPERATIONS}}};
 #endif
-const kvs_roof_loops SYMBOL = {NAME,
-                               read_all,
-                               {[KVS_ROOF_F32] = {NULL, f32_rounds, 2 * VW *SUMS},
-                                [KVS_ROOF_INT8] = {NULL, int8_rounds, INT8_OPERATIONS},
-                                [KVS_ROOF_BF16] = BF16_LOOP,
-                                [KVS_ROOF_AMX_INT8] = AMX_INT8_LOOP,
-                                [KVS_ROOF_AMX_BF16] = AMX_BF16_LOOP}};
+#elif defined(KVS_ISA_AVX2)
+const kvs_roof_loops kvs_roof_loops_avx2 = {"avx2", read_all, {LOOPS}};
+#else
+const kvs_roof_loops kvs_roof_loops_base = {"base", read_all, {LOOPS}};
+#endif
