@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from devices import NO_AMX
 from test_matmul import ALL_SETS, FEW, block_of, check, matmul, pointer
 from test_quant import TYPES, expected, random_blocks
 from twins import picture, pixels
@@ -18,7 +19,10 @@ ULP = 2.0**-24  # half of the distance of 1 to the next float32: what an additio
 PANEL = 512  # columns of one chain of sums
 ROUNDED = [name for name in TYPES if name != "F32"]
 
-needs_bf16 = pytest.mark.skipif(not lib.kvs_test_bf16(b"avx512"), reason="this CPU or this build has no AVX512-BF16, or only a slow one")
+REASONS = {"avx512": "this CPU or this build has no AVX512-BF16, or only a slow one", "amx": f"{NO_AMX}, or no AVX512-BF16 beside them"}
+with_bf16 = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.skipif(not lib.kvs_test_bf16(isa.encode()), reason=REASONS[isa])) for isa in REASONS]
+)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -36,49 +40,49 @@ def check_bf16(name: str, w: np.ndarray, x: np.ndarray, bias: np.ndarray | None,
     assert (error <= bound * size + 1e-30).all(), f"{name} {w.shape} x {x.shape}: {(error / (size + 1e-30)).max():.2e}, bound {bound:.2e}"
 
 
-@needs_bf16
+@with_bf16
 @pytest.mark.parametrize("name", ROUNDED)
-def test_products(name: str, rng: np.random.Generator) -> None:
+def test_products(isa: str, name: str, rng: np.random.Generator) -> None:
     block = block_of(name)
-    for n in (1, 3, 4, 5, 8, 11, 12, 13, 24, 29, 130):
+    for n in (1, 3, 4, 5, 8, 11, 12, 13, 15, 16, 17, 24, 29, 31, 32, 33, 130):
         rows = int(rng.integers(1, 100))
         cols = block * int(rng.integers(1, 10)) if block > 1 else int(rng.integers(1, 1400))
         w = random_blocks(rng, name, rows, cols)
         x = rng.standard_normal((n, cols)).astype(np.float32) * np.float32(10 ** rng.uniform(-3, 3))
         bias = rng.standard_normal(rows).astype(np.float32) if rng.random() < 0.5 else None
-        check_bf16(name, w, x, bias, matmul("avx512", name, w, x, bias, int(rng.integers(1, 4)), BF16))
+        check_bf16(name, w, x, bias, matmul(isa, name, w, x, bias, int(rng.integers(1, 4)), BF16))
 
 
-@needs_bf16
+@with_bf16
 @pytest.mark.parametrize("name", ["F16", "BF16"])
-def test_every_tail(name: str, rng: np.random.Generator) -> None:
+def test_every_tail(isa: str, name: str, rng: np.random.Generator) -> None:
     for cols in (*range(1, 67), 511, 512, 513, 514, 1025):
         w, x = random_blocks(rng, name, 5, cols), rng.standard_normal((4, cols)).astype(np.float32)
-        check_bf16(name, w, x, None, matmul("avx512", name, w, x, rounding=BF16))
+        check_bf16(name, w, x, None, matmul(isa, name, w, x, rounding=BF16))
     for rows in range(1, 67):
         w, x = random_blocks(rng, name, rows, 7), rng.standard_normal((int(rng.integers(1, 30)), 7)).astype(np.float32)
-        check_bf16(name, w, x, None, matmul("avx512", name, w, x, rounding=BF16))
+        check_bf16(name, w, x, None, matmul(isa, name, w, x, rounding=BF16))
 
 
-@needs_bf16
+@with_bf16
 @pytest.mark.parametrize("name", ROUNDED)
-def test_a_row_does_not_depend_on_its_batch(name: str, rng: np.random.Generator) -> None:
+def test_a_row_does_not_depend_on_its_batch(isa: str, name: str, rng: np.random.Generator) -> None:
     block = block_of(name)
     cols = block * 5 if block > 1 else 1029
     w = random_blocks(rng, name, 37, cols)
     x = rng.standard_normal((131, cols)).astype(np.float32)
-    together = matmul("avx512", name, w, x, threads=3, rounding=BF16)
+    together = matmul(isa, name, w, x, threads=3, rounding=BF16)
     for first, n in ((0, 131), (130, 1), (128, 3), (60, 12), (7, 100)):
-        part = matmul("avx512", name, w, x[first : first + n], rounding=BF16)
+        part = matmul(isa, name, w, x[first : first + n], rounding=BF16)
         assert part.tobytes() == together[first : first + n].tobytes(), f"{n} rows from {first} on"
 
 
-@needs_bf16
-def test_what_is_not_finite_stays_in_its_row(rng: np.random.Generator) -> None:
+@with_bf16
+def test_what_is_not_finite_stays_in_its_row(isa: str, rng: np.random.Generator) -> None:
     w, x = random_blocks(rng, "F16", 40, 100), rng.standard_normal((30, 100)).astype(np.float32)
-    clean = matmul("avx512", "F16", w, x, rounding=BF16)
+    clean = matmul(isa, "F16", w, x, rounding=BF16)
     x[3, 50], x[17, 99], x[29, 0] = np.nan, np.inf, -np.inf
-    y, rest = matmul("avx512", "F16", w, x, rounding=BF16), [i for i in range(30) if i not in (3, 17, 29)]
+    y, rest = matmul(isa, "F16", w, x, rounding=BF16), [i for i in range(30) if i not in (3, 17, 29)]
     assert not np.isfinite(y[[3, 17, 29]]).any() and y[rest].tobytes() == clean[rest].tobytes()
 
 
@@ -103,7 +107,7 @@ def test_who_has_bf16() -> None:
 
     assert not lib.kvs_test_bf16(b"base") and not lib.kvs_test_bf16(b"avx2") and not lib.kvs_test_bf16(b"no such kernels")
     if "avx512bf16" not in cpu_text():
-        assert not lib.kvs_test_bf16(b"avx512")
+        assert not lib.kvs_test_bf16(b"avx512") and not lib.kvs_test_bf16(b"amx")
 
 
 # ---- attention ----
@@ -122,9 +126,9 @@ def draw(rng: np.random.Generator, n: int, n_head: int, head_dim: int) -> list[n
 SHAPES = [(1, 1, 1), (2, 3, 7), (5, 3, 20), (13, 2, 33), (31, 1, 64), (197, 3, 80), (256, 1, 16), (257, 2, 48), (577, 2, 64), (40, 1, 511)]
 
 
-@needs_bf16
+@with_bf16
 @pytest.mark.parametrize(("n", "n_head", "head_dim"), SHAPES)
-def test_attention(n: int, n_head: int, head_dim: int, rng: np.random.Generator) -> None:
+def test_attention(isa: str, n: int, n_head: int, head_dim: int, rng: np.random.Generator) -> None:
     q, k, v = draw(rng, n, n_head, head_dim)
     q *= np.float32(rng.choice([0.1, 1, 4]))
     scale, a, b, c = 1 / np.sqrt(head_dim), rounded(q), rounded(k), rounded(v)
@@ -135,19 +139,19 @@ def test_attention(n: int, n_head: int, head_dim: int, rng: np.random.Generator)
     wrong_score = ((head_dim + 3) * ULP * np.einsum("ihd,jhd->hij", np.abs(a), np.abs(b)).max() + np.abs(scores).max() * 2 * ULP) * scale
     bound = (2.0**-8 + 2 * wrong_score + (2 * n + 64) * ULP) * np.einsum("hij,jhd->ihd", p, np.abs(c)) + 1e-30
     for threads in (1, 3):
-        out = attend("avx512", q, k, v, threads)
+        out = attend(isa, q, k, v, threads)
         error = np.abs(out - np.einsum("hij,jhd->ihd", p, c))
         assert (error <= bound).all(), (error / bound).max()
 
 
-@needs_bf16
-def test_rows_of_attention_do_not_depend_on_each_other(rng: np.random.Generator) -> None:
+@with_bf16
+def test_rows_of_attention_do_not_depend_on_each_other(isa: str, rng: np.random.Generator) -> None:
     q, k, v = draw(rng, 300, 3, 40)
-    out = attend("avx512", q, k, v, 3)
+    out = attend(isa, q, k, v, 3)
     order = rng.permutation(300)
-    assert attend("avx512", np.ascontiguousarray(q[order]), k, v, 2).tobytes() == out[order].tobytes()
+    assert attend(isa, np.ascontiguousarray(q[order]), k, v, 2).tobytes() == out[order].tobytes()
     k[20, 1, 3] = np.nan
-    broken = attend("avx512", q, k, v, 2)
+    broken = attend(isa, q, k, v, 2)
     assert np.isnan(broken[:, 1]).all() and broken[:, [0, 2]].tobytes() == out[:, [0, 2]].tobytes()
 
 

@@ -1,4 +1,4 @@
-/* bf16.c - the loops around the kernels of dots_bf16.h and attn_bf16.h: what is rounded and turned once, and pieces for threads. */
+/* bf16.c - the loops around the kernels of dots_bf16.h, attn_bf16.h and amx_bf16.h: what is rounded and turned once, and pieces for threads. */
 #include "cpu.h"
 #include "dots.h"
 
@@ -8,9 +8,9 @@ enum { PIECES_PER_THREAD = 4 };
 
 /* n rows to pieces of whole groups: as few as give every thread its share, heads (or panels) being that many already */
 static int64_t piece_rows(kvs_cpu *cpu, int64_t n, int64_t heads) {
-    int64_t groups = (n + KVS_BF16_GROUP - 1) / KVS_BF16_GROUP, wanted = (int64_t)PIECES_PER_THREAD * kvs_pool_threads(cpu->pool);
+    int64_t groups = (n + cpu->bf16->group - 1) / cpu->bf16->group, wanted = (int64_t)PIECES_PER_THREAD * kvs_pool_threads(cpu->pool);
     int64_t pieces = KVS_MIN(groups, (wanted + heads - 1) / heads);
-    return (groups + pieces - 1) / pieces * KVS_BF16_GROUP;
+    return (groups + pieces - 1) / pieces * cpu->bf16->group;
 }
 
 static int64_t turned_bytes(int64_t rows, int64_t cols, int64_t group) {
@@ -40,7 +40,7 @@ static int64_t units(const kvs_weight *w) { return (w->rows + KVS_UNIT - 1) / KV
 
 static void round_groups(void *arg, int64_t begin, int64_t end, int32_t thread) {
     const product *p = arg;
-    int64_t cols = p->jobs[0].w->cols, first = begin * KVS_BF16_GROUP, last = KVS_MIN(end * KVS_BF16_GROUP, p->n);
+    int64_t cols = p->jobs[0].w->cols, first = begin * p->ops->group, last = KVS_MIN(end * p->ops->group, p->n);
     (void)thread;
     p->ops->round(p->x + first * cols, cols, last - first, cols, p->turned + first * kvs_bf16_pairs(cols));
 }
@@ -64,14 +64,14 @@ static void multiply(void *arg, int64_t begin, int64_t end, int32_t thread) {
 
 void kvs_cpu_matmul_bf16(kvs_cpu *cpu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
     product p = {.ops = cpu->bf16, .jobs = jobs, .x = x, .n = n};
-    p.scratch = reserve(cpu, turned_bytes(n, jobs[0].w->cols, KVS_BF16_GROUP));
+    p.scratch = reserve(cpu, turned_bytes(n, jobs[0].w->cols, cpu->bf16->group));
     if (!p.scratch) return;
     p.turned = (uint32_t *)(void *)(p.scratch + (int64_t)kvs_pool_threads(cpu->pool) * KVS_DOTS_SCRATCH);
     int64_t panels = 0;
     for (int32_t j = 0; j < n_jobs; j++) panels += units(jobs[j].w);
     p.rows = piece_rows(cpu, n, panels);
     p.n_pieces = (n + p.rows - 1) / p.rows;
-    kvs_cpu_loop(cpu, round_groups, &p, (n + KVS_BF16_GROUP - 1) / KVS_BF16_GROUP, 1);
+    kvs_cpu_loop(cpu, round_groups, &p, (n + cpu->bf16->group - 1) / cpu->bf16->group, 1);
     kvs_cpu_loop(cpu, multiply, &p, panels * p.n_pieces, 1);
 }
 

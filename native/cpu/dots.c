@@ -6,7 +6,7 @@
 #include "dots_panel.h"
 #ifdef KVS_HAVE_AVX512BF16
 #include "attn_bf16.h"
-static const kvs_bf16 bf16 = {bf16_round, bf16_many, bf16_keys, bf16_values, bf16_attend};
+static const kvs_bf16 bf16 = {BF16_GROUP, bf16_round, bf16_many, bf16_keys, bf16_values, bf16_attend};
 #define BF16_TABLE &bf16
 #else
 #define BF16_TABLE NULL
@@ -14,7 +14,14 @@ static const kvs_bf16 bf16 = {bf16_round, bf16_many, bf16_keys, bf16_values, bf1
 const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, BF16_TABLE};
 #ifdef KVS_HAVE_AMX
 #include "dots_amx.h"
-const kvs_dots kvs_dots_amx = {"amx", true, quantize, few, amx_many, floats, NULL};
+#ifdef KVS_HAVE_AVX512BF16
+#include "amx_bf16.h"
+static const kvs_bf16 tiles_bf16 = {TILE_X, amx_round, amx_bf16_many, bf16_keys, bf16_values, amx_attend};
+#define TILES_BF16_TABLE &tiles_bf16
+#else
+#define TILES_BF16_TABLE NULL
+#endif
+const kvs_dots kvs_dots_amx = {"amx", true, quantize, few, amx_many, floats, TILES_BF16_TABLE};
 #endif
 #elif defined(KVS_ISA_AVX2)
 #include "dots_panel.h"

@@ -50,10 +50,9 @@ typedef struct kvs_panel { /* the part of a weight matrix that one call works on
     int64_t ahead; /* kvs_isa_ahead() */
 } kvs_panel;
 
-/* Operands rounded to bf16 first, sums in float32: dots_bf16.h. Turned: pairs of neighbouring columns of KVS_BF16_GROUP rows stand side
- * by side, (groups, pairs, KVS_BF16_GROUP). */
-enum { KVS_BF16_GROUP = 12 };
-static inline int64_t kvs_bf16_pairs(int64_t cols) { return (cols + 1) / 2; }
+/* Operands rounded to bf16 first, sums in float32: dots_bf16.h, amx_bf16.h. They are turned, each group of rows, or panel of KVS_UNIT
+ * rows, into an order of its own that takes so many words for a row: a word is a pair of neighbouring columns, zeros fill up the last. */
+static inline int64_t kvs_bf16_pairs(int64_t cols) { return (cols + 31) / 32 * 16; }
 
 typedef struct kvs_bf16_attn { /* one head: its keys and values as keys() and values() turned them */
     const uint32_t *k, *v;
@@ -63,6 +62,7 @@ typedef struct kvs_bf16_attn { /* one head: its keys and values as keys() and va
 
 typedef struct kvs_bf16 kvs_bf16;
 struct kvs_bf16 {
+    int64_t group; /* activation rows, or queries, that are turned together */
     void (*round)(const float *x, int64_t x_step, int64_t rows, int64_t cols, uint32_t *turned);
     /* y[i * y_step + r] of n activation rows, from the first of a group on, and all rows of the panel, KVS_UNIT at most; bias may be NULL */
     void (*many)(const kvs_panel *p, const uint32_t *turned, int64_t n, const float *bias, float *y, int64_t y_step, void *scratch);

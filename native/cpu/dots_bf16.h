@@ -9,8 +9,9 @@
 
 #define BF16 __attribute__((target("avx512bf16")))
 enum {
-    BF16_KC = 512, /* columns of a panel: 32 KiB of pairs */
-    BF16_PR = 32   /* its rows: two vectors */
+    BF16_GROUP = 12, /* activation rows: pairs of all of them side by side */
+    BF16_KC = 512,   /* columns of a panel: 32 KiB of pairs */
+    BF16_PR = 32     /* its rows: two vectors */
 };
 _Static_assert(BF16_KC % 256 == 0 && (int)BF16_PR == (int)KVS_UNIT, "panels of whole blocks, as matmul.c hands them out");
 
@@ -59,23 +60,23 @@ KVS_INLINE void turn16(__m512i r[16]) { /* 16 x 16 words of four bytes */
     KVS_EACH (i, 16) r[i] = t[i];
 }
 
-/* Up to 16 rows: out[j * step + lane] = columns 2 j, 2 j + 1 of row lane, for lanes < width; lanes beyond the rows are zeros. */
+/* Up to 16 rows: out[j * step + lane] = columns 2 j, 2 j + 1 of row lane, for lanes < width; what is beyond the rows, or the columns up to
+ * a multiple of 32, is zeros. */
 BF16 KVS_INLINE void turn_rows(int32_t type, const uint8_t *from, int64_t row_bytes, int64_t rows, int64_t cols, int width, uint32_t *out,
                                int64_t step) {
     for (int64_t k = 0; k < cols; k += 32) {
         __m512i r[16];
         for (int64_t i = 0; i < 16; i++) r[i] = i < rows ? row_pairs(type, from + i * row_bytes, k, cols - k) : _mm512_setzero_si512();
         turn16(r);
-        int64_t pairs = KVS_MIN(16, (cols - k + 1) / 2);
-        for (int64_t j = 0; j < pairs; j++) _mm512_mask_storeu_epi32(out + (k / 2 + j) * step, (__mmask16)((1u << width) - 1), r[j]);
+        for (int64_t j = 0; j < 16; j++) _mm512_mask_storeu_epi32(out + (k / 2 + j) * step, (__mmask16)((1u << width) - 1), r[j]);
     }
 }
 
 BF16 static void bf16_round(const float *x, int64_t x_step, int64_t rows, int64_t cols, uint32_t *out) {
     int64_t bytes = x_step * (int64_t)sizeof *x;
-    for (int64_t i = 0; i < rows; i += KVS_BF16_GROUP)
-        turn_rows(KVS_TYPE_F32, (const uint8_t *)(x + i * x_step), bytes, KVS_MIN(KVS_BF16_GROUP, rows - i), cols, KVS_BF16_GROUP,
-                  out + i * kvs_bf16_pairs(cols), KVS_BF16_GROUP);
+    for (int64_t i = 0; i < rows; i += BF16_GROUP)
+        turn_rows(KVS_TYPE_F32, (const uint8_t *)(x + i * x_step), bytes, KVS_MIN(BF16_GROUP, rows - i), cols, BF16_GROUP,
+                  out + i * kvs_bf16_pairs(cols), BF16_GROUP);
 }
 
 BF16 static void turn_panel(int32_t type, const uint8_t *w, int64_t row_bytes, int64_t rows, int64_t cols, uint32_t (*out)[BF16_PR]) {
@@ -124,8 +125,8 @@ typedef struct bf16_out { /* what the products of a panel are added to: y itself
 } bf16_out;
 
 BF16 KVS_INLINE void group_times(int nx, const bf16_scratch *s, const uint32_t *x, int64_t pairs, int64_t n, bf16_out o) {
-    __m512 sum[KVS_BF16_GROUP][2];
-    bf16_times(nx, s->w, x, KVS_BF16_GROUP, 1, pairs, sum);
+    __m512 sum[BF16_GROUP][2];
+    bf16_times(nx, s->w, x, BF16_GROUP, 1, pairs, sum);
     KVS_EACH (i, nx) {
         if (i < n)
             KVS_EACH (v, 2) {
@@ -139,16 +140,16 @@ BF16 static void bf16_many(const kvs_panel *p, const uint32_t *x, int64_t n, con
     bf16_scratch *s = scratch;
     uint32_t mask = p->rows >= 32 ? UINT32_MAX : (1u << p->rows) - 1;
     for (int64_t k = 0; k < p->cols; k += BF16_KC) {
-        int64_t kn = KVS_MIN(BF16_KC, p->cols - k), pairs = kvs_bf16_pairs(kn);
+        int64_t kn = KVS_MIN(BF16_KC, p->cols - k), pairs = (kn + 1) / 2;
         load_panel(p, k, kn, s);
-        for (int64_t i = 0; i < n; i += KVS_BF16_GROUP) {
-            const uint32_t *xi = x + i * kvs_bf16_pairs(p->cols) + k / 2 * KVS_BF16_GROUP;
+        for (int64_t i = 0; i < n; i += BF16_GROUP) {
+            const uint32_t *xi = x + i * kvs_bf16_pairs(p->cols) + k / 2 * BF16_GROUP;
             float *yi = y + i * y_step;
             bf16_out o = {yi, k ? yi : bias, y_step, k ? y_step : 0, {(__mmask16)mask, (__mmask16)(mask >> 16)}};
             switch ((n - i + 3) / 4) {
             case 1: group_times(4, s, xi, pairs, n - i, o); break;
             case 2: group_times(8, s, xi, pairs, n - i, o); break;
-            default: group_times(KVS_BF16_GROUP, s, xi, pairs, n - i, o);
+            default: group_times(BF16_GROUP, s, xi, pairs, n - i, o);
             }
         }
     }

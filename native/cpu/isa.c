@@ -103,10 +103,19 @@ static uint32_t amd_family(void) {
 /* Zen 5 asks memory for too little by itself: without this, stripes come at half of the bandwidth (SPEED.md). Zen 4 is slower with it. */
 int64_t kvs_isa_ahead(void) { return amd_family() >= 0x1a ? 4096 : 0; }
 
-/* Intel's processors have vdpbf16ps for compatibility, at half the rate of float32's products. */
-static bool fast_bf16(void) { return kvs_cpu_has("avx512bf16") && amd_family(); }
+/* Both kinds convert by AVX512-BF16. Intel's processors have its products for compatibility, at half the rate of float32's. */
+static bool fast_bf16(bool tiles) {
+#ifdef KVS_EMULATE_AMX
+    const bool has_tiles = true;
+#else
+    const bool has_tiles = kvs_cpu_has("amx_bf16");
+#endif
+    return kvs_cpu_has("avx512bf16") && (tiles ? has_tiles : amd_family() != 0);
+}
 
-const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa) { return isa->dots->bf16 && fast_bf16() ? isa->dots->bf16 : NULL; }
+const kvs_bf16 *kvs_isa_bf16(const kvs_isa *isa) {
+    return isa->dots->bf16 && fast_bf16(!strcmp(isa->name, "amx")) ? isa->dots->bf16 : NULL;
+}
 
 /* From the plainest to the best. */
 static const struct {
