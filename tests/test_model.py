@@ -308,9 +308,7 @@ def test_weight_types(kind: str, rng: np.random.Generator, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("isa", KERNEL_SETS)
-def test_each_kernel_set_runs_the_whole_model(
-    isa: str, tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_kernel_set_runs_the_whole_model(isa: str, tiny_pair: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVS_CPU", isa)
     with (
         kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cpu") as model,
