@@ -26,6 +26,7 @@ from pykvsmooth.bench import STAGES, Bench, Figure, LlamaCpp, Peer, PeerError, S
 from pykvsmooth.bench.child import ChildError, run_child
 from pykvsmooth.bench.counter import Instructions
 from pykvsmooth.bench.peer import read_bench
+from pykvsmooth.bench.record import held_against
 from pykvsmooth.cli import bench as command
 from pykvsmooth.gguf_in import Tensor
 
@@ -167,6 +168,14 @@ def script(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
+
+
+def test_tiles_are_the_roof_of_who_has_them():
+    speeds = {kind: [1.0] for kind in ("f32", "int8", "bf16", "amx_int8", "amx_bf16")}
+    plain = {kind: [1.0] for kind in ("f32", "int8", "bf16")}
+    for what, tiles, vectors in (("prefill", ["amx_int8"], ["int8"]), ("encode", ["f32", "amx_bf16"], ["f32", "bf16"])):
+        assert held_against(Figure(what, "rows/s", 1, roofs=speeds, shares=speeds)) == tiles
+        assert held_against(Figure(what, "rows/s", 1, roofs=plain, shares=plain)) == vectors
 
 
 def test_a_child(tmp_path):

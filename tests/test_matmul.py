@@ -12,6 +12,7 @@ from devices import KERNEL_SETS, kernel_set
 from test_quant import HALVES, SIZES, TYPES, expected, random_blocks, type_id
 
 from pykvsmooth._native import ffi, lib
+from pykvsmooth.machine import cpu_text
 
 BLOCK = {name: size for name, (size, _) in SIZES.items()}  # of weights, and of rounded activations
 
@@ -258,6 +259,11 @@ def test_every_weight(name: str, isas: list[str], rng: np.random.Generator) -> N
     w, x = random_blocks(rng, name, 70, cols), np.eye(cols, dtype=np.float32)[rng.permutation(cols)]
     for isa in isas:
         check(isa, name, w, x, None, matmul(isa, name, w, x))
+
+
+def test_tiles_in_plain_c_are_chosen_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVS_CPU", raising=False)
+    assert "amx_int8" in cpu_text() or "kernels: amx" not in cpu_text()
 
 
 def test_bad_arguments() -> None:
