@@ -60,10 +60,10 @@ BF16 static void score_keys(attn_bf16_scratch *s, const kvs_bf16_attn *t, int64_
 }
 
 BF16 static void soften(attn_bf16_scratch *s, int64_t r, int64_t n, float scale) {
-    __m512 top = _mm512_set1_ps(s->m[r]), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale);
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale);
     for (int64_t i = n; i % 32; i++) s->s[r][i] = -INFINITY; /* keys that are none */
-    for (int64_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_loadu_ps(s->s[r] + i), by));
-    float m = _mm512_reduce_max_ps(top);
+    for (int64_t i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(s->s[r] + i));
+    float m = fmaxf(s->m[r], _mm512_reduce_max_ps(top) * scale);
     for (int64_t i = 0; i < n; i += 32) {
         __m512 p0 = v_exp(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s->s[r] + i), by), _mm512_set1_ps(m)));
         __m512 p1 = v_exp(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s->s[r] + i + 16), by), _mm512_set1_ps(m)));
