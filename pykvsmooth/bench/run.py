@@ -36,9 +36,9 @@ class Settings:
     """What is measured.
 
     model, mmproj: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a decode. rows: of
-    each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the
-    caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all.
-    against: folder of a llama.cpp build. timeout: seconds for each process.
+    each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of each decode,
+    caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of
+    STAGES, () = all. against: folder of a llama.cpp build. timeout: seconds for each process.
     """
 
     model: str | None = None
