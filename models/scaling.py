@@ -38,10 +38,18 @@ def line(axes: plt.Axes, points: Iterable[tuple[float, float]], run: Run) -> Non
     axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=label(run))
 
 
+def reach(figure: Run) -> float:
+    """GB that the memory would have given in the time of a token, by its bandwidth right before and after: that changes by the minute on
+    some machines, and a time alone would show it rather than us."""
+    return float(figure["more"]["bytes_per_token"] / max(share["median"] for share in figure["shares"].values()) / 1e9)
+
+
 def depths(axes: plt.Axes, runs: list[Run]) -> None:
     for run in runs:
-        line(axes, ((f["at"]["depth"], 1000 / median(f)) for f in figures(run, "decode")), run)
-    axes.set(xlabel="rows in the cache", ylabel="ms per token", title="a token")
+        tokens = figures(run, "decode")
+        line(axes, ((f["at"]["depth"], reach(f)) for f in tokens), run)
+        axes.plot([f["at"]["depth"] for f in tokens], [f["more"]["bytes_per_token"] / 1e9 for f in tokens], "k--", linewidth=1)
+    axes.set(xlabel="rows in the cache", ylabel="GB of bandwidth in its time", title="a token (dashed: what it reads)")
 
 
 def prompts(axes: plt.Axes, runs: list[Run]) -> None:
@@ -57,17 +65,11 @@ def sessions(axes: plt.Axes, runs: list[Run]) -> None:
 
 
 def sizes(axes: plt.Axes, runs: list[Run]) -> None:
-    """Reading is the roof: the time of the same bytes at the bandwidth of the moment, dashed."""
-    points = []
-    for run in runs:
-        for figure in figures(run, "decode"):
-            if figure["at"]["depth"] == SHALLOW:
-                bytes_read, roof = figure["more"]["bytes_per_token"], max(kind["median"] for kind in figure["roofs"].values())
-                points.append((bytes_read / 1e9, 1000 / median(figure), 1000 * bytes_read / roof))
-    read, ours, roofs = zip(*sorted(points), strict=True)
-    axes.plot(read, ours, "o-", markersize=4, linewidth=1.2, label="measured")
-    axes.plot(read, roofs, "k--", linewidth=1, label="read alone")
-    axes.set(xlabel="GB that a token reads", ylabel="ms per token", title=f"model size, depth {SHALLOW}")
+    shallow = [f for run in runs for f in figures(run, "decode") if f["at"]["depth"] == SHALLOW]
+    points = sorted((f["more"]["bytes_per_token"] / 1e9, reach(f)) for f in shallow)
+    axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1.2, label="measured")
+    axes.plot([0, points[-1][0]], [0, points[-1][0]], "k--", linewidth=1, label="reading alone")
+    axes.set(xlabel="GB that a token reads", ylabel="GB of bandwidth in its time", title=f"model size, depth {SHALLOW}")
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     figure, all_axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4))
     for axes, panel in zip(all_axes, panels, strict=True):
         panel(axes, runs)
-        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.set(xlim=(0, None), ylim=(0, 1.25 * axes.get_ylim()[1] if panel is depths else None))  # room for the legend
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
