@@ -99,7 +99,7 @@ typedef struct group { /* up to GROUP rows of keys or values that are about to b
 } group;
 
 /* Zen 5 wants a lone query's rows in its first-level cache, a tile ahead: values while their keys are used, the next keys meanwhile, a
- * few lines with each vector rather than all at once (a tenth faster, more where memory is fast). */
+ * few lines with each vector rather than all at once (2 to 4 % faster than a page ahead, 7 to 15 where memory is fast). */
 static inline const uint8_t *next_values(const attn_work *w, int32_t first) { return w->task->v + first * w->task->row_bytes; }
 
 static inline const uint8_t *next_keys(const attn_work *w, int32_t first) {

@@ -1,4 +1,5 @@
-/* bf16.c - the loops around the kernels of dots_bf16.h, attn_bf16.h and amx_bf16.h: what is rounded and turned once, and pieces for threads. */
+/* bf16.c - the loops around the kernels of dots_bf16.h, attn_bf16.h and amx_bf16.h: what is rounded and turned once, and pieces for
+ * threads. */
 #include "cpu.h"
 #include "dots.h"
 

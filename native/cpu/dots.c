@@ -7,21 +7,18 @@
 #ifdef KVS_HAVE_AVX512BF16
 #include "attn_bf16.h"
 static const kvs_bf16 bf16 = {BF16_GROUP, bf16_round, bf16_many, bf16_keys, bf16_values, bf16_attend};
-#define BF16_TABLE &bf16
+#define IF_BF16(table) &(table)
 #else
-#define BF16_TABLE NULL
+#define IF_BF16(table) NULL
 #endif
-const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, BF16_TABLE};
+const kvs_dots kvs_dots_avx512 = {"avx512", true, quantize, few, many, floats, IF_BF16(bf16)};
 #ifdef KVS_HAVE_AMX
 #include "dots_amx.h"
 #ifdef KVS_HAVE_AVX512BF16
 #include "amx_bf16.h"
 static const kvs_bf16 tiles_bf16 = {TILE_X, amx_round, amx_bf16_many, bf16_keys, bf16_values, amx_attend};
-#define TILES_BF16_TABLE &tiles_bf16
-#else
-#define TILES_BF16_TABLE NULL
 #endif
-const kvs_dots kvs_dots_amx = {"amx", true, quantize, few, amx_many, floats, TILES_BF16_TABLE};
+const kvs_dots kvs_dots_amx = {"amx", true, quantize, few, amx_many, floats, IF_BF16(tiles_bf16)};
 #endif
 #elif defined(KVS_ISA_AVX2)
 #include "dots_panel.h"

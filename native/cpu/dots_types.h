@@ -100,11 +100,13 @@ KVS_INLINE vi unscaled(vi sum, vi s) { return scaled(sum, s, _mm256_set1_epi16(1
 #endif
 
 /* ---- types ---- */
-/* Values are unsigned bytes u up to top: value = scale (u - offset), or scale u - min; a scale for each sub values, of that magnitude at
- * most, one alone is 1; a min alone is -1. A step unpacks a word of the stripe, for all its rows: as many words of values as there are runs, each steps words after
+/* Values are unsigned bytes u up to top: value = scale (u - offset), or scale u - min; a scale for each sub values, one alone is 1; a min
+ * alone is -1. A step unpacks a word of the stripe, for all its rows: as many words of values as there are runs, each steps words after
  * the one before. So step k of group g has words k + steps (runs g + r), r = 0..runs - 1, of the block's. */
 typedef struct kind {
-    int32_t block, sub, top, offset, scale, runs, steps;
+    int32_t block, sub, top, offset;
+    int32_t scale; /* the greatest magnitude of one */
+    int32_t runs, steps;
     size_t d, m; /* where the halves are in a stripe's block; 0: no m */
 } kind;
 #define AT(type, field) offsetof(kvs_stripe_##type, field)

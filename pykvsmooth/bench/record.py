@@ -47,8 +47,7 @@ def record(bench: Bench) -> dict[str, Any]:
 
 
 def held_against(figure: Figure) -> list[str]:
-    """The roofs that say something about this figure: by the units that it may use, tiles
-    before vectors, and of reading the faster way."""
+    """The roofs that say something about this figure: by the units that it may use, tiles before vectors, and of reading the faster way."""
     units = {"prefill": ("int8", "amx_int8"), "encode": ("f32", "bf16", "amx_bf16")}
     kinds = [kind for kind in units.get(figure.what, READS) if figure.shares.get(kind) and not figure.shares.get(f"amx_{kind}")]
     return kinds if figure.what in units else sorted(kinds, key=lambda kind: spread(figure.roofs[kind]).median)[-1:]
