@@ -82,16 +82,25 @@ def test_what_no_host_may_do(check: Path, name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["race", "unwritten", "early_wait"])
+@pytest.mark.parametrize("name", ["race", "unwritten", "unwritten_array", "early_wait"])
 def test_what_is_forgotten_gives_wrong_numbers(check: Path, name: str, order: str) -> None:
     done = run(check, name, order)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["written_too_soon", "read_too_soon", "freed_too_soon", "not_waited_for"])
+def test_what_is_not_waited_for_gives_wrong_numbers(check: Path, name: str) -> None:
+    done = run(check, name)
+    assert done.returncode == 0, done.stderr
+    done = run(check, name, KVS_SHIM_STREAMS="early")
+    assert done.returncode == 1 and "saw it" in done.stderr, "what is done at once can't be too late"
 
 
 @pytest.mark.parametrize(
     ("name", "env"),
     [
         ("errors", {}),
+        ("events_wait", {}),
         ("second_fails", {"KVS_SHIM_FAIL": "cudaMalloc:2"}),
         ("stays_broken", {"KVS_SHIM_FAIL": "cudaStreamSynchronize:1"}),
         ("little_memory", {"KVS_SHIM_MEMORY": "1000000"}),
@@ -109,3 +118,4 @@ def test_a_random_order_can_be_repeated(check: Path) -> None:
     seed = done.stderr.rsplit("random:", 1)[1].rstrip(")\n")
     assert run(check, "left_kernel", f"random:{seed}").stderr == done.stderr
     assert "it can be forward" in run(check, "sum", "sideways").stderr
+    assert "it can be late or early" in run(check, "sum", KVS_SHIM_STREAMS="never").stderr

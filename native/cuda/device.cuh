@@ -1,6 +1,6 @@
 /* device.cuh - what kernels are written with. The same sources are compiled by nvcc for GPUs and, with KVS_SHIM, by a C++ compiler
- * against tests/shim/, where threads are fibers: so every kernel runs in tests on any machine. A kernel may use what stands here, and of
- * CUDA: threadIdx blockIdx blockDim gridDim, __shared__ arrays of a fixed size, __syncthreads __syncwarp __shfl_sync __shfl_xor_sync
+ * against tests/shim/, where threads are fibers: so every kernel runs in tests on any machine. A kernel is static, and may use what stands
+ * here, and of CUDA: threadIdx blockIdx blockDim gridDim, __shared__ arrays of a fixed size, __syncthreads __syncwarp __shfl_sync __shfl_xor_sync
  * __shfl_down_sync __ballot_sync __any_sync __all_sync (all lanes of the mask take part), atomicAdd atomicMin atomicMax atomicCAS atomicExch
  * __threadfence, fminf fmaxf fabsf sqrtf rsqrtf expf logf sinf cosf erff tanhf floorf fmaf and their kin, float2 float4 int4 uint2 uint4.
  * A GPU faults where an address is not a multiple of what is loaded from it; the shim checks that in the functions below. */

@@ -28,7 +28,7 @@ KVS_DEVICE uint32_t block_largest(uint32_t x, uint32_t *lines) {
 
 /* A block of threads for a row. The scale is the power of two that takes the largest magnitude between 512 and 1024. Rows that are
  * nothing beside anything else, below 2^-100, are zeros, as on the CPU. */
-__global__ void __launch_bounds__(HALVES_THREADS) gemm_halves_kernel(halves_args a) {
+static __global__ void __launch_bounds__(HALVES_THREADS) gemm_halves_kernel(halves_args a) {
     __shared__ uint32_t lines[HALVES_THREADS / KVS_WARP];
     const float *x = a.x + (int64_t)blockIdx.x * a.cols;
     uint16_t *out = a.halves + (int64_t)blockIdx.x * a.stride;

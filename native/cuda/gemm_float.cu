@@ -128,7 +128,7 @@ KVS_DEVICE void float_put(float *y, const float acc[4], const float *bias, int32
     }
 }
 
-template <int TYPE, int SIZE> __global__ void __launch_bounds__(SIZE * 2) gemm_float_kernel(gemm_args a) {
+template <int TYPE, int SIZE> static __global__ void __launch_bounds__(SIZE * 2) gemm_float_kernel(gemm_args a) {
     KVS_DYNAMIC_SHARED(float, xs);
     float *ws = xs + KVS_GROUP * SIZE;
     constexpr int N = SIZE / 16;

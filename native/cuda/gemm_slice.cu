@@ -89,7 +89,7 @@ template <int TYPE, int N8> KVS_DEVICE void slice_finish(const gemm_args &a, con
 }
 
 /* N8: rows of x by eight. 16 of them take so few registers that two blocks fit a multiprocessor. */
-template <int TYPE, int N8> __global__ void __launch_bounds__(THREADS, N8 == 2 ? 2 : 1) gemm_slice_kernel(gemm_args a) {
+template <int TYPE, int N8> static __global__ void __launch_bounds__(THREADS, N8 == 2 ? 2 : 1) gemm_slice_kernel(gemm_args a) {
     constexpr int AHEAD = kvs_type_is_float(TYPE) ? 2 : 4;
     KVS_DYNAMIC_SHARED(float, sums); /* and before, halves of weights */
     const int lane = (int)threadIdx.x % KVS_WARP, warp = (int)threadIdx.x / KVS_WARP;

@@ -89,7 +89,7 @@ KVS_DEVICE void tile_finish(const gemm_args &a, const gemm_at &at, float acc[4][
     }
 }
 
-template <int TYPE> __global__ void __launch_bounds__(THREADS, 2) gemm_tile_kernel(gemm_args a) {
+template <int TYPE> static __global__ void __launch_bounds__(THREADS, 2) gemm_tile_kernel(gemm_args a) {
     KVS_DYNAMIC_SHARED(tile_shared, shared);
     uint16_t(*xs)[HALVES] = shared->x, (*ws)[HALVES] = shared->w;
     const gemm_at at = gemm_find<TILE, TILE>(a);

@@ -46,7 +46,7 @@ typedef struct act_tile {
 } act_tile;
 
 /* One warp per group */
-__global__ void __launch_bounds__(THREADS) quantize_kernel(matvec_args a) {
+static __global__ void __launch_bounds__(THREADS) quantize_kernel(matvec_args a) {
     const int64_t groups = a.cols / KVS_GROUP, i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / KVS_WARP;
     const int lane = threadIdx.x % KVS_WARP;
     if (i >= a.n * groups) return;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(THREADS) quantize_kernel(matvec_args a) {
 }
 
 /* One thread per value */
-__global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
+static __global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
     const int64_t width = kvs_groups(a.cols) * KVS_GROUP, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < a.n * width) a.padded[i] = i % width < a.cols ? a.x[i / width * a.cols + i % width] : 0.0f;
 }
@@ -94,7 +94,8 @@ template <int ROWS> KVS_DEVICE bool find_rows(const matvec_args &a, matvec_job *
 }
 
 /* sums (ROWS, N): of this lane */
-template <int N, int ROWS> KVS_DEVICE void put_sums(const matvec_args &a, const matvec_job &job, int32_t row, const float sums[ROWS][N]) {
+template <int N, int ROWS>
+static KVS_DEVICE void put_sums(const matvec_args &a, const matvec_job &job, int32_t row, const float sums[ROWS][N]) {
     __shared__ float shared[WARPS][ROWS * N];
     const int lane = threadIdx.x % KVS_WARP, warp = threadIdx.x / KVS_WARP;
     float mine = 0.0f; /* lane r N + i has that one */
@@ -254,7 +255,7 @@ KVS_DEVICE void add_group(const kvs_stored stored[ROWS], const lane_tiles &x, in
 constexpr int blocks_for(int type, int n) { return n > 2 ? 4 : (n == 1 ? 8 : 5) - (kvs_order_of(type).high != 0); }
 
 template <int TYPE, int N, int ROWS, int UNROLL>
-__global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(matvec_args a) {
+static __global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(matvec_args a) {
     matvec_job job;
     int32_t row;
     if (!find_rows<ROWS>(a, &job, &row)) return;
@@ -304,7 +305,7 @@ KVS_DEVICE void add_unit(const kvs_stored stored[ROWS], const float *x, int64_t 
     }
 }
 
-template <int TYPE, int N, int ROWS, int UNROLL> __global__ void __launch_bounds__(THREADS) matvec_float_kernel(matvec_args a) {
+template <int TYPE, int N, int ROWS, int UNROLL> static __global__ void __launch_bounds__(THREADS) matvec_float_kernel(matvec_args a) {
     matvec_job job;
     int32_t row;
     if (!find_rows<ROWS>(a, &job, &row)) return;

@@ -27,7 +27,7 @@ typedef struct pack_args {
 } pack_args;
 
 /* One thread per group */
-template <int TYPE> __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(pack_args a) {
+template <int TYPE> static __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(pack_args a) {
     constexpr int block = kvs_order_of(TYPE).block, groups = block / KVS_GROUP;
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= a.n * groups) return;
@@ -37,7 +37,7 @@ template <int TYPE> __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(
 }
 
 /* One thread per value of T's size: only its place changes, and only if rows are padded. */
-template <class T> __global__ void __launch_bounds__(PACK_THREADS) pack_values_kernel(pack_args a) {
+template <class T> static __global__ void __launch_bounds__(PACK_THREADS) pack_values_kernel(pack_args a) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= a.n) return;
     const int64_t at = a.first + i;
@@ -153,7 +153,7 @@ typedef struct rows_args {
 } rows_args;
 
 /* One thread per group */
-template <int TYPE> __global__ void __launch_bounds__(PACK_THREADS) rows_kernel(rows_args a) {
+template <int TYPE> static __global__ void __launch_bounds__(PACK_THREADS) rows_kernel(rows_args a) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, groups = kvs_groups(a.cols);
     if (i >= a.n * groups) return;
     const int64_t row = i / groups, group = i % groups, first = group * KVS_GROUP;

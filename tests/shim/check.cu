@@ -5,7 +5,7 @@
 
 /* ---- where threads are ---- */
 
-__global__ void places_kernel(uint32_t *out) {
+static __global__ void places_kernel(uint32_t *out) {
     uint32_t thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     uint32_t block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     out[block * blockDim.x * blockDim.y * blockDim.z + thread] += block << 16 | thread;
@@ -20,7 +20,7 @@ static void check_places() {
 
 /* ---- sums over a block; a barrier in a loop ---- */
 
-__global__ void sum_kernel(float *out, const float *x, int32_t n) {
+static __global__ void sum_kernel(float *out, const float *x, int32_t n) {
     __shared__ float lines[KVS_WARP];
     KVS_DYNAMIC_SHARED(float, all);
     for (int32_t round = 0; round < 3; round++) {
@@ -51,7 +51,7 @@ static void check_sum() {
 /* ---- shuffles and votes ---- */
 
 enum { SHUFFLES = 10 };
-__global__ void shuffle_kernel(double *out) { /* (SHUFFLES, 32) */
+static __global__ void shuffle_kernel(double *out) { /* (SHUFFLES, 32) */
     int32_t lane = (int32_t)threadIdx.x, at = lane;
     float x = (float)(lane * lane);
     out[at] = __shfl_sync(KVS_ALL_LANES, x, 5);
@@ -93,7 +93,7 @@ static void check_shuffle() {
         expect(got[(size_t)i] == shuffled(i / 32, i % 32), "%d, lane %d: %g", i / 32, i % 32, got[(size_t)i]);
 }
 
-__global__ void vote_kernel(uint32_t *out) { /* (6, 64) */
+static __global__ void vote_kernel(uint32_t *out) { /* (6, 64) */
     uint32_t lane = threadIdx.x % 32, *to = out + threadIdx.x;
     to[0] = __ballot_sync(KVS_ALL_LANES, threadIdx.x % 3 == 0);
     to[64] = (uint32_t)__any_sync(KVS_ALL_LANES, threadIdx.x == 40);
@@ -121,7 +121,7 @@ static void check_vote() {
 /* ---- products of matrices ---- */
 
 /* Fragments by hand, as the comment in device.cuh has them; c (16, 8), a (16, 16), b (16, 8) */
-__global__ void mma_kernel(float *c, const uint16_t *a, const uint16_t *b) {
+static __global__ void mma_kernel(float *c, const uint16_t *a, const uint16_t *b) {
     int32_t g = (int32_t)threadIdx.x / 4, t = (int32_t)threadIdx.x % 4;
     auto pair_a = [&](int32_t row, int32_t col) { return a[row * 16 + col] | (uint32_t)a[row * 16 + col + 1] << 16; };
     auto pair_b = [&](int32_t row) { return b[row * 8 + g] | (uint32_t)b[(row + 1) * 8 + g] << 16; };
@@ -133,7 +133,7 @@ __global__ void mma_kernel(float *c, const uint16_t *a, const uint16_t *b) {
 }
 
 /* c (16, 16) += a (16, 16) b (16, 16), row by row in shared memory: fragments by ldmatrix, those of b turned */
-__global__ void ldmatrix_kernel(float *c, const uint16_t *a, const uint16_t *b) {
+static __global__ void ldmatrix_kernel(float *c, const uint16_t *a, const uint16_t *b) {
     __shared__ __align__(16) uint16_t sa[16][24], sb[16][24]; /* 48 bytes a row */
     int32_t lane = (int32_t)threadIdx.x;
     for (int32_t i = lane; i < 256; i += 32) sa[i / 16][i % 16] = a[i], sb[i / 16][i % 16] = b[i];
@@ -165,8 +165,8 @@ static void check_ldmatrix() { check_product(16, ldmatrix_kernel); }
 
 /* ---- copies that come later ---- */
 
-enum { STAGES = 3, PIECE = 64 };                                                             /* 16 bytes of each thread */
-template <int LEFT> __global__ void pipeline_kernel(float *out, const float *x, int32_t n) { /* x (n, PIECE, 4) */
+enum { STAGES = 3, PIECE = 64 };                                                                    /* 16 bytes of each thread */
+template <int LEFT> static __global__ void pipeline_kernel(float *out, const float *x, int32_t n) { /* x (n, PIECE, 4) */
     __shared__ __align__(16) float stage[STAGES][PIECE * 4];
     float sum = 0.0f;
     int32_t t = (int32_t)threadIdx.x;
@@ -202,7 +202,7 @@ static void check_async() { expect(pipeline(pipeline_kernel<STAGES - 1>), "wrong
 
 /* ---- arithmetic ---- */
 
-__global__ void half_kernel(float *out, uint16_t *back, const float *x, int32_t n) { /* out (65536), back, x (n) */
+static __global__ void half_kernel(float *out, uint16_t *back, const float *x, int32_t n) { /* out (65536), back, x (n) */
     int32_t i = (int32_t)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < 65536) out[i] = kvs_half_float((uint16_t)i);
     if (i < n) back[i] = kvs_float_half(x[i]);
@@ -225,7 +225,7 @@ static void check_half() {
     for (size_t i = 0; i < x.size(); i++) expect(got[i] == kvs_f32_to_f16(x[i]), "%a: half %04x", x[i], got[i]);
 }
 
-__global__ void dot_kernel(int32_t *out, const uint32_t *a, const uint32_t *b) {
+static __global__ void dot_kernel(int32_t *out, const uint32_t *a, const uint32_t *b) {
     out[threadIdx.x] = kvs_dp4a(a[threadIdx.x], b[threadIdx.x], (int32_t)threadIdx.x);
 }
 
@@ -244,7 +244,8 @@ static void check_dot() {
     }
 }
 
-__global__ void atomic_kernel(unsigned long long *least, int32_t *greatest, uint32_t *count, uint32_t *first, float *sum, uint32_t *owner) {
+static __global__ void atomic_kernel(unsigned long long *least, int32_t *greatest, uint32_t *count, uint32_t *first, float *sum,
+                                     uint32_t *owner) {
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     atomicMin(least, (unsigned long long)(1000 - i) << 32);
     atomicMax(greatest, (int32_t)i - 500);
@@ -267,7 +268,7 @@ static void check_atomic() {
 
 /* ---- a captured graph ---- */
 
-__global__ void scale_kernel(float *x, const float *by) { x[threadIdx.x] *= *by; }
+static __global__ void scale_kernel(float *x, const float *by) { x[threadIdx.x] *= *by; }
 
 static void check_graph() {
     float *pinned;
@@ -309,7 +310,7 @@ int main(int argc, char **argv) {
         if (argc == 2 && !strcmp(argv[1], check.name)) return check.run(), 0;
 #ifdef KVS_SHIM
     for (const named_check &fault : faults)
-        if (argc == 2 && !strcmp(argv[1], fault.name)) return fault.run(), 0;
+        if (argc == 2 && !strcmp(argv[1], fault.name)) return fault.run(), cudaDeviceSynchronize(), 0;
 #endif
     fprintf(stderr, "check: one of");
     for (const named_check &check : checks) fprintf(stderr, " %s", check.name);

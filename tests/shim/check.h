@@ -37,15 +37,17 @@ static inline cudaStream_t the_stream() {
     return stream;
 }
 
-template <class T> struct device_array { /* zeros, or what stands in from */
+template <class T> struct device_array { /* zeros, or what stands in from; there when it is made: streams don't wait for cudaMemset */
     T *p;
     size_t n;
     explicit device_array(size_t count) : n(count) {
         call(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc");
         call(cudaMemset(p, 0, n * sizeof(T)), "cudaMemset");
+        call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     }
     explicit device_array(const std::vector<T> &from) : device_array(from.size()) {
         call(cudaMemcpy(p, from.data(), n * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+        call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     }
     device_array(const device_array &) = delete;
     device_array &operator=(const device_array &) = delete;
@@ -64,7 +66,6 @@ static inline void start(const char *name, void (*kernel)(P...), dim3 grid, dim3
 #ifdef KVS_SHIM
     kvs_shim_launch(name, grid, block, shared, the_stream(), [=]() { kernel(P(args)...); });
 #else
-    call(cudaDeviceSynchronize(), name); /* what was zeroed and copied is there */
     kernel<<<grid, block, shared, the_stream()>>>(P(args)...);
     call(cudaGetLastError(), name);
 #endif

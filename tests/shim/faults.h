@@ -3,37 +3,37 @@
 
 /* ---- threads that wait for ever ---- */
 
-__global__ void left_kernel(int32_t n) {
+static __global__ void left_kernel(int32_t n) {
     if ((int32_t)threadIdx.x >= n) return;
     __syncthreads();
 }
-__global__ void branches_kernel(void) {
+static __global__ void branches_kernel(void) {
     if (threadIdx.x < 32)
         __syncthreads();
     else
         __syncthreads();
 }
-__global__ void no_lane_kernel(void) {
+static __global__ void no_lane_kernel(void) {
     if (threadIdx.x != 7) __shfl_xor_sync(KVS_ALL_LANES, 1, 1);
 }
-__global__ void short_warp_kernel(void) { kvs_warp_sum(1.0f); }
-__global__ void barrier_lane_kernel(void) {
+static __global__ void short_warp_kernel(void) { kvs_warp_sum(1.0f); }
+static __global__ void barrier_lane_kernel(void) {
     if (threadIdx.x == 3) __syncthreads();
     __syncwarp();
     if (threadIdx.x != 3) __syncthreads();
 }
-__global__ void two_kinds_kernel(void) {
+static __global__ void two_kinds_kernel(void) {
     if (threadIdx.x < 16)
         __shfl_xor_sync(KVS_ALL_LANES, 1.0f, 1);
     else
         __syncwarp();
 }
-__global__ void two_masks_kernel(void) { __ballot_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u, 1); }
-__global__ void own_lane_kernel(void) { __syncwarp(0xfffffffeu); }
-__global__ void stranger_kernel(void) {
+static __global__ void two_masks_kernel(void) { __ballot_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u, 1); }
+static __global__ void own_lane_kernel(void) { __syncwarp(0xfffffffeu); }
+static __global__ void stranger_kernel(void) {
     if (threadIdx.x < 4) __shfl_sync(0xfu, 1, 4);
 }
-__global__ void two_products_kernel(void) {
+static __global__ void two_products_kernel(void) {
     uint32_t a[4] = {}, b[2] = {};
     float c[4] = {};
     if (threadIdx.x % 2)
@@ -44,22 +44,22 @@ __global__ void two_products_kernel(void) {
 
 /* ---- memory ---- */
 
-__global__ void load_kernel(const uint8_t *x, uint32_t *out) { *out = kvs_load4(x + 2) + kvs_load16(x).x; }
-__global__ void copy_kernel(const uint8_t *x) {
+static __global__ void load_kernel(const uint8_t *x, uint32_t *out) { *out = kvs_load4(x + 2) + kvs_load16(x).x; }
+static __global__ void copy_kernel(const uint8_t *x) {
     __shared__ __align__(16) uint8_t to[32];
     kvs_async16(to, x + 8);
 }
-__global__ void matrix_kernel(uint32_t *out) {
+static __global__ void matrix_kernel(uint32_t *out) {
     __shared__ __align__(16) uint16_t x[32 * 12];
     uint32_t r[4];
     kvs_ldmatrix_x4(r, x + threadIdx.x * 12); /* 24 bytes apart */
     *out = r[0];
 }
-__global__ void behind_kernel(void) {
+static __global__ void behind_kernel(void) {
     KVS_DYNAMIC_SHARED(float, x);
     x[blockDim.x] = 0.0f;
 }
-__global__ void store_kernel(float *x, int64_t at) { x[at] = 1.0f; }
+static __global__ void store_kernel(float *x, int64_t at) { x[at] = 1.0f; }
 static void write_at(int64_t at) {
     device_array<float> x(100);
     LAUNCH(store_kernel, 1, 1, 0, x.p, at);
@@ -68,7 +68,7 @@ static void write_at(int64_t at) {
 /* ---- what is seen as wrong numbers, and in some orders only ---- */
 
 /* These end with 0 where the sum is not what it would be with the barrier. */
-__global__ void race_kernel(float *out) {
+static __global__ void race_kernel(float *out) {
     __shared__ float x[256];
     uint32_t t = threadIdx.x;
     x[t] = -1.0f;
@@ -84,7 +84,7 @@ static void race() {
     for (uint32_t t = 0; t < 256; t++) wrong = wrong || got[t] != (float)((t + 32) % 256);
     expect(wrong, "nobody saw it");
 }
-__global__ void unwritten_kernel(float *out) {
+static __global__ void unwritten_kernel(float *out) {
     KVS_DYNAMIC_SHARED(float, x);
     if (blockIdx.x == 0) x[threadIdx.x] = 1.0f;
     __syncthreads();
@@ -95,7 +95,89 @@ static void unwritten() {
     LAUNCH(unwritten_kernel, 2, 32, 32 * sizeof(float), out.p);
     expect(out.get()[0] == 1.0f && std::isnan(out.get()[1]), "nobody saw it");
 }
+static __global__ void unwritten_array_kernel(float *out) {
+    __shared__ float x[32];
+    if (blockIdx.x == 0) x[threadIdx.x] = 1.0f;
+    __syncthreads();
+    out[blockIdx.x] = x[0];
+}
+static void unwritten_array() {
+    device_array<float> out(2);
+    LAUNCH(unwritten_array_kernel, 2, 32, 0, out.p);
+    expect(out.get()[0] == 1.0f && std::isnan(out.get()[1]), "nobody saw it");
+}
 static void early_wait() { expect(!pipeline(pipeline_kernel<STAGES>), "nobody saw it"); }
+
+/* What is put into a stream waits until somebody waits for it. */
+struct pinned_number {
+    float *p;
+    explicit pinned_number(float x) {
+        call(cudaMallocHost(&p, sizeof *p), "cudaMallocHost");
+        *p = x;
+    }
+    ~pinned_number() { call(cudaFreeHost(p), "cudaFreeHost"); }
+};
+static void copy_number(void *to, const void *from, cudaMemcpyKind kind) {
+    call(cudaMemcpyAsync(to, from, sizeof(float), kind, the_stream()), "cudaMemcpyAsync");
+}
+static void written_too_soon() { /* into what is still to be copied */
+    device_array<float> x(1);
+    pinned_number from(1.0f);
+    float pageable = 2.0f;
+    copy_number(x.p, from.p, cudaMemcpyHostToDevice);
+    *from.p = 3.0f;
+    expect(x.get()[0] == 3.0f, "nobody saw it");
+    copy_number(x.p, &pageable, cudaMemcpyHostToDevice);
+    pageable = 4.0f;
+    expect(x.get()[0] == 2.0f, "pageable memory is read by the call");
+}
+static void read_too_soon() { /* what nobody waited for */
+    device_array<float> x(std::vector<float>{1.0f});
+    pinned_number to(0.0f);
+    float pageable = 0.0f;
+    copy_number(to.p, x.p, cudaMemcpyDeviceToHost);
+    expect(*to.p == 0.0f, "nobody saw it");
+    copy_number(&pageable, x.p, cudaMemcpyDeviceToHost);
+    expect(pageable == 1.0f && *to.p == 1.0f, "pageable memory is written when the call returns, after what came before");
+}
+static void freed_too_soon() {
+    device_array<float> x(1);
+    {
+        pinned_number from(1.0f);
+        copy_number(x.p, from.p, cudaMemcpyHostToDevice);
+    }
+    expect(x.get()[0] != 1.0f, "nobody saw it");
+}
+static void not_waited_for() { /* the default stream's, by another one */
+    device_array<float> x(1);
+    pinned_number to(0.0f);
+    std::vector<float> one{1.0f};
+    call(cudaMemcpy(x.p, one.data(), sizeof(float), cudaMemcpyHostToDevice), "cudaMemcpy");
+    copy_number(to.p, x.p, cudaMemcpyDeviceToHost);
+    call(cudaStreamSynchronize(the_stream()), "cudaStreamSynchronize");
+    expect(*to.p == 0.0f, "nobody saw it");
+}
+static void events_wait() { /* for what came before them, and no more */
+    device_array<float> x(std::vector<float>{1.0f});
+    pinned_number first(0.0f), second(0.0f);
+    cudaEvent_t event, later;
+    float ms;
+    call(cudaEventCreateWithFlags(&event, cudaEventDefault), "cudaEventCreateWithFlags");
+    call(cudaEventCreateWithFlags(&later, cudaEventDefault), "cudaEventCreateWithFlags");
+    copy_number(first.p, x.p, cudaMemcpyDeviceToHost);
+    call(cudaEventRecord(event, the_stream()), "cudaEventRecord");
+    copy_number(second.p, x.p, cudaMemcpyDeviceToHost);
+    call(cudaEventRecord(later, the_stream()), "cudaEventRecord");
+    expect(*first.p == 0.0f, "done too soon");
+    call(cudaEventSynchronize(event), "cudaEventSynchronize");
+    expect(*first.p == 1.0f && *second.p == 0.0f, "%g %g", *first.p, *second.p);
+    expect(cudaEventElapsedTime(&ms, event, later) == cudaErrorNotReady, "an event that has not come");
+    call(cudaStreamSynchronize(the_stream()), "cudaStreamSynchronize");
+    call(cudaEventElapsedTime(&ms, event, later), "cudaEventElapsedTime");
+    expect(*second.p == 1.0f && ms >= 0.0f, "%g, %g ms", *second.p, ms);
+    call(cudaEventDestroy(event), "cudaEventDestroy");
+    call(cudaEventDestroy(later), "cudaEventDestroy");
+}
 
 /* ---- the runtime ---- */
 
@@ -197,6 +279,12 @@ static const named_check faults[] = {
     {"much_shared", [] { LAUNCH(store_kernel, 1, 32, 100 * 1024, nullptr, 0); }},
     {"race", race},
     {"unwritten", unwritten},
+    {"unwritten_array", unwritten_array},
+    {"written_too_soon", written_too_soon},
+    {"read_too_soon", read_too_soon},
+    {"freed_too_soon", freed_too_soon},
+    {"not_waited_for", not_waited_for},
+    {"events_wait", events_wait},
     {"early_wait", early_wait},
     {"errors", errors},
     {"second_fails", second_fails},

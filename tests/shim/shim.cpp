@@ -4,8 +4,6 @@
  * returns leaves its stack to the next one that has not begun: threads without primitives cost a call each. */
 #include "shim.h"
 
-#include "shim_fiber.h"
-
 #include <cstdarg>
 #include <mutex>
 #include <unistd.h>
@@ -399,9 +397,14 @@ static void prepare_threads(dim3 dim) {
             }
 }
 
+/* All static __shared__ arrays; none are there if no kernel has one, or under AddressSanitizer. The linker knows these names. */
+extern uint8_t __start_kvs_shared[] __attribute__((weak, visibility("hidden")));
+extern uint8_t __stop_kvs_shared[] __attribute__((weak, visibility("hidden")));
+
 static void run_block(size_t shared) {
     uint8_t *zone = m->block.shared + shared;
     memset(m->block.shared, POISON, shared);
+    if (__start_kvs_shared) memset(__start_kvs_shared, POISON, (size_t)(__stop_kvs_shared - __start_kvs_shared));
     memset(zone, ZONE_BYTE, ZONE);
     for (int32_t i = 0; i < m->n_threads; i++) {
         m->threads[i].copies.clear();

@@ -4,8 +4,8 @@
  * barrier or a warp primitive, then the next one does. KVS_SHIM_ORDER=reverse or random[:seed] (default forward) is the order of blocks,
  * warps, and lanes between two primitives. What a GPU would not forgive ends the process with the kernel's name on stderr: threads that
  * wait for others that will never come, lanes of one mask at different primitives, addresses that are not aligned, launches beyond the
- * limits. Dynamic shared memory is full of NaN when a block begins; static __shared__ arrays are not (they hold what the block before
- * left), so reads of what was never written are not seen there. Races between blocks are not seen, either.
+ * limits. Shared memory is full of NaN when a block begins (under AddressSanitizer static __shared__ arrays hold what the block before left).
+ * Races between blocks are not seen.
  *
  * With AddressSanitizer fibers are announced, and overruns of device memory are seen; ThreadSanitizer does not know of them. */
 #ifndef KVS_SHIM_H
@@ -22,17 +22,22 @@
 extern "C" {
 #include "../../native/quant.h"
 }
+#include "shim_fiber.h" /* KVS_SHIM_ASAN */
 
 #ifdef __GNUC__
 #pragma GCC diagnostic ignored "-Wunknown-pragmas" /* #pragma unroll */
 #endif
 
 #define __global__
+#ifdef KVS_SHIM_ASAN
+#define __shared__ static /* with a zone around each, which arrays in sections don't have */
+#else
+#define __shared__ static __attribute__((section("kvs_shared"))) /* in static functions alone: those of others can't share a section */
+#endif
 #define __device__
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __shared__      static
 #define __align__(n)    __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define KVS_DEVICE __attribute__((always_inline)) inline /* not static: a template's specialization may not be */

@@ -1,9 +1,6 @@
-/* shim_runtime.cpp - see shim_runtime.h. */
-#include "shim.h"
-#include "shim_fiber.h" /* KVS_SHIM_ASAN */
+/* shim_runtime.cpp - see shim_runtime.h: errors, devices, memory, copies. Streams and graphs are in shim_stream.cpp. */
+#include "shim_inside.h"
 
-#include <atomic>
-#include <chrono>
 #include <map>
 #include <mutex>
 #include <string>
@@ -14,42 +11,26 @@
 
 #undef free /* builds with KVS_INJECT count blocks of kvs_calloc alone */
 
-typedef std::vector<std::function<void()>> work_list;
-struct kvs_shim_graph {
-    work_list work;
-};
-struct kvs_shim_exec {
-    work_list work;
-};
-struct kvs_shim_stream {
-    kvs_shim_graph *capture; /* what is being captured, or NULL */
-    bool spoilt;             /* by a call that may not be captured */
-};
-struct kvs_shim_event {
-    std::chrono::steady_clock::time_point time;
-};
-
 static std::mutex lock; /* of all that is static here */
 static thread_local cudaError_t last;
 static thread_local int device;
-static thread_local kvs_shim_stream *capturing; /* by this host thread, in a mode that forbids what is not safe */
+static std::atomic<bool> broken; /* by an error that stays */
 
 /* ---- counting ---- */
 
-enum count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
-static std::atomic<long long> counts[COUNTS];
+std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 long long kvs_shim_counted(const char *what) {
     static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures",
                                               "asked", "blocks",  "pinned",    "objects"};
     for (int i = 0; i < COUNTS; i++)
-        if (!strcmp(what, names[i])) return counts[i];
+        if (!strcmp(what, names[i])) return kvs_shim_so_far[i];
     return -1;
 }
 
 static void count_copy(cudaMemcpyKind kind) {
-    if (kind == cudaMemcpyDeviceToHost) counts[TO_HOST]++;
-    if (kind == cudaMemcpyHostToDevice) counts[TO_DEVICE]++;
+    if (kind == cudaMemcpyDeviceToHost) kvs_shim_so_far[TO_HOST]++;
+    if (kind == cudaMemcpyHostToDevice) kvs_shim_so_far[TO_DEVICE]++;
 }
 
 /* ---- errors, and failures that tests ask for ---- */
@@ -84,7 +65,7 @@ const char *cudaGetErrorString(cudaError_t error) {
     return "unrecognized error code";
 }
 
-static cudaError_t fail(cudaError_t error) {
+cudaError_t kvs_shim_fail(cudaError_t error) {
     if (error) last = error;
     return error;
 }
@@ -115,33 +96,24 @@ static failure parse_failure(const std::string &text) {
 }
 
 /* What KVS_SHIM_FAIL says of this call. */
-static cudaError_t asked_failure(const char *name) {
+cudaError_t kvs_shim_asked(const char *name) {
     static std::string said;
     static failure asked;
-    static bool broken;
     const char *text = getenv("KVS_SHIM_FAIL");
     std::lock_guard<std::mutex> hold(lock);
     if (said != (text ? text : "")) {
         said = text ? text : "";
         asked = parse_failure(said);
-        counts[ASKED] = 0;
+        kvs_shim_so_far[ASKED] = 0;
         broken = false;
     }
     if (broken) return cudaErrorIllegalAddress;
-    if (said.empty() || asked.name != name || ++counts[ASKED] != asked.n) return cudaSuccess;
+    if (said.empty() || asked.name != name || ++kvs_shim_so_far[ASKED] != asked.n) return cudaSuccess;
     broken = asked.error == cudaErrorIllegalAddress;
     return asked.error;
 }
 
-/* Every call that can fail begins with it. safe: it may be called while this thread captures. */
-static cudaError_t enter(const char *name, bool safe) {
-    if (cudaError_t error = asked_failure(name)) return fail(error);
-    if (safe || !capturing) return cudaSuccess;
-    capturing->spoilt = true;
-    return fail(cudaErrorStreamCaptureUnsupported);
-}
-#define ENTER(safe)                                                                                                                        \
-    if (cudaError_t error = enter(__func__, safe)) return error
+bool kvs_shim_broken(void) { return broken; }
 
 /* ---- devices ---- */
 
@@ -168,11 +140,11 @@ cudaError_t cudaGetDeviceCount(int *n) {
     *n = 0;
     ENTER(true);
     *n = n_devices();
-    return *n ? cudaSuccess : fail(cudaErrorNoDevice);
+    return *n ? cudaSuccess : kvs_shim_fail(cudaErrorNoDevice);
 }
 cudaError_t cudaSetDevice(int which) {
     ENTER(true);
-    if (which < 0 || which >= n_devices()) return fail(cudaErrorInvalidDevice);
+    if (which < 0 || which >= n_devices()) return kvs_shim_fail(cudaErrorInvalidDevice);
     device = which;
     return cudaSuccess;
 }
@@ -183,7 +155,7 @@ cudaError_t cudaGetDevice(int *which) {
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int which) {
     ENTER(true);
-    if (which < 0 || which >= n_devices()) return fail(cudaErrorInvalidDevice);
+    if (which < 0 || which >= n_devices()) return kvs_shim_fail(cudaErrorInvalidDevice);
     const int sm = capability();
     *p = {"shim on the CPU", device_memory(), 48 * 1024, kvs_shim_max_shared(), sm / 10, sm % 10, 4, 32, 1024, 0, 1 << 20};
     return cudaSuccess;
@@ -203,13 +175,14 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int whi
     case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 164 * 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
-    default: return fail(cudaErrorInvalidValue);
+    default: return kvs_shim_fail(cudaErrorInvalidValue);
     }
     return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize(void) {
     ENTER(false);
-    counts[WAITS]++;
+    kvs_shim_so_far[WAITS]++;
+    kvs_shim_finish_all();
     return cudaSuccess;
 }
 
@@ -233,18 +206,15 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     return cudaSuccess;
 }
 
-/* Broken devices give back what they have, too, if with an error: the process goes on with a device that is well again. */
-static bool gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
-
 cudaError_t cudaMalloc(void **p, size_t bytes) {
     *p = nullptr;
     ENTER(false);
     if (!bytes) return cudaSuccess;
-    if (bytes > device_memory()) return fail(cudaErrorMemoryAllocation);
+    if (bytes > device_memory()) return kvs_shim_fail(cudaErrorMemoryAllocation);
     std::lock_guard<std::mutex> hold(lock);
-    if (allocated + whole(bytes) > device_memory()) return fail(cudaErrorMemoryAllocation);
+    if (allocated + whole(bytes) > device_memory()) return kvs_shim_fail(cudaErrorMemoryAllocation);
     uint8_t *block = (uint8_t *)aligned_alloc(ZONE, whole(bytes) + 2 * ZONE);
-    if (!block) return fail(cudaErrorMemoryAllocation);
+    if (!block) return kvs_shim_fail(cudaErrorMemoryAllocation);
     memset(block, ZONE_BYTE, ZONE);
     memset(block + ZONE, 0xff, bytes);
     memset(block + ZONE + bytes, ZONE_BYTE, whole(bytes) - bytes + ZONE);
@@ -253,15 +223,16 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     __asan_poison_memory_region(block + ZONE + bytes, whole(bytes) - bytes + ZONE);
 #endif
     allocated += whole(bytes);
-    counts[BLOCKS]++;
+    kvs_shim_so_far[BLOCKS]++;
     blocks[block + ZONE] = bytes;
     *p = block + ZONE;
     return cudaSuccess;
 }
 
 cudaError_t cudaFree(void *p) {
-    cudaError_t error = enter(__func__, false);
-    if (!p || !gives_back(error)) return error;
+    cudaError_t error = kvs_shim_enter(__func__, false);
+    if (!p || !kvs_shim_gives_back(error)) return error;
+    kvs_shim_finish_all();
     std::lock_guard<std::mutex> hold(lock);
     auto found = blocks.find((const uint8_t *)p);
     if (found == blocks.end()) kvs_shim_fatal("cudaFree of %p, which is not there", p);
@@ -277,34 +248,41 @@ cudaError_t cudaFree(void *p) {
                            kvs_shim_last());
     }
     allocated -= whole(bytes);
-    counts[BLOCKS]--;
+    kvs_shim_so_far[BLOCKS]--;
     blocks.erase(found);
     free(block);
     return error;
 }
 
+static std::map<const uint8_t *, size_t> pinned; /* address, bytes */
+
 cudaError_t cudaMallocHost(void **p, size_t bytes) {
     *p = nullptr;
     ENTER(false);
     *p = malloc(KVS_MAX(bytes, (size_t)1));
-    if (!*p) return fail(cudaErrorMemoryAllocation);
-    counts[PINNED]++;
+    if (!*p) return kvs_shim_fail(cudaErrorMemoryAllocation);
+    std::lock_guard<std::mutex> hold(lock);
+    pinned[(const uint8_t *)*p] = bytes;
+    kvs_shim_so_far[PINNED]++;
     return cudaSuccess;
 }
+/* Waits for nothing: what is still to be copied from there is NaN, and an error under AddressSanitizer. */
 cudaError_t cudaFreeHost(void *p) {
-    cudaError_t error = enter(__func__, false);
-    if (!p || !gives_back(error)) return error;
-    counts[PINNED]--;
+    cudaError_t error = kvs_shim_enter(__func__, false);
+    if (!p || !kvs_shim_gives_back(error)) return error;
+    std::lock_guard<std::mutex> hold(lock);
+    auto found = pinned.find((const uint8_t *)p);
+    if (found == pinned.end()) kvs_shim_fatal("cudaFreeHost of %p, which is not there", p);
+    memset(p, 0xff, found->second);
+    pinned.erase(found);
+    kvs_shim_so_far[PINNED]--;
     free(p);
     return error;
 }
-cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned) {
-    ENTER(true);
-    return p && bytes ? cudaSuccess : fail(cudaErrorInvalidValue);
-}
-cudaError_t cudaHostUnregister(void *p) {
-    ENTER(true);
-    return p ? cudaSuccess : fail(cudaErrorInvalidValue);
+static bool is_pinned(const void *p) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto next = pinned.upper_bound((const uint8_t *)p);
+    return next != pinned.begin() && (--next, (const uint8_t *)p < next->first + next->second);
 }
 
 /* ---- copies ---- */
@@ -328,168 +306,68 @@ static bool may_copy(void *to, size_t to_bytes, const void *from, size_t from_by
                                          right == (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice ? DEVICE : HOST));
 }
 
+/* height lines of width bytes, one after the other in a stream */
+struct lines {
+    uint8_t *to;
+    const uint8_t *from;
+    size_t to_pitch, from_pitch, width, height;
+    size_t to_bytes() const { return (height - 1) * to_pitch + width; }
+    size_t from_bytes() const { return (height - 1) * from_pitch + width; }
+};
+
+static void copy_lines(const lines &l, cudaMemcpyKind kind) {
+    count_copy(kind);
+    for (size_t i = 0; i < l.height; i++) memmove(l.to + i * l.to_pitch, l.from + i * l.from_pitch, l.width);
+}
+
+/* As the driver does it: what lies in pageable memory has been read when the call returns, or written; pinned memory is for when its turn comes. */
+static cudaError_t copy_later(lines l, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (!l.width || !l.height) return cudaSuccess;
+    if (l.to_pitch < l.width || l.from_pitch < l.width || !may_copy(l.to, l.to_bytes(), l.from, l.from_bytes(), kind))
+        return kvs_shim_fail(cudaErrorInvalidValue);
+    const bool capturing = stream && stream->capture;
+    if (kind == cudaMemcpyHostToDevice && !is_pinned(l.from) && !capturing) {
+        std::vector<uint8_t> read(l.from, l.from + l.from_bytes());
+        kvs_shim_do(stream, [=]() {
+            lines there = l;
+            there.from = read.data();
+            copy_lines(there, kind);
+        });
+    } else {
+        kvs_shim_do(stream, [=]() { copy_lines(l, kind); });
+        if (kind == cudaMemcpyDeviceToHost && !is_pinned(l.to) && !capturing) kvs_shim_finish(stream);
+    }
+    return cudaSuccess;
+}
+
+/* Only what comes from the device has arrived for sure, and other streams than the default one are not waited for. */
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     ENTER(false);
-    if (!bytes) return cudaSuccess;
-    if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
-    counts[WAITS]++;
-    count_copy(kind);
-    memmove(to, from, bytes);
-    return cudaSuccess;
+    kvs_shim_so_far[WAITS]++;
+    kvs_shim_finish(nullptr);
+    cudaError_t error = copy_later({(uint8_t *)to, (const uint8_t *)from, bytes, bytes, bytes, 1}, kind, nullptr);
+    if (kind == cudaMemcpyDeviceToHost) kvs_shim_finish(nullptr);
+    return error;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     ENTER(stream && stream->capture);
-    if (!bytes) return cudaSuccess;
-    if (!may_copy(to, bytes, from, bytes, kind)) return fail(cudaErrorInvalidValue);
-    kvs_shim_do(stream, [=]() {
-        count_copy(kind);
-        memmove(to, from, bytes);
-    });
-    return cudaSuccess;
+    return copy_later({(uint8_t *)to, (const uint8_t *)from, bytes, bytes, bytes, 1}, kind, stream);
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                               cudaMemcpyKind kind, cudaStream_t stream) {
     ENTER(stream && stream->capture);
-    if (!width || !height) return cudaSuccess;
-    size_t to_bytes = (height - 1) * to_pitch + width, from_bytes = (height - 1) * from_pitch + width;
-    if (to_pitch < width || from_pitch < width || !may_copy(to, to_bytes, from, from_bytes, kind)) return fail(cudaErrorInvalidValue);
-    kvs_shim_do(stream, [=]() {
-        count_copy(kind);
-        for (size_t i = 0; i < height; i++) memmove((uint8_t *)to + i * to_pitch, (const uint8_t *)from + i * from_pitch, width);
-    });
+    return copy_later({(uint8_t *)to, (const uint8_t *)from, to_pitch, from_pitch, width, height}, kind, stream);
+}
+static cudaError_t set_later(void *to, int value, size_t bytes, cudaStream_t stream) {
+    if (bytes && where_is(to, bytes) != DEVICE) return kvs_shim_fail(cudaErrorInvalidValue);
+    kvs_shim_do(stream, [=]() { memset(to, value, bytes); });
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     ENTER(false);
-    if (bytes && where_is(to, bytes) != DEVICE) return fail(cudaErrorInvalidValue);
-    memset(to, value, bytes);
-    return cudaSuccess;
+    return set_later(to, value, bytes, nullptr);
 }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     ENTER(stream && stream->capture);
-    if (bytes && where_is(to, bytes) != DEVICE) return fail(cudaErrorInvalidValue);
-    kvs_shim_do(stream, [=]() { memset(to, value, bytes); });
-    return cudaSuccess;
+    return set_later(to, value, bytes, stream);
 }
-
-/* ---- streams and events ---- */
-
-template <class T> static T *made(T *object) {
-    counts[OBJECTS]++;
-    return object;
-}
-template <class T> static cudaError_t destroy(T *object, cudaError_t error) {
-    if (!object || !gives_back(error)) return error;
-    counts[OBJECTS]--;
-    delete object;
-    return error;
-}
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
-    *stream = nullptr;
-    ENTER(true);
-    *stream = made(new kvs_shim_stream());
-    return cudaSuccess;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    cudaError_t error = enter(__func__, true);
-    if (!stream) return fail(cudaErrorInvalidResourceHandle);
-    if (!gives_back(error)) return error;
-    if (capturing == stream) capturing = nullptr;
-    delete stream->capture;
-    return destroy(stream, error);
-}
-static cudaError_t look_at(cudaStream_t stream) { /* which no stream allows that is being captured */
-    if (!stream || !stream->capture) return cudaSuccess;
-    stream->spoilt = true;
-    return fail(cudaErrorStreamCaptureUnsupported);
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    ENTER(stream != nullptr);
-    counts[WAITS]++;
-    return look_at(stream);
-}
-cudaError_t cudaStreamQuery(cudaStream_t stream) {
-    ENTER(stream != nullptr);
-    return look_at(stream);
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
-    ENTER(true);
-    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    *event = nullptr;
-    ENTER(true);
-    *event = made(new kvs_shim_event());
-    return cudaSuccess;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event, enter(__func__, true)); }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    ENTER(true);
-    if (!event) return fail(cudaErrorInvalidResourceHandle);
-    if (!stream || !stream->capture) event->time = std::chrono::steady_clock::now();
-    return cudaSuccess;
-}
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-    ENTER(false);
-    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    ENTER(false);
-    counts[WAITS]++;
-    return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
-}
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    ENTER(true);
-    if (!from || !to) return fail(cudaErrorInvalidResourceHandle);
-    *milliseconds = std::chrono::duration<float, std::milli>(to->time - from->time).count();
-    return cudaSuccess;
-}
-
-/* ---- graphs: lists of what was to be done ---- */
-
-void kvs_shim_do(cudaStream_t stream, std::function<void()> work) {
-    if (stream && stream->capture)
-        stream->capture->work.push_back(std::move(work));
-    else
-        work();
-}
-
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
-    ENTER(true);
-    if (!stream || stream->capture || capturing) return fail(cudaErrorStreamCaptureUnsupported);
-    stream->capture = new kvs_shim_graph();
-    stream->spoilt = false;
-    counts[CAPTURES]++;
-    if (mode != cudaStreamCaptureModeRelaxed) capturing = stream;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
-    *graph = nullptr;
-    cudaError_t asked = asked_failure(__func__);
-    if (!stream || !stream->capture) return fail(cudaErrorInvalidValue);
-    kvs_shim_graph *captured = stream->capture;
-    stream->capture = nullptr;
-    if (capturing == stream) capturing = nullptr;
-    if (!asked && !stream->spoilt)
-        *graph = made(captured);
-    else
-        delete captured;
-    return fail(asked ? asked : stream->spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
-}
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
-    *exec = nullptr;
-    ENTER(true);
-    if (!graph) return fail(cudaErrorInvalidValue);
-    *exec = made(new kvs_shim_exec{graph->work});
-    return cudaSuccess;
-}
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-    ENTER(true);
-    if (!exec || (stream && stream->capture)) return fail(cudaErrorInvalidValue);
-    counts[GRAPHS]++;
-    for (const auto &work : exec->work) work();
-    return cudaSuccess;
-}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return destroy(exec, enter(__func__, true)); }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return destroy(graph, enter(__func__, true)); }

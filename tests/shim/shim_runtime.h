@@ -1,5 +1,8 @@
-/* shim_runtime.h - the part of CUDA's runtime API that the backend uses, over plain memory, for tests: shim_runtime.cpp. Everything is done when a
- * call returns, except between cudaStreamBeginCapture and cudaStreamEndCapture.
+/* shim_runtime.h - the part of CUDA's runtime API that the backend uses, over plain memory, for tests: shim_runtime.cpp, shim_stream.cpp.
+ *
+ * What is put into a stream waits there until somebody waits for it, or gives memory of the device back: as late as on a GPU that is busy. So who
+ * writes to pinned memory that is still to be copied, or reads a result that nobody waited for, gets wrong numbers. KVS_SHIM_STREAMS=early does
+ * everything at once: as on a GPU that is idle. Streams don't wait for the default stream, nor it for them (cudaStreamNonBlocking).
  *
  * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
  * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
@@ -44,7 +47,6 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
-enum { cudaHostRegisterDefault = 0, cudaHostRegisterReadOnly = 8, cudaHostAllocDefault = 0 };
 
 typedef struct kvs_shim_stream *cudaStream_t;
 typedef struct kvs_shim_event *cudaEvent_t;
@@ -76,8 +78,6 @@ template <class T> inline cudaError_t cudaMalloc(T **p, size_t bytes) { return c
 template <class T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMallocHost((void **)(void *)p, bytes); }
 cudaError_t cudaFree(void *p);
 cudaError_t cudaFreeHost(void *p);
-cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned flags);
-cudaError_t cudaHostUnregister(void *p);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
@@ -88,12 +88,9 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaStreamQuery(cudaStream_t stream);
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
-cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to);
 
@@ -111,6 +108,6 @@ size_t kvs_shim_max_shared(void); /* bytes of a block */
  * it names ("asked"). There now: "blocks" of devices, "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
  * which find it by its name in the library. */
 extern "C" __attribute__((visibility("default"))) long long kvs_shim_counted(const char *what);
-/* Now, or as a part of the graph that stream is captured for. */
+/* When stream's turn comes, or as a part of the graph that it is captured for. */
 void kvs_shim_do(cudaStream_t stream, std::function<void()> work);
 #endif

@@ -1,0 +1,31 @@
+/* shim_inside.h - what shim_runtime.cpp and shim_stream.cpp share. */
+#ifndef KVS_SHIM_INSIDE_H
+#define KVS_SHIM_INSIDE_H
+#include "shim.h"
+
+#include <atomic>
+
+struct kvs_shim_queue;
+struct kvs_shim_stream {
+    kvs_shim_queue *queue;
+    kvs_shim_graph *capture; /* what is being captured, or NULL */
+    bool spoilt;             /* by a call that may not be captured */
+};
+
+enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
+extern std::atomic<long long> kvs_shim_so_far[COUNTS];
+
+cudaError_t kvs_shim_fail(cudaError_t error); /* remembers it as the last one */
+cudaError_t kvs_shim_asked(const char *name); /* what KVS_SHIM_FAIL says of this call */
+cudaError_t kvs_shim_enter(const char *name,
+                           bool safe); /* every call that can fail begins with it. safe: it may be called while this thread captures */
+#define ENTER(safe)                                                                                                                        \
+    if (cudaError_t error = kvs_shim_enter(__func__, safe)) return error
+
+bool kvs_shim_broken(void); /* by an error that stays: nothing runs any more */
+/* Broken devices give back what they have, too, if with an error: the process goes on with a device that is well again. */
+static inline bool kvs_shim_gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
+
+void kvs_shim_finish(cudaStream_t stream); /* what waits in it is done; NULL: the default stream */
+void kvs_shim_finish_all(void);
+#endif
