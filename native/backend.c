@@ -1,6 +1,8 @@
 #include "backend.h"
 
 #include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
 
 void kvs_device_fail(kvs_backend *be, const char *format, ...) {
     int32_t expected = 0;
@@ -29,4 +31,11 @@ int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *
              (double)needed / 1048576.0, what);
     if (err) err->needed = needed, err->available = left;
     return KVS_E_MEMORY;
+}
+
+int32_t kvs_cuda_index(const char *device) {
+    if (strncmp(device, "cuda", 4)) return -1;
+    if (!device[4]) return 0;
+    bool digits = device[4] == ':' && device[5] && strspn(device + 5, "0123456789") == strlen(device + 5);
+    return digits && strlen(device + 5) <= 2 ? (int32_t)atoi(device + 5) : -1;
 }

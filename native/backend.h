@@ -242,5 +242,6 @@ int kvs_device_check(const kvs_backend *be, kvs_error *err);
 void kvs_device_fail(kvs_backend *be, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* KVS_E_MEMORY, with what the device has left if that is known. */
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what);
+int32_t kvs_cuda_index(const char *device);                          /* of "cuda" or "cuda:N", N below 100; else -1 */
 int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err); /* cuda:index, or KVS_E_DEVICE with the reason */
 #endif

@@ -7,14 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* "cuda" or "cuda:N", N below 100: the number, else -1 */
-static int32_t cuda_index(const char *device) {
-    if (strncmp(device, "cuda", 4)) return -1;
-    if (!device[4]) return 0;
-    bool digits = device[4] == ':' && device[5] && strspn(device + 5, "0123456789") == strlen(device + 5);
-    return digits && strlen(device + 5) <= 2 ? (int32_t)atoi(device + 5) : -1;
-}
-
 static bool is_auto(const kvs_model_params *p) { return !p->device || !strcmp(p->device, "auto"); }
 
 /* In place of a GPU, and why. */
@@ -68,7 +60,7 @@ int kvs_device_open(const kvs_model_params *p, kvs_model *model, kvs_error *err)
         return kvs_fail(err, KVS_E_DEVICE, "gpu_layers: %d layers on a GPU were asked for, and the device \"cpu\"; leave one of them away",
                         p->gpu_layers);
     }
-    int32_t index = cuda_index(p->device);
+    int32_t index = kvs_cuda_index(p->device);
     if (index < 0) return kvs_fail(err, KVS_E_ARGUMENT, "device: \"%s\" is none of auto, cpu, cuda, cuda:N", p->device);
     kvs_error why = {.struct_size = sizeof why};
     int status = open_cuda(p, index, model, &why);

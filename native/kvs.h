@@ -363,21 +363,24 @@ void kvs_test_cancel_after(int64_t n);
 int64_t kvs_test_looks(void);  /* at flags, since then */
 int64_t kvs_test_blocks(void); /* of memory that are there now */
 
-/* ---- what this machine can do at best, to hold speeds against: cpu/measure.c ---- */
+/* ---- what this machine can do at best, to hold speeds against: measure.h ---- */
 enum kvs_roof {
-    KVS_ROOF_READ = 0,  /* bytes read from memory, in pages of the ordinary size */
+    KVS_ROOF_READ = 0,  /* bytes read from memory, in pages of the ordinary size where there are several */
     KVS_ROOF_READ_HUGE, /* in huge pages, where the kernel has them */
     KVS_ROOF_F32,       /* operations; a multiply-add is two */
-    KVS_ROOF_INT8,
-    KVS_ROOF_BF16, /* AVX512-BF16 */
+    KVS_ROOF_INT8,      /* of a GPU: four products at a time, dp4a */
+    KVS_ROOF_BF16,      /* AVX512-BF16 */
     KVS_ROOF_AMX_INT8,
     KVS_ROOF_AMX_BF16,
+    KVS_ROOF_COPY,    /* of a GPU: bytes read and bytes written, as many of both */
+    KVS_ROOF_F16_MMA, /* of a GPU: its tensor cores by mma.sync, halves summed in float32 */
     KVS_ROOF_KINDS
 };
 typedef struct kvs_roofs kvs_roofs;
-/* Loops of the kernels that KVS_CPU chooses, on a pool of threads (0: as many as are allowed). bytes: of the buffer that is read, from
- * 1 to 2^40: several times the cache. It is there from the first measurement of its kind until the end. One thread at a time. */
-int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err);
+/* device "cpu": loops of the kernels that KVS_CPU chooses, on a pool of threads (0: as many as are allowed); "cuda", "cuda:N": of that GPU.
+ * bytes: of the buffer that is read, from 1 to 2^40: several times the cache; of a GPU's free memory an eighth at most. It is there from the
+ * first measurement of its kind until the end. One thread at a time. */
+int32_t kvs_roofs_open(const char *device, int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err);
 void kvs_roofs_free(kvs_roofs *roofs);
 /* Runs for so long, up to 10 seconds: bytes or operations per second, of all threads. KVS_E_DEVICE: this machine has no such unit. */
 int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);

@@ -1,5 +1,6 @@
 /* no_cuda.c - in place of cuda/ in a build without it. */
 #include "backend.h"
+#include "measure.h"
 
 int32_t kvs_cuda_info(char *text, int32_t size) {
     return snprintf(text, (size_t)size, "archs none; unavailable: this build has no CUDA backend");
@@ -9,4 +10,11 @@ int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
     (void)index;
     *out = NULL;
     return kvs_fail(err, KVS_E_DEVICE, "this build has no CUDA backend");
+}
+
+int kvs_cuda_roofs_open(int32_t index, int64_t bytes, kvs_roofs **out, kvs_error *err) {
+    (void)bytes;
+    kvs_backend *be;
+    *out = NULL;
+    return kvs_cuda_open(index, &be, err);
 }

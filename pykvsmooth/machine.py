@@ -12,10 +12,11 @@ from ._native import ffi, lib, string
 
 
 def facts() -> dict[str, Any]:
-    """cpu (name, features, kernels and why they), cores, cores_allowed, memory_bytes, available_bytes, cache_bytes (the last level),
-    kernel, huge_pages (the kernel's mode), load (processes that ran in the last minute, mean), KVS_CPU."""
+    """cpu (name, features, kernels and why they), cuda (as `info` has it), cores, cores_allowed, memory_bytes, available_bytes,
+    cache_bytes (the last level), kernel, huge_pages (the kernel's mode), load (processes that ran in the last minute, mean), KVS_CPU."""
     return {
         "cpu": cpu_text(),
+        "cuda": cuda_text(),
         "cores": os.cpu_count() or 1,
         "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

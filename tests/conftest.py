@@ -17,6 +17,8 @@ sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))  # the package that is installed is the one that is tested, if there is one; PYTHONPATH names another
 SEED = int(os.environ.get("KVS_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
 os.environ["KVS_SEED"] = str(SEED)  # for the workers of pytest -n
+if os.environ.get("KVS_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has its own run: make test-gpu
 SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny

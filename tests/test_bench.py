@@ -31,7 +31,7 @@ from pykvsmooth.cli import bench as command
 from pykvsmooth.gguf_in import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", "24", "--sessions", "1,2", "--threads", 1]
+QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", "24", "--sessions", "1,2", "--threads", 1, "--device", "cpu"]
 
 # llama-bench -p 0 -n 8 -d 64 -fa 0 -o json, build 0c1e570, without the keys that do not matter here
 RECORDED = """[

@@ -10,7 +10,7 @@ from devices import KERNEL_SETS
 import pykvsmooth as kvs
 from pykvsmooth import machine
 from pykvsmooth._native import ffi, lib
-from pykvsmooth.bench.roofs import KINDS, READS, Roofs
+from pykvsmooth.bench.roofs import CPU_MEMORY, KINDS, Roofs
 
 BUFFER = 4 << 20
 UNITS = {"base": set(), "avx2": set(), "avx512": {"bf16"}, "amx": {"bf16", "amx_int8", "amx_bf16"}}  # beyond those that every set has
@@ -25,7 +25,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_kind_gives_a_speed(isa, threads):
     with Roofs(threads, BUFFER) as roofs:
-        assert {*READS, "f32", "int8"} <= set(roofs.kinds) <= {*READS, "f32", "int8", *UNITS[isa]}
+        assert {*CPU_MEMORY, "f32", "int8"} <= set(roofs.kinds) <= {*CPU_MEMORY, "f32", "int8", *UNITS[isa]}
         for kind in roofs.kinds:
             assert 1e5 < max(roofs.measure(kind, 0.01) for _ in range(3)) < 1e15
 
@@ -63,7 +63,7 @@ def test_a_measurement_takes_as_long_as_it_was_told():
 def test_the_default_buffer_is_larger_than_the_cache():
     """Only opened: no page of it is touched."""
     with Roofs() as roofs:
-        assert roofs.kinds[:2] == READS
+        assert roofs.kinds[:2] == roofs.memory == CPU_MEMORY
 
 
 def test_refused_arguments():

@@ -1,4 +1,6 @@
 /* measure.c - the loops of roofs.h on a pool of threads, for a while. */
+#include "../measure.h"
+
 #include "cpu.h"
 #include "roofs.h"
 
@@ -10,15 +12,16 @@
 enum { HUGE_PAGE = 2 << 20, PIECE_BYTES = 1 << 20 };
 #define PIECE_SECONDS 20e-6
 
-struct kvs_roofs {
+typedef struct cpu_roofs {
+    kvs_roofs base;
     kvs_pool *pool;
     const kvs_isa *isa;
     int64_t span;      /* bytes that one thread reads */
     uint8_t *pages[2]; /* mapped when they are first read: by kvs_roof, ordinary and huge */
-};
+} cpu_roofs;
 
 typedef struct measurement {
-    const kvs_roofs *roofs;
+    const cpu_roofs *roofs;
     const kvs_roof_loop *loop;
     uint8_t *buffer;
     double until;
@@ -28,7 +31,7 @@ typedef struct measurement {
 
 /* ---- memory ---- */
 
-static int64_t mapped_bytes(const kvs_roofs *r) { return r->span * kvs_pool_threads(r->pool) + HUGE_PAGE; }
+static int64_t mapped_bytes(const cpu_roofs *r) { return r->span * kvs_pool_threads(r->pool) + HUGE_PAGE; }
 
 static uint8_t *first_whole(uint8_t *base) { return (uint8_t *)(((uintptr_t)base + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE); }
 
@@ -39,7 +42,7 @@ static void touch(void *arg, int64_t begin, int64_t end, int32_t thread) {
     memset(m->buffer + begin * m->roofs->span, 1, (size_t)((end - begin) * m->roofs->span));
 }
 
-static int map_pages(kvs_roofs *r, int32_t kind, kvs_error *err) {
+static int map_pages(cpu_roofs *r, int32_t kind, kvs_error *err) {
     if (r->pages[kind]) return KVS_OK;
     size_t bytes = (size_t)mapped_bytes(r);
     void *base = kvs_refused() ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -58,7 +61,7 @@ static int map_pages(kvs_roofs *r, int32_t kind, kvs_error *err) {
 
 static void read_span(void *arg, int64_t begin, int64_t end, int32_t thread) {
     measurement *m = arg;
-    const kvs_roofs *r = m->roofs;
+    const cpu_roofs *r = m->roofs;
     const uint8_t *span = m->buffer + begin * r->span;
     uint64_t all = 0;
     int64_t at = 0, done = 0;
@@ -91,11 +94,40 @@ static void run_rounds(void *arg, int64_t begin, int64_t end, int32_t thread) {
 
 /* ---- the handle ---- */
 
-int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err) {
-    *out = NULL;
-    if (threads < 0 || threads > 1024) return kvs_fail(err, KVS_E_ARGUMENT, "threads: must be in 0..1024, 0 for all that are allowed");
-    if (bytes < 1 || bytes > (int64_t)1 << 40) return kvs_fail(err, KVS_E_ARGUMENT, "bytes: must be in 1..2^40");
-    kvs_roofs *r = kvs_calloc(1, sizeof *r);
+static void close_roofs(kvs_roofs *roofs) {
+    cpu_roofs *r = (cpu_roofs *)roofs;
+    for (int i = 0; i < 2; i++)
+        if (r->pages[i]) munmap(r->pages[i], (size_t)mapped_bytes(r));
+    kvs_pool_free(r->pool);
+    free(r);
+}
+
+static int find_loop(const cpu_roofs *r, int32_t kind, const kvs_roof_loop **out, kvs_error *err) {
+    const kvs_roof_loop *loop = &r->isa->roofs->loops[kind];
+    if (!loop->operations) return kvs_fail(err, KVS_E_DEVICE, "the kernels %s of this build have no unit of this kind", r->isa->name);
+    if (loop->feature && !kvs_cpu_has(loop->feature))
+        return kvs_fail(err, KVS_E_DEVICE, "this CPU, or its operating system, does not offer %s", loop->feature);
+    *out = loop;
+    return KVS_OK;
+}
+
+static int measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err) {
+    cpu_roofs *r = (cpu_roofs *)roofs;
+    bool reads = kind == KVS_ROOF_READ || kind == KVS_ROOF_READ_HUGE;
+    measurement m = {.roofs = r};
+    int status = reads ? map_pages(r, kind, err) : find_loop(r, kind, &m.loop, err);
+    if (status) return status;
+    if (reads) m.buffer = first_whole(r->pages[kind]);
+    double begin = kvs_now();
+    m.until = begin + seconds;
+    kvs_pool_run(r->pool, reads ? read_span : run_rounds, &m, kvs_pool_threads(r->pool), 1, NULL);
+    *per_second = (double)m.done / (kvs_now() - begin);
+    return KVS_OK;
+}
+
+int kvs_cpu_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err) {
+    static const kvs_roofs_ops ops = {.free = close_roofs, .measure = measure};
+    cpu_roofs *r = kvs_calloc(1, sizeof *r);
     if (!r) return kvs_fail_memory(err, sizeof *r, "a measurement");
     int status = kvs_isa_choose(NULL, &r->isa, err);
     if (!status) status = kvs_pool_new(threads ? threads : kvs_pool_default_threads(), &r->pool, err);
@@ -105,39 +137,7 @@ int32_t kvs_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_erro
     }
     int64_t share = (bytes + kvs_pool_threads(r->pool) - 1) / kvs_pool_threads(r->pool);
     r->span = (share + PIECE_BYTES - 1) / PIECE_BYTES * PIECE_BYTES;
-    *out = r;
-    return KVS_OK;
-}
-
-void kvs_roofs_free(kvs_roofs *roofs) {
-    if (!roofs) return;
-    for (int i = 0; i < 2; i++)
-        if (roofs->pages[i]) munmap(roofs->pages[i], (size_t)mapped_bytes(roofs));
-    kvs_pool_free(roofs->pool);
-    free(roofs);
-}
-
-static int find_loop(const kvs_roofs *r, int32_t kind, const kvs_roof_loop **out, kvs_error *err) {
-    const kvs_roof_loop *loop = &r->isa->roofs->loops[kind];
-    if (!loop->operations) return kvs_fail(err, KVS_E_DEVICE, "the kernels %s of this build have no unit of this kind", r->isa->name);
-    if (loop->feature && !kvs_cpu_has(loop->feature))
-        return kvs_fail(err, KVS_E_DEVICE, "this CPU, or its operating system, does not offer %s", loop->feature);
-    *out = loop;
-    return KVS_OK;
-}
-
-int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err) {
-    *per_second = 0;
-    if (kind < 0 || kind >= KVS_ROOF_KINDS) return kvs_fail(err, KVS_E_ARGUMENT, "kind: there is no roof %d", (int)kind);
-    if (!(seconds > 0 && seconds <= 10)) return kvs_fail(err, KVS_E_ARGUMENT, "seconds: must be above 0 and at most 10");
-    bool reads = kind == KVS_ROOF_READ || kind == KVS_ROOF_READ_HUGE;
-    measurement m = {.roofs = roofs};
-    int status = reads ? map_pages(roofs, kind, err) : find_loop(roofs, kind, &m.loop, err);
-    if (status) return status;
-    if (reads) m.buffer = first_whole(roofs->pages[kind]);
-    double begin = kvs_now();
-    m.until = begin + seconds;
-    kvs_pool_run(roofs->pool, reads ? read_span : run_rounds, &m, kvs_pool_threads(roofs->pool), 1, NULL);
-    *per_second = (double)m.done / (kvs_now() - begin);
+    r->base.ops = &ops;
+    *out = &r->base;
     return KVS_OK;
 }

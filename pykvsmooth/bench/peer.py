@@ -19,6 +19,7 @@ from typing import Any
 from .child import ChildError, Ended, run_child
 
 HELP_SECONDS = 60.0
+ALL_LAYERS = 999
 _ENCODED = re.compile(r"(?:encoding|encoded|encode)[^\n]*?(?:done )?in\s+([0-9.]+)\s*ms")
 
 
@@ -36,10 +37,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """folder: with the programs of a build. timeout: seconds for each run of one."""
+    """folder: with the programs of a build. timeout: seconds for each run of one. gpu: the number of the one that it is to use, and
+    gpu_layers: how many of the model's it has, None for all; without gpu nothing is said."""
 
     folder: str
     timeout: float = 1800.0
+    gpu: int | None = None
+    gpu_layers: int | None = None
 
     def bench_settings(self) -> list[Setting]:
         """Of llama-bench. PeerError if it is missing or has no --help."""
@@ -47,14 +51,14 @@ class LlamaCpp:
         flash = ("on", "off") if re.search(r"-fa,[^\n]*<on\|off", text) else ("1", "0")
         return _settings(
             _both("flash attention", "-fa", flash) if "-fa," in text else [],
-            _both("repack", "--repack", ("1", "0")) if "--repack" in text else [],
+            _both("repack", "--repack", ("1", "0")) if "--repack" in text and self._on_cpu else [],
         )
 
     def cli_settings(self) -> list[Setting]:
         """Of llama-mtmd-cli."""
         text = self._help("llama-mtmd-cli")
         flash = re.search(r"--flash-attn[^\n]*\[on\|off", text)
-        repack = [Setting("repack on", ()), Setting("repack off", ("--no-repack",))] if "--no-repack" in text else []
+        repack = [Setting("repack on", ()), Setting("repack off", ("--no-repack",))] if "--no-repack" in text and self._on_cpu else []
         return _settings(_both("flash attention", "-fa", ("on", "off")) if flash else [], repack)
 
     def prefill(self, model: str, threads: int, rows: int, setting: Setting) -> float:
@@ -81,9 +85,20 @@ class LlamaCpp:
         flags = ["-m", model, "-t", threads, "-p", test["n_prompt"], "-n", test["n_gen"], "-d", test["n_depth"], "-r", 1, "-o", "json"]
         return read_bench(self._run("llama-bench", [*map(str, flags), *setting.flags]).out, test)
 
+    @property
+    def _on_cpu(self) -> bool:
+        """Some layers: only there weights can be repacked."""
+        return self.gpu is None or self.gpu_layers is not None
+
+    def place_flags(self) -> list[str]:
+        """What says which GPU, and how much of the model."""
+        if self.gpu is None:
+            return []
+        return ["-ngl", str(ALL_LAYERS if self.gpu_layers is None else self.gpu_layers), "-sm", "none", "-mg", str(self.gpu)]
+
     def _run(self, tool: str, flags: Iterable[str]) -> Ended:
         try:
-            return run_child([os.path.join(self.folder, tool), *flags], self.timeout)
+            return run_child([os.path.join(self.folder, tool), *flags, *self.place_flags()], self.timeout)
         except ChildError as error:
             raise PeerError(str(error)) from error
 

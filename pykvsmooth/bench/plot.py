@@ -13,7 +13,7 @@ from .record import against_one, held_against
 if TYPE_CHECKING:
     from .run import Bench
 
-Colours = dict[int, str]  # by number of threads
+Lines = dict[int, tuple[str, str]]  # colour and name, by number of threads
 COLOURS = ("#1f5fa8", "#d1611f", "#3b8f4a", "#8a4fa3")
 
 
@@ -23,9 +23,9 @@ def draw(bench: Bench, path: str) -> None:
     measured = [f for f in bench.figures if f.values]
     panels = [panel for panel in (_depths, _rows, _shares, _sessions) if any(f.what in _WHAT[panel] for f in measured)] or [_depths]
     figure = figure_class()(figsize=(4.7 * len(panels), 4.6), layout="constrained")
-    colours = {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(sorted({f.threads for f in measured}))}
+    lines = {n: (COLOURS[i % len(COLOURS)], bench.place.text(n)) for i, n in enumerate(sorted({f.threads for f in measured}))}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        panel(axes, [f for f in measured if f.what in _WHAT[panel]], colours)
+        panel(axes, [f for f in measured if f.what in _WHAT[panel]], lines)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
@@ -33,16 +33,12 @@ def draw(bench: Bench, path: str) -> None:
     save(figure, path)
 
 
-def _threads(n: int) -> str:
-    return f"{n} thread{'' if n == 1 else 's'}"
-
-
-def _depths(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
+def _depths(axes: Any, figures: Sequence[Figure], lines: Lines) -> None:
     """With bars from the least to the greatest time; a peer's best setting is dashed."""
-    for threads, colour in colours.items():
+    for threads, (colour, name) in lines.items():
         mine = [f for f in figures if f.threads == threads]
         if mine:
-            _depth_line(axes, mine, _threads(threads), colour)
+            _depth_line(axes, mine, name, colour)
     axes.set(xlabel="rows in the cache", ylabel="ms per token", title="time per token", xlim=(0, None), ylim=(0, None))
 
 
@@ -57,24 +53,25 @@ def _depth_line(axes: Any, figures: Sequence[Figure], label: str, colour: str) -
         axes.plot(*zip(*peers, strict=True), "s--", markersize=4, linewidth=1.2, color=colour, alpha=0.6, label=f"llama.cpp, {label}")
 
 
-def _rows(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
-    for threads, colour in colours.items():
+def _rows(axes: Any, figures: Sequence[Figure], lines: Lines) -> None:
+    for threads, (colour, name) in lines.items():
         mine = [(f.at["rows"], spread(f.values).median) for f in figures if f.threads == threads]
         if mine:
-            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=_threads(threads))
+            axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=name)
     axes.set(xlabel="rows of a prompt", ylabel="rows per second", title="prompts", xlim=(0, None), ylim=(0, None))
 
 
-def _shares(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
+def _shares(axes: Any, figures: Sequence[Figure], lines: Lines) -> None:
     """A bar for each figure and roof."""
     bars = [(f, kind, spread(f.shares[kind])) for f in figures for kind in held_against(f)]
     names = [f"{f.what} {next(iter(f.at.values()), '')}\n{kind}" for f, kind, _ in bars]
     seen = set[int]()
     for i, (figure, _, share) in enumerate(bars):
-        label = _threads(figure.threads) if figure.threads not in seen else None
+        colour, name = lines[figure.threads]
+        label = name if figure.threads not in seen else None
         seen.add(figure.threads)
         ends = [[100 * (share.median - share.min)], [100 * (share.max - share.median)]]
-        axes.barh(i, 100 * share.median, xerr=ends, color=colours[figure.threads], capsize=3, height=0.7, label=label)
+        axes.barh(i, 100 * share.median, xerr=ends, color=colour, capsize=3, height=0.7, label=label)
     axes.axvline(100, color="black", linewidth=1)
     axes.set_xlim(0, max(105, axes.get_xlim()[1]))
     axes.set_yticks(range(len(bars)), names, fontsize=7)
@@ -82,12 +79,12 @@ def _shares(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
     axes.set(xlabel="% of what was measured beside it", title="share of the roof")
 
 
-def _sessions(axes: Any, figures: Sequence[Figure], colours: Colours) -> None:
-    for threads, colour in colours.items():
+def _sessions(axes: Any, figures: Sequence[Figure], lines: Lines) -> None:
+    for threads, (colour, name) in lines.items():
         mine = [f for f in figures if f.threads == threads]
         pairs = [(f.at["sessions"], spread(ratios).median) for f in mine if (ratios := against_one(f, mine))]
         if pairs:
-            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=_threads(threads))
+            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=4, linewidth=1.2, color=colour, label=name)
             axes.set_xticks([n for n, _ in pairs])
     axes.set(xlabel="sessions that step together", ylabel="times the tokens of one", title="many sessions", ylim=(0, None))
 

@@ -1,6 +1,8 @@
 """Loads a pair in a process of its own, which stages.py starts, and prints one JSON object: load_s, and with --whole peak_bytes, too.
 
-    python -m pykvsmooth.bench.probe MODEL MMPROJ-or-empty THREADS [--whole]
+    python -m pykvsmooth.bench.probe MODEL '{"mmproj": false, "threads": 1, ...}' [--whole]
+
+The second argument: what Model takes beside the path.
 
 --whole goes on to a session of 1024 rows, a picture, a prompt and a few tokens: the peak of a caption, not of a load.
 """
@@ -19,9 +21,9 @@ from ..model import Model
 N_CTX, PROMPT_ROWS, TOKENS = 1024, 32, 4
 
 
-def main(path: str, mmproj: str, threads: str, *whole: str) -> None:
+def main(path: str, asked: str, *whole: str) -> None:
     begin = time.perf_counter()
-    model = Model(path, mmproj=mmproj or False, threads=int(threads))
+    model = Model(path, **json.loads(asked))
     found = {"load_s": time.perf_counter() - begin}
     if whole:
         _caption(model)

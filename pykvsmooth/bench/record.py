@@ -2,15 +2,16 @@
 
 version, complete (false: it was interrupted, or stopped by an error), settings (as bench.Settings has them), machine (as machine.facts
 says), model: path, mmproj, weight_bytes, token_bytes (of the weights, read for one token), row_operations (of the layers' matrices, for
-one row of a prompt), picture_operations (tower and projector), layers, vision_blocks, image_rows, kv_type.
+one row of a prompt), picture_operations (tower and projector), device, device_reason, gpu_layers (of layers), layers, vision_blocks,
+image_rows, kv_type.
 
 figures: a list of
   what     roof, load, encode, prefill, decode, policy, sessions, caption
   at       which of them: {"kind": "read"}, {"depth": 640}, {"rows": 640}, {"sessions": 4, "depth": 128}, {"tokens": 128}
   threads, unit ("s", "tokens/s", "rows/s", "bytes/s", "operations/s", "ratio"), error (empty if all went well)
   value    {median, min, q1, q3, max, n} of values, the repetitions that count; null where there are none
-  roofs    by kind (read, read_huge, f32, int8, bf16, amx_int8, amx_bf16): the same of what was measured right before and
-           right after each repetition, the mean of both
+  roofs    by kind (read, read_huge, f32, int8, bf16, amx_int8, amx_bf16; of a GPU read, copy, f32, int8, f16_mma): the same of what
+           was measured right before and right after each repetition, the mean of both; none where a GPU and the CPU share the layers
   shares   by kind: the same of the share of that roof, 0..1
   peers    by setting: value, values, error, dropped (true: 15 % behind the best, so it was not run to the end)
   peer     the best setting, or null; ahead: how many times faster than it, pair by pair: value as above, or null
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .figures import Figure, spread
-from .roofs import READS
+from .roofs import MEMORY
 
 if TYPE_CHECKING:
     from .run import Bench
@@ -47,9 +48,11 @@ def record(bench: Bench) -> dict[str, Any]:
 
 
 def held_against(figure: Figure) -> list[str]:
-    """The roofs that say something about this figure: by the units that it may use, tiles before vectors, and of reading the faster way."""
-    units = {"prefill": ("int8", "amx_int8"), "encode": ("f32", "bf16", "amx_bf16")}
-    kinds = [kind for kind in units.get(figure.what, READS) if figure.shares.get(kind) and not figure.shares.get(f"amx_{kind}")]
+    """The roofs that say something about this figure: by the units that it may use, tiles before vectors, and of memory the faster way."""
+    units = {"prefill": ("int8", "amx_int8", "f16_mma"), "encode": ("f32", "bf16", "amx_bf16", "f16_mma")}
+    tiles = {"int8": ("amx_int8", "f16_mma"), "bf16": ("amx_bf16",)}
+    there = {kind for kind, shares in figure.shares.items() if shares}
+    kinds = [kind for kind in units.get(figure.what, MEMORY) if kind in there and not there.intersection(tiles.get(kind, ()))]
     return kinds if figure.what in units else sorted(kinds, key=lambda kind: spread(figure.roofs[kind]).median)[-1:]
 
 

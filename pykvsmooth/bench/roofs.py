@@ -1,4 +1,4 @@
-"""Roofs: how fast this machine reads, multiplies and adds at best. Measured again and again, because it changes by the minute."""
+"""Roofs: how fast a device reads, multiplies and adds at best. Measured again and again, because it changes by the minute."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from .._native import check, ffi, lib, new_error
+from ..checks import utf8
 from ..errors import ClosedError, DeviceError
 from ..machine import available_bytes, cache_bytes
 
@@ -17,26 +18,32 @@ KINDS = {
     "bf16": lib.KVS_ROOF_BF16,
     "amx_int8": lib.KVS_ROOF_AMX_INT8,
     "amx_bf16": lib.KVS_ROOF_AMX_BF16,
+    "copy": lib.KVS_ROOF_COPY,
+    "f16_mma": lib.KVS_ROOF_F16_MMA,
 }
-READS = ("read", "read_huge")
-SECONDS = 0.05
+MEMORY = ("read", "read_huge", "copy")
+CPU_MEMORY, GPU_MEMORY = MEMORY[:2], MEMORY[::2]
+SECONDS, GPU_BYTES = 0.05, 256 << 20
 
 
 class Roofs:
-    """The roofs of so many threads (0: all that are allowed), by the kernels that KVS_CPU chooses. kinds: those that this machine has.
+    """The roofs of device: "cpu", so many threads (0: all that are allowed) of the kernels that KVS_CPU chooses; or "cuda", "cuda:N".
+    kinds: those that it has; memory: those of them that are bytes per second.
 
-    nbytes: of the buffer that is read; None: four times the last cache, at least 512 MiB, at most an eighth of the memory that is free.
+    nbytes: of the buffer that is read; None: of a CPU four times the last cache, at least 512 MiB; of a GPU 256 MiB; at most an eighth of
+    the memory that is free.
     Use as a context manager, or call close(). ValueError for arguments out of range, OutOfMemoryError, DeviceError.
     """
 
-    def __init__(self, threads: int = 0, nbytes: int | None = None) -> None:
-        if nbytes is None:
+    def __init__(self, threads: int = 0, nbytes: int | None = None, device: str = "cpu") -> None:
+        if nbytes is None and device == "cpu":
             nbytes = min(max(4 * cache_bytes(), 512 << 20), max(available_bytes() // 8, 16 << 20))
         err, out = new_error(), ffi.new("kvs_roofs **")
-        check(lib.kvs_roofs_open(threads, nbytes, out, err), err)
+        check(lib.kvs_roofs_open(utf8("device", device), threads, GPU_BYTES if nbytes is None else nbytes, out, err), err)
         self._pointer: Any = out[0]
         self._pid = os.getpid()
-        self.kinds = tuple(kind for kind in KINDS if kind in READS or self._has(kind))
+        self.memory = CPU_MEMORY if device == "cpu" else GPU_MEMORY
+        self.kinds = (*self.memory, *(kind for kind in KINDS if kind not in MEMORY and self._has(kind)))
 
     def _has(self, kind: str) -> bool:
         try:

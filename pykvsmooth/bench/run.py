@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from .. import gguf, machine
 from ..errors import KVSmoothError
@@ -35,14 +35,16 @@ BEHIND = 0.85  # of its best setting: a setting of the peer that is slower is no
 class Settings:
     """What is measured.
 
-    model, mmproj: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a decode. rows: of
-    each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of each decode,
-    caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of
-    STAGES, () = all. against: folder of a llama.cpp build. timeout: seconds for each process.
+    model, mmproj, device, gpu_layers: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a
+    decode. rows: of each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of
+    each decode, caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only:
+    names of STAGES, () = all. against: folder of a llama.cpp build. timeout: seconds for each process.
     """
 
     model: str | None = None
     mmproj: str | None = None
+    device: str = "auto"
+    gpu_layers: int | Literal["auto"] = "auto"
     threads: tuple[int, ...] = ()
     depths: tuple[int, ...] = (128, 640, 2048)
     rows: tuple[int, ...] = (640,)
@@ -56,18 +58,41 @@ class Settings:
     timeout: float = 1800.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs. device: "cpu" or "cuda:N". threads: if nobody says how many. gpu_layers: of its layers."""
+
+    device: str
+    threads: int
+    gpu_layers: int
+    layers: int
+
+    @property
+    def whole(self) -> bool:
+        """All layers are on one device: its roofs are theirs."""
+        return self.device == "cpu" or self.gpu_layers == self.layers
+
+    def text(self, threads: int) -> str:
+        """As in "2 threads", "cuda:0", "cuda:0 with 12 of 32 layers, 2 threads"."""
+        host = f"{threads} thread{'' if threads == 1 else 's'}"
+        if self.device == "cpu":
+            return host
+        return self.device if self.whole else f"{self.device} with {self.gpu_layers} of {self.layers} layers, {host}"
+
+
 class Context:
     """What the stages of one number of threads share: the roofs, and the model while a stage of this process wants it."""
 
     def __init__(self, bench: Bench, threads: int) -> None:
         self.bench = bench
         self.threads = threads
+        self.whole = bench.place.whole
         self._open = ExitStack()
-        self.roofs = self._open.enter_context(Roofs(threads))
+        self.roofs = self._open.enter_context(Roofs(threads, device=bench.place.device))
 
     @cached_property
     def model(self) -> Model:
-        model = Model(self.bench.path, mmproj=self.bench.mmproj or False, threads=self.threads)
+        model = self.bench.open(self.threads)
         model._end_ids = frozenset()  # answers are as long as they were asked for
         self._open.enter_context(model)
         self.bench.note_model(model)
@@ -100,7 +125,6 @@ class Bench:
         self.model_facts: dict[str, Any] = {}
         self.work: Work | None = None
         self.complete = False
-        self.peer = LlamaCpp(settings.against, settings.timeout) if settings.against else None
         self.path = gguf.model_path(settings.model)
         self.mmproj = gguf.find_mmproj(self.path, gguf.read_metadata(self.path), settings.mmproj).path
         self.counter = Instructions()
@@ -108,7 +132,7 @@ class Bench:
         self._done = self._total = 0
 
     def run(self) -> None:
-        threads = self.settings.threads or (self._default_threads(),)
+        threads = self.settings.threads or (self.place.threads,)
         chosen = [name for name in STAGES if name in (self.settings.only or STAGES)]
         self._total = len(threads) * sum(self._measurements(name) for name in chosen)
         try:
@@ -130,9 +154,29 @@ class Bench:
         finally:
             context.close()
 
-    def _default_threads(self) -> int:
-        with Model(self.path, mmproj=False) as model:
-            return model.threads
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The place as Model takes it: what "auto" found is asked for by its name from then on, so that all figures are of the same."""
+        layers = "auto" if self.place.device == "cpu" else self.place.gpu_layers
+        return {"device": self.place.device, "gpu_layers": layers}
+
+    @cached_property
+    def place(self) -> Place:
+        with self.open(None, device=self.settings.device, gpu_layers=self.settings.gpu_layers) as model:
+            threads = model.threads or self.machine["cores_allowed"]  # a GPU that has all of it needs none; peers take some
+            return Place(model.device, threads, model.n_gpu_layers, model.n_layer)
+
+    @cached_property
+    def peer(self) -> LlamaCpp | None:
+        if self.settings.against is None:
+            return None
+        peer = LlamaCpp(self.settings.against, self.settings.timeout)
+        if self.place.device == "cpu":
+            return peer
+        return replace(peer, gpu=int(self.place.device.partition(":")[2]), gpu_layers=None if self.place.whole else self.place.gpu_layers)
+
+    def open(self, threads: int | None, **place: Any) -> Model:
+        return Model(self.path, mmproj=self.mmproj or False, threads=threads, **(place or self.asked))
 
     def _measurements(self, stage: str) -> int:
         figures = {"prefill": len(self.settings.rows), "decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}
@@ -145,6 +189,9 @@ class Bench:
             "mmproj": self.mmproj,
             "weight_bytes": model.weight_bytes,
             **asdict(self.work),
+            "device": model.device,
+            "device_reason": model.device_reason,
+            "gpu_layers": model.n_gpu_layers,
             "layers": model.n_layer,
             "vision_blocks": int(model._info.n_vision_layer),
             "image_rows": model.n_image,
@@ -159,8 +206,7 @@ class Bench:
         if self._progress is not None:
             at = "".join(f", {name} {value}" for name, value in figure.at.items())
             counted = f"repetition {repetition} of {self.settings.repeat}" if repetition else "warming up"
-            threads = f"{figure.threads} thread{'' if figure.threads == 1 else 's'}"
-            self._progress(f"{figure.what}{at}, {threads}: {counted}", self._done, self._total)
+            self._progress(f"{figure.what}{at}, {self.place.text(figure.threads)}: {counted}", self._done, self._total)
         self._done += 1
 
     def repeat(self, context: Context, *entries: Entry) -> None:

@@ -27,7 +27,7 @@ from . import work
 from .child import ChildError, package_env, run_child
 from .figures import Entry, Figure, ratio_interval
 from .peer import LlamaCpp, PeerError, Setting, by_setting
-from .roofs import READS
+from .roofs import MEMORY
 
 if TYPE_CHECKING:
     from .run import Bench, Context
@@ -53,7 +53,11 @@ def _grow(session: Session, rows: int) -> None:
 
 
 def _arithmetic(context: Context) -> list[str]:
-    return [kind for kind in context.roofs.kinds if kind not in READS]
+    return [kind for kind in context.roofs.kinds if kind not in MEMORY] if context.whole else []
+
+
+def _memory(context: Context) -> Sequence[str]:
+    return context.roofs.memory if context.whole else ()
 
 
 def _rivals(bench: Bench, settings: str, measure: Callable[[LlamaCpp, Setting], float]) -> dict[str, Callable[[], float]]:
@@ -67,7 +71,7 @@ def _rivals(bench: Bench, settings: str, measure: Callable[[LlamaCpp, Setting], 
 
 
 def roofs(bench: Bench, context: Context) -> None:
-    units = {kind: "bytes/s" if kind in READS else "operations/s" for kind in context.roofs.kinds}
+    units = {kind: "bytes/s" if kind in MEMORY else "operations/s" for kind in context.roofs.kinds}
     bench.repeat(
         context,
         *(
@@ -80,7 +84,8 @@ def roofs(bench: Bench, context: Context) -> None:
 def load(bench: Bench, context: Context) -> None:
     """Model(path) in a fresh process. The first one goes on to a caption's memory, and has read the files: the others find them cached."""
     figure = Figure("load", "s", context.threads, more={"page_cache": "warm"})
-    argv = [sys.executable, "-m", f"{__package__}.probe", bench.path, bench.mmproj or "", str(context.threads)]
+    asked = json.dumps({"mmproj": bench.mmproj or False, "threads": context.threads, **bench.asked})
+    argv = [sys.executable, "-m", f"{__package__}.probe", bench.path, asked]
 
     def measure() -> float:
         whole = [] if "peak_bytes" in figure.more else ["--whole"]
@@ -121,6 +126,7 @@ def _caption(bench: Bench, figure: Figure, image: str) -> float:
     _need_tower(bench)
     tokens = bench.settings.caption_tokens
     asked = {"--model": bench.path, "--mmproj": bench.mmproj, "--threads": figure.threads, "--max-tokens": tokens, "--n-ctx": N_CTX}
+    asked |= {"--device": bench.asked["device"], "--gpu-layers": bench.asked["gpu_layers"]}
     options = [str(word) for option in asked.items() for word in option]
     ended = run_child(
         [sys.executable, "-m", "pykvsmooth", "caption", image, "--json", "--quiet", *options], bench.settings.timeout, package_env()
@@ -221,7 +227,7 @@ def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> 
         return tokens / seconds
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.decode(bench.path, context.threads, depth, tokens, setting))
-    bench.repeat(context, Entry(figure, measure, READS, lambda speed: speed * read, rivals))
+    bench.repeat(context, Entry(figure, measure, _memory(context), lambda speed: speed * read, rivals))
 
 
 # ---- the policy ----
@@ -248,7 +254,7 @@ def policy(bench: Bench, context: Context) -> None:
             if repetition:
                 for old, new in zip(kept, turns, strict=True):
                     old += new
-                _note_policy(figure, kept, bench.counter.why)
+                _note_policy(figure, kept, bench.counter.why if bench.place.device == "cpu" else "a GPU does not count them")
 
 
 @dataclass(frozen=True)
@@ -283,7 +289,7 @@ def _note_policy(figure: Figure, turns: list[list[_Turn]], why: str) -> None:
         "off_s": statistics.median(off),
         "on_s": statistics.median(on),
         "control": _ratio(control, off),
-        "instructions": _ratio(counts[1], counts[0]) if counts[0] else f"not available: {why}",
+        "instructions": f"not available: {why}" if why else _ratio(counts[1], counts[0]),
     }
 
 

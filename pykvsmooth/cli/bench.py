@@ -21,7 +21,7 @@ measured again, and with --against llama.cpp's tools run in between, with flash 
 best of these.
 Measure on a machine where nothing else runs. Ctrl-C ends it and shows what there is.
 
-roofs     what this machine reads, multiplies and adds at best, by the kernels that KVS_CPU chooses
+roofs     what the device reads, multiplies and adds at best (a CPU by the kernels that KVS_CPU chooses)
 load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
@@ -38,7 +38,7 @@ NAMES = {
     "sessions": "{sessions} at once, depth {depth}",
     "caption": "caption of {tokens} tokens",
 }
-KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # ways to read; the other roofs are called as they are
+KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # of a CPU; the other roofs are called as they are
 
 
 def add_parser(commands: Any) -> None:
@@ -51,6 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", metavar="FILE", help="text model, GGUF (default: PYKVSMOOTH_MODEL, else the small one in the box)")
     parser.add_argument("--mmproj", metavar="FILE", help="its vision tower (default: as in caption)")
+    options.add_place(parser)
     parser.add_argument("--threads", type=_threads, default=(), metavar="N[,N]", help="one run for each (default: what caption takes)")
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
@@ -101,7 +102,22 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         raise options.UsageError(f"--json {args.json}: there is no such folder")
     if args.against and not os.path.isdir(args.against):
         raise options.UsageError(f"--against {args.against}: there is no such folder")
-    names = ("model", "mmproj", "threads", "depths", "rows", "sessions", "tokens", "image", "repeat", "only", "against", "timeout")
+    names = (
+        "model",
+        "mmproj",
+        "device",
+        "gpu_layers",
+        "threads",
+        "depths",
+        "rows",
+        "sessions",
+        "tokens",
+        "image",
+        "repeat",
+        "only",
+        "against",
+        "timeout",
+    )
     settings = Settings(**{name: getattr(args, name) for name in names}, caption_tokens=args.max_tokens)
     bench = Bench(settings, ui.status)
     _warn(ui, bench)
@@ -121,7 +137,7 @@ def _warn(ui: Ui, bench: Bench) -> None:
     load, cache = bench.machine["load"], bench.machine["cache_bytes"]
     if load > 0.5:
         ui.note(f"other work runs on this machine (load {load:.1f}): these figures will be too low, and llama.cpp's, too")
-    if os.path.getsize(bench.path) < cache:
+    if bench.place.device == "cpu" and os.path.getsize(bench.path) < cache:
         ui.note(f"the whole model fits into the processor's cache of {bytes_text(cache)}: its shares of the memory's roof mean nothing")
 
 
@@ -154,8 +170,10 @@ def _write(path: str, text: str) -> None:
 
 def _table(ui: Ui, bench: Bench) -> None:
     ui.put(f"{bench.path}\n{bench.machine['cpu']}\n")
+    if bench.place.device != "cpu":
+        ui.put(f"{bench.machine['cuda']}\n")
     for threads in dict.fromkeys(figure.threads for figure in bench.figures):
-        titles = [f"{threads} thread{'' if threads == 1 else 's'}", "median", "", "least .. most"]
+        titles = [bench.place.text(threads), "median", "", "least .. most"]
         titles += ["of the roof", *(["llama.cpp", "ahead"] if bench.settings.against else []), ""]
         rows = [_row(figure, bench) for figure in bench.figures if figure.threads == threads]
         widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
@@ -173,8 +191,8 @@ def _row(figure: Figure, bench: Bench) -> list[str]:
     from ..bench.record import held_against
 
     scale = 1e-9 if figure.unit in ("bytes/s", "operations/s") else 1
-    shares = ", ".join(f"{_median(figure.shares[kind]):.0%} {KINDS.get(kind, kind)}" for kind in held_against(figure))
-    row = [_name(figure), *_values(figure.values, scale, figure.unit), shares]
+    shares = ", ".join(f"{_median(figure.shares[kind]):.0%} {_kind(kind, bench)}" for kind in held_against(figure))
+    row = [_name(figure, bench), *_values(figure.values, scale, figure.unit), shares]
     if bench.settings.against:
         peer = figure.best_peer()
         ahead = figure.ahead()
@@ -189,8 +207,12 @@ def _values(values: list[float], scale: float, unit: str) -> list[str]:
     return [_number(_median(values) * scale), UNITS[unit], ends]
 
 
-def _name(figure: Figure) -> str:
-    at = {**figure.at, "kind": KINDS.get(figure.at.get("kind", ""), figure.at.get("kind", ""))}
+def _kind(kind: str, bench: Bench) -> str:
+    return KINDS.get(kind, kind) if bench.place.device == "cpu" else kind
+
+
+def _name(figure: Figure, bench: Bench) -> str:
+    at = {**figure.at, "kind": _kind(figure.at.get("kind", ""), bench)}
     return NAMES[figure.what].format(**at) if figure.at else figure.what
 
 
@@ -201,7 +223,7 @@ def _remarks(figure: Figure, bench: Bench) -> list[str]:
     block = seconds_per_block(figure, bench.model_facts) if figure.what == "encode" else None
     if block:
         said.append(f"{1000 * block:.3g} ms per block")
-    if figure.what == "sessions" and figure.at["sessions"] > 1 and (ratios := against_one(figure, bench.figures)):
+    if figure.what == "sessions" and figure.at.get("sessions", 1) > 1 and (ratios := against_one(figure, bench.figures)):
         said.append(f"{_median(ratios):.2f} x one")
     if more.get("peak_bytes"):
         said.append(f"peak {bytes_text(more['peak_bytes'])}")

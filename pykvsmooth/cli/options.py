@@ -29,14 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mmproj", metavar="FILE", help="its vision tower (default: PYKVSMOOTH_MMPROJ, else the one mmproj*.gguf beside the model)"
     )
-    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
-    group.add_argument(
-        "--gpu-layers",
-        type=_layers,
-        default="auto",
-        metavar="N",
-        help="of the text model's layers, so many on the GPU (default: auto, those that fit)",
-    )
+    add_place(group)
     group.add_argument("--threads", type=_positive, metavar="N", help="default: the processors that this process may use")
     group.add_argument(
         "--precision",
@@ -46,6 +39,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--n-ctx", type=_rows, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)")
     group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
+
+
+def add_place(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--gpu-layers",
+        type=_layers,
+        default="auto",
+        metavar="N",
+        help="of the text model's layers, so many on the GPU (default: auto, those that fit)",
+    )
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:

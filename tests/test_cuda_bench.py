@@ -1,0 +1,146 @@
+"""pykvsmooth bench on a GPU: its roofs, the figures that are held against them, a GPU that shares the layers with the CPU. What a number is
+over tests/shim says nothing: that there is one, of the right place, does."""
+
+import json
+import math
+
+import pytest
+from test_bench import ANSWER, peer
+from test_cuda import SHIM, counted
+
+import pykvsmooth as kvs
+from pykvsmooth._native import ffi, lib
+from pykvsmooth.bench import Bench, Settings
+from pykvsmooth.bench.roofs import GPU_MEMORY, Roofs
+
+BUFFER = 1 << 20
+KINDS = (*GPU_MEMORY, "f32", "int8", "f16_mma")
+QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", 24, "--sessions", "1,2", "--max-tokens", 3]
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pykvsmooth.bench.roofs.GPU_BYTES", BUFFER)
+
+
+def test_every_kind_gives_a_speed() -> None:
+    with Roofs(device="cuda:0", nbytes=BUFFER) as roofs:
+        assert roofs.kinds == KINDS and roofs.memory == GPU_MEMORY
+        for kind in KINDS:
+            assert 1e5 < roofs.measure(kind, 1e-3) < 1e17
+        for kind in ("read_huge", "bf16", "amx_int8"):
+            with pytest.raises(kvs.DeviceError, match="no unit of this kind"):
+                roofs.measure(kind)
+
+
+def test_a_gpu_is_faster_than_what_it_is_held_against() -> None:
+    """A real one: tensor cores before vectors, and what is read at once before what is copied."""
+    if SHIM:
+        pytest.skip("the shim is no GPU")
+    with Roofs(device="cuda") as roofs:
+        speeds = {kind: max(roofs.measure(kind) for _ in range(3)) for kind in KINDS}
+    assert 5e10 < speeds["copy"] < 2e13 and speeds["read"] > 0.8 * speeds["copy"], speeds
+    assert 1e12 < speeds["f32"] < speeds["f16_mma"] < 1e16 and speeds["int8"] > speeds["f32"], speeds
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(kvs.DeviceError, match="there is no cuda:99"):
+        Roofs(device="cuda:99")
+    for device in ("gpu", "cuda:", "cuda:x", "auto"):
+        with pytest.raises(ValueError, match="none of cpu, cuda, cuda:N"):
+            Roofs(device=device)
+    with pytest.raises(TypeError):
+        Roofs(device=0)  # type: ignore[arg-type]
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of what is free is enough to read; with nothing left that is said, and arithmetic goes on."""
+    if not SHIM:
+        pytest.skip("a real GPU has no limit to set")
+    monkeypatch.setenv("KVS_SHIM_MEMORY", str(12 << 20))
+    with Roofs(device="cuda", nbytes=1 << 30) as roofs:
+        assert roofs.measure("read", 1e-4) > 0
+    monkeypatch.setenv("KVS_SHIM_MEMORY", str(1 << 20))
+    with Roofs(device="cuda", nbytes=1 << 30) as roofs:
+        with pytest.raises(kvs.OutOfMemoryError, match="a buffer to read") as caught:
+            roofs.measure("read", 1e-4)
+        assert caught.value.needed == 1 << 20 and roofs.measure("f32", 1e-4) > 0
+
+
+@pytest.mark.parametrize(
+    "call", ["cudaMalloc", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime", "cudaSetDevice"]
+)
+def test_calls_that_fail(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typed error, nothing is left, and the next one is well."""
+    if not SHIM:
+        pytest.skip("calls fail on purpose in the shim alone")
+
+    def measure_all() -> int:
+        """How often the function was called until the handle is closed: then nobody wants to know of errors."""
+        with Roofs(device="cuda", nbytes=BUFFER) as roofs:
+            for kind in KINDS:
+                assert roofs.measure(kind, 1e-4) > 0
+            return counted("asked")
+
+    def held() -> list[int]:
+        return [counted(word) for word in ("blocks", "pinned", "objects")]
+
+    before = held()
+    monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:0")
+    for n in range(1, min(measure_all(), 25) + 1):
+        monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:{n}")
+        with pytest.raises((kvs.DeviceError, kvs.OutOfMemoryError)):
+            measure_all()
+        assert held() == before, n
+    monkeypatch.delenv("KVS_SHIM_FAIL")
+    measure_all()
+
+
+def test_a_bench(run, tmp_path) -> None:
+    """Every stage, in the table and in the record; bytes and operations are held against the roofs of the GPU."""
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--device", "cuda", "--json", out)
+    assert got.code == 0, got.out + got.err
+    found = json.loads(out.read_text())
+    model, figures = found["model"], found["figures"]
+    assert model["device"] == "cuda:0" and model["gpu_layers"] == model["layers"] and "layers on cuda:0" in model["device_reason"]
+    assert found["machine"]["cuda"].startswith("archs ") and "\ncuda:0  " in got.out
+    assert [figure["at"]["kind"] for figure in figures if figure["what"] == "roof"] == list(KINDS)
+    by = {figure["what"]: figure for figure in figures}
+    assert not [figure for figure in figures if figure["error"]]
+    assert by["decode"]["shares"].keys() == set(GPU_MEMORY) and by["prefill"]["shares"].keys() == set(KINDS) - set(GPU_MEMORY)
+    read = by["decode"]["values"][0] * by["decode"]["more"]["bytes_per_token"]
+    assert math.isclose(by["decode"]["shares"]["copy"]["median"], read / by["decode"]["roofs"]["copy"]["median"])
+    assert by["policy"]["more"]["instructions"] == "not available: a GPU does not count them"
+    assert by["caption"]["more"]["stats"]["device"] == "cuda:0" and by["load"]["more"]["peak_bytes"] > 0
+    assert "% f16_mma" in got.out
+
+
+def test_a_shared_model(run, tmp_path) -> None:
+    """No roof is that of both; the place says so."""
+    out = tmp_path / "b.json"
+    got = run(
+        "bench", *QUICK, "--device", "cuda", "--gpu-layers", 1, "--threads", 1, "--only", "roofs,prefill,decode,load,caption", "--json", out
+    )
+    assert got.code == 0, got.err
+    found = json.loads(out.read_text())
+    assert found["model"]["gpu_layers"] == 1 and f"\ncuda:0 with 1 of {found['model']['layers']} layers, 1 thread  " in got.out
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert figures["decode"]["shares"] == figures["prefill"]["shares"] == {} and figures["decode"]["value"]["median"] > 0
+    assert figures["caption"]["more"]["stats"]["device"] == "cuda:0"
+
+
+def test_a_peer_gets_the_same_gpu(tiny_pair, tmp_path) -> None:
+    few = {"mmproj": tiny_pair.mmproj, "threads": (1,), "against": str(peer(tmp_path / "bin", ANSWER))}
+    for layers, flags in (("auto", ["-ngl", "999", "-sm", "none", "-mg", "0"]), (1, ["-ngl", "1", "-sm", "none", "-mg", "0"])):
+        bench = Bench(Settings(tiny_pair.text, device="cuda", gpu_layers=layers, **few))
+        assert bench.peer.place_flags() == flags
+        names = [setting.name for setting in bench.peer.bench_settings()]
+        assert any("repack" in name for name in names) == (layers == 1), names
+    assert Bench(Settings(tiny_pair.text, device="cpu", **few)).peer.place_flags() == []
+
+
+def test_the_handle_in_c() -> None:
+    out, err = ffi.new("kvs_roofs **"), ffi.NULL
+    assert lib.kvs_roofs_open(b"cuda:100", 0, BUFFER, out, err) == lib.KVS_E_ARGUMENT and out[0] == ffi.NULL
+    assert lib.kvs_roofs_open(b"cuda", 0, 0, out, err) == lib.KVS_E_ARGUMENT
