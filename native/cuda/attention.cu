@@ -29,7 +29,7 @@ static bool make_room(kvs_cuda *cu, kvs_attn_args *a) {
     uint64_t tiles = (uint64_t)a->n_head * (uint64_t)a->n_tiles, row_bytes = tiles * kvs_attn_left_bytes(a->head_dim);
     uint64_t rows = KVS_MAX((uint64_t)SCRATCH_BYTES / row_bytes, (uint64_t)1);
     a->rows_at_once = (int32_t)KVS_MIN(KVS_MIN(rows, (uint64_t)MAX_ROWS_AT_ONCE), (uint64_t)a->n);
-    uint8_t *room = kvs_cuda_scratch(cu, (uint64_t)a->rows_at_once * row_bytes);
+    uint8_t *room = kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)a->rows_at_once * row_bytes);
     if (!room) return false;
     a->left = (kvs_attn_left *)(void *)room;
     a->sums = (float *)(void *)(a->left + (uint64_t)a->rows_at_once * tiles); /* behind: rows of an odd head_dim are not aligned */
@@ -54,7 +54,7 @@ void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, c
     if (!row_by_row(cu->step))
         kvs_cuda_op<kvs_attn_launch_tile>(cu, &a);
     else if (make_room(cu, &a))
-        kvs_cuda_op<kvs_attn_launch_decode>(cu, &a);
+        kvs_cuda_op<kvs_attn_launch_decode, KVS_CUDA_ATTN>(cu, &a);
 }
 
 /* Float32, whatever the rounding: on a GPU nothing is won by rounding first. */

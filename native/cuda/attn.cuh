@@ -12,6 +12,7 @@
 #define KVS_ATTN_CUH
 #include "cuda.h"
 #include "kv.cuh"
+#include "tiles.cuh"
 
 #include <math.h>
 
@@ -31,6 +32,7 @@ typedef struct kvs_attn_args {
     int32_t n_tiles;           /* the most that any row sees, rounded up to a power of two */
     int32_t first_row, n_rows; /* of this launch */
     int32_t rows_at_once, piece_bytes;
+    kvs_act_tiles tiles; /* decode: out as integers, too; none: not */
 } kvs_attn_args;
 
 void kvs_attn_launch_decode(kvs_cuda *cu, const kvs_attn_args *a);

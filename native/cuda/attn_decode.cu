@@ -387,7 +387,10 @@ static __global__ void __launch_bounds__(KVS_ATTN_THREADS) merge_kernel(kvs_attn
     }
     for (int j = 0; j < MERGE_DIMS; j++) {
         int32_t d = (int32_t)(threadIdx.x + j * blockDim.x);
-        if (d < a.head_dim) a.out[out * a.head_dim + d] = o[j] / all.l;
+        if (d >= a.head_dim) break; /* whole warps, where there are tiles: head_dim is a multiple of a group then */
+        float x = o[j] / all.l;
+        a.out[out * a.head_dim + d] = x;
+        if (a.tiles.p) kvs_act_put_group(a.tiles, row, (head * a.head_dim + d) / KVS_GROUP, x);
     }
     if (threadIdx.x) return;
     if (kv->exclude_self && a.taps.entropy) {

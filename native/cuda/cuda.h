@@ -18,12 +18,10 @@ enum { KVS_GRAPH_ROWS = 16 }; /* steps of more rows are not worth a graph */
 typedef struct kvs_cuda kvs_cuda;
 typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
 
-/* On the device, found by finite(): reset by begin, read by end. */
-typedef struct kvs_cuda_fault {
-    int32_t found, place;     /* number of the first call that found something, from 1 on: places are not unique, each session of a step
-                                 has its keys checked under the same one; 0 = none */
-    unsigned long long first; /* row << 32 | bits of the value: the least of that call; all ones before */
-} kvs_cuda_fault;
+/* On the device, found by finite(): call << 52 | row << 32 | bits of the value, the least of a step; all ones: nothing. Calls are counted in a
+ * step: places are not unique, each session of a step has its keys checked under the same one. */
+typedef unsigned long long kvs_cuda_fault;
+enum { KVS_CUDA_CALLS = 1 << 12, KVS_CUDA_FAULT_ROWS = 1 << 20 };
 
 typedef struct
     kvs_cuda_chunk { /* of what is staged for a step, or reported by it: the same bytes in pinned host memory and on the device */
@@ -32,10 +30,35 @@ typedef struct
     struct kvs_cuda_chunk *next;
 } kvs_cuda_chunk;
 
-typedef struct kvs_cuda_list { /* ops noted down, one after the other: a kvs_cuda_noted, then its arguments */
+typedef struct kvs_cuda_list { /* ops noted down, one after the other */
     uint8_t *bytes;
     uint64_t used, room;
 } kvs_cuda_list;
+
+/* Ops that fuse.cu knows, and does with their neighbours in one launch where it can: arguments in ops.cuh */
+enum kvs_cuda_kind {
+    KVS_CUDA_OTHER,
+    KVS_CUDA_NORM,
+    KVS_CUDA_EACH,
+    KVS_CUDA_FINITE,
+    KVS_CUDA_ROPE,
+    KVS_CUDA_PUT,
+    KVS_CUDA_ATTN,
+    KVS_CUDA_RECORD,
+    KVS_CUDA_SMOOTH,
+    KVS_CUDA_MATVEC
+};
+
+typedef struct kvs_cuda_noted {
+    kvs_cuda_launch launch;
+    int32_t kind, bytes; /* of the arguments behind it, in whole words */
+} kvs_cuda_noted;
+static inline const void *kvs_cuda_noted_args(const kvs_cuda_noted *op) { return op + 1; }
+static inline const kvs_cuda_noted *kvs_cuda_noted_next(const kvs_cuda_noted *op) {
+    return (const kvs_cuda_noted *)((const uint8_t *)(op + 1) + op->bytes);
+}
+/* fuse.cu: launches op, and as many behind it as one launch can do; what is next, or end */
+const kvs_cuda_noted *kvs_cuda_fused(kvs_cuda *cu, const kvs_cuda_noted *op, const kvs_cuda_noted *end);
 
 typedef struct kvs_cuda_report { /* bytes that kernels write, and where they are in pinned memory once end() has waited */
     uint8_t *host, *device;
@@ -68,6 +91,13 @@ typedef struct kvs_cuda_graph {
     uint64_t last_use;
 } kvs_cuda_graph;
 
+/* Working space of one op, until the next op asks; activations in int8 have their own, since another op may write them (fuse.cu). */
+enum { KVS_SCRATCH_OP, KVS_SCRATCH_TILES, KVS_CUDA_SCRATCHES };
+typedef struct kvs_cuda_scratch_block {
+    uint8_t *p; /* [dev] */
+    uint64_t bytes;
+} kvs_cuda_scratch_block;
+
 struct kvs_cuda {
     kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
@@ -88,16 +118,16 @@ struct kvs_cuda {
     kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
     int32_t n_once;                        /* since begin */
     kvs_cuda_report fault;                 /* a kvs_cuda_fault, at one address in every step */
-    int32_t n_finite;                      /* calls of finite() since begin */
-    int32_t n_launched;                    /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
+    int32_t n_finite;                      /* calls of finite() since begin, and their places */
+    int32_t places[KVS_CUDA_CALLS];
+    int32_t n_launched; /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];
     uint64_t n_steps;
     kvs_cuda_piece pieces[2]; /* of piece_bytes, from the first weight on, until end_place; piece_bytes 0: they are not there */
     uint64_t piece_bytes;
-    uint8_t *scratch; /* [dev] */
-    uint64_t scratch_bytes;
+    kvs_cuda_scratch_block scratch[KVS_CUDA_SCRATCHES];
     void **retired; /* (n_retired) scratch that grew while ops still had its address */
     int32_t n_retired;
 };
@@ -115,10 +145,10 @@ static inline bool kvs_cuda_stopped(kvs_cuda *cu) {
 }
 
 /* Launches now or notes down; launch must do nothing but KVS_LAUNCH and asynchronous copies on cu->stream. */
-void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes);
-template <auto launch, class A> static inline void kvs_cuda_op(kvs_cuda *cu, const A *args) {
+void kvs_cuda_do(kvs_cuda *cu, int32_t kind, kvs_cuda_launch launch, const void *args, uint64_t bytes);
+template <auto launch, int KIND = KVS_CUDA_OTHER, class A> static inline void kvs_cuda_op(kvs_cuda *cu, const A *args) {
     kvs_cuda_do(
-        cu, [](kvs_cuda *at, const void *a) { launch(at, (const A *)a); }, args, sizeof *args);
+        cu, KIND, [](kvs_cuda *at, const void *a) { launch(at, (const A *)a); }, args, sizeof *args);
 }
 
 /* Bytes of host memory as they will be on the device when the op runs that is described next; NULL: the step has failed. room: the most
@@ -138,8 +168,7 @@ static inline cudaError_t kvs_cuda_malloc_host(uint8_t **block, uint64_t bytes) 
     return kvs_refused() ? cudaErrorMemoryAllocation : cudaMallocHost((void **)block, bytes);
 }
 
-/* Memory of the device that belongs to one op, until the next op asks. NULL: the step has failed. */
-uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes);
+uint8_t *kvs_cuda_scratch(kvs_cuda *cu, int32_t which, uint64_t bytes); /* NULL: the step has failed */
 
 /* Launches all that is noted down, and from now on at once: for ops that must see results, or move host memory. Waits for nothing. */
 void kvs_cuda_flush(kvs_cuda *cu);

@@ -73,7 +73,7 @@ static bool make_halves(kvs_cuda *cu, const float *x, int32_t n, int32_t cols, g
     KVS_ARGS(halves_args, h);
     const int64_t before = kvs_ceil_div((int64_t)n * (int64_t)sizeof(float), 256) * 256;
     a->stride = (int32_t)kvs_ceil_div(cols, GEMM_STRIDE) * GEMM_STRIDE;
-    uint8_t *scratch = kvs_cuda_scratch(cu, (uint64_t)(before + (int64_t)n * a->stride * (int64_t)sizeof(uint16_t)));
+    uint8_t *scratch = kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)(before + (int64_t)n * a->stride * (int64_t)sizeof(uint16_t)));
     if (!scratch) return false;
     h.x = x;
     h.scales = (float *)(void *)scratch;

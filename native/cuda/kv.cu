@@ -3,7 +3,7 @@
 #include "kv.cuh"
 
 #include "../strength.h"
-#include "cuda.h"
+#include "ops.cuh"
 
 #include <math.h>
 #include <stdlib.h>
@@ -26,12 +26,6 @@ const void **kvs_cuda_once_slot(kvs_cuda *cu, const void *host, uint64_t bytes) 
 
 /* ---- kv_put, kv_put_out ---- */
 
-typedef struct put_args {
-    const kvs_row *rows;
-    const float *k, *v; /* (n, n_kv_head * head_dim); kv_put_out: k (n, n_head * head_dim) */
-    int32_t layer, n, heads;
-} put_args;
-
 /* A slot of the ring of exact rows is shared by rows n_exact apart: only the newest of a step may write it. */
 KVS_DEVICE bool newest_of_slot(const kvs_row *rows, int32_t n, int32_t i) {
     const kvs_kv *kv = rows[i].kv;
@@ -39,28 +33,34 @@ KVS_DEVICE bool newest_of_slot(const kvs_row *rows, int32_t n, int32_t i) {
     return kv->n_exact > 0 && (next >= n || rows[next].kv != kv);
 }
 
-/* One warp for each row of a head of K and of V. */
-static __global__ void put_kernel(put_args a) {
-    int64_t task = (int64_t)blockIdx.x * WARPS + threadIdx.x / KVS_WARP;
-    int32_t lane = threadIdx.x % KVS_WARP, head = (int32_t)(task / 2 % a.heads), i = (int32_t)(task / 2 / a.heads);
-    if (i >= a.n) return;
-    bool key = task % 2 == 0;
+/* Row i of a head of K or of V, by a warp. value_of(d): for all its lanes, d may be behind the row's end. */
+template <class F> KVS_DEVICE void put_head(const kvs_put_args &a, int32_t i, int32_t head, bool key, F value_of) {
     const kvs_row *row = &a.rows[i];
     const kvs_kv *kv = row->kv;
-    int32_t head_dim = kv->head_dim;
-    const float *x = (key ? a.k : a.v) + ((int64_t)i * a.heads + head) * head_dim;
+    int32_t lane = threadIdx.x % KVS_WARP, head_dim = kv->head_dim;
     uint8_t *stored = kvs_kv_rows(kv, key ? kv->k : kv->v, a.layer, head) + kvs_kv_place(kv, a.layer, row->index) * kv->row_bytes;
     float *exact = key ? kv->exact_k : kv->exact_v;
     if (exact) exact = newest_of_slot(a.rows, a.n, i) ? exact + kvs_kv_exact(kv, a.layer, row->index, a.heads) + head * head_dim : NULL;
     for (int32_t first = 0; first < head_dim; first += KVS_WARP) {
         int32_t d = first + lane;
-        float value = d < head_dim ? x[d] : 0.0f;
+        float value = value_of(d);
         kvs_kv_put32(kv->type, stored, head_dim, first, value);
         if (exact && d < head_dim) exact[d] = value;
     }
 }
 
-static void launch_put(kvs_cuda *cu, const put_args *a) {
+/* One warp for each row of a head of K and of V. */
+static __global__ void put_kernel(kvs_put_args a) {
+    int64_t task = (int64_t)blockIdx.x * WARPS + threadIdx.x / KVS_WARP;
+    int32_t head = (int32_t)(task / 2 % a.heads), i = (int32_t)(task / 2 / a.heads);
+    if (i >= a.n) return;
+    bool key = task % 2 == 0;
+    int32_t head_dim = a.rows[i].kv->head_dim;
+    const float *x = (key ? a.k : a.v) + ((int64_t)i * a.heads + head) * head_dim;
+    put_head(a, i, head, key, [=](int32_t d) { return d < head_dim ? x[d] : 0.0f; });
+}
+
+static void launch_put(kvs_cuda *cu, const kvs_put_args *a) {
     int64_t blocks = kvs_ceil_div(2 * (int64_t)a->n * a->heads, WARPS);
     KVS_LAUNCH(cu, put_kernel, dim3((unsigned)blocks), dim3(THREADS), 0, *a);
 }
@@ -68,18 +68,58 @@ static void launch_put(kvs_cuda *cu, const put_args *a) {
 void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu) || cu->step->n < 1) return;
-    KVS_ARGS(put_args, a);
+    KVS_ARGS(kvs_put_args, a);
     a.rows = cu->rows;
     a.k = k;
     a.v = v;
     a.layer = layer;
     a.n = cu->step->n;
     a.heads = cu->step->rows->kv->n_kv_head;
-    kvs_cuda_op<launch_put>(cu, &a);
+    kvs_cuda_op<launch_put, KVS_CUDA_PUT>(cu, &a);
+}
+
+/* One block for each row: its warps take heads of q, then those of K and of V. */
+static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_keys_args a) {
+    __shared__ int32_t first[2]; /* of the row's K and V: the first value beyond its limit */
+    const int32_t i = (int32_t)blockIdx.x, lane = threadIdx.x % KVS_WARP, dims = a.q.head_dim, n_rot = a.q.n_rot;
+    const float *angles = a.q.table + (int64_t)i * n_rot;
+    float *rows[2] = {(float *)a.put.k + (int64_t)i * a.put.heads * dims, (float *)a.put.v + (int64_t)i * a.put.heads * dims};
+    if (threadIdx.x < 2) first[threadIdx.x] = INT32_MAX;
+    __syncthreads();
+    for (int32_t task = threadIdx.x / KVS_WARP; task < a.q.n_head + 2 * a.put.heads; task += blockDim.x / KVS_WARP) {
+        if (task < a.q.n_head) {
+            float *x = a.q.x + ((int64_t)i * a.q.n_head + task) * dims;
+            for (int32_t d = lane; d - lane < n_rot; d += KVS_WARP) {
+                const float y = kvs_turned(d < n_rot ? x[d] : 0.0f, d, angles, n_rot, false);
+                if (d < n_rot) x[d] = y;
+            }
+            continue;
+        }
+        const int32_t value = (task - a.q.n_head) % 2, head = (task - a.q.n_head) / 2;
+        const kvs_row_check check = a.checks[i][value];
+        float *x = rows[value] + head * dims;
+        put_head(a.put, i, head, !value, [&](int32_t d) {
+            float y = d < dims ? x[d] : 0.0f;
+            if (!value) y = kvs_turned(y, d, angles, n_rot, false);
+            if (!value && d < n_rot) x[d] = y;
+            if (check.wanted && d < dims && kvs_finite_beyond(y, check.limit)) atomicMin(&first[value], head * dims + d);
+            return y;
+        });
+    }
+    __syncthreads();
+    if (threadIdx.x < 2 && first[threadIdx.x] < INT32_MAX) {
+        const kvs_row_check check = a.checks[i][threadIdx.x];
+        kvs_finite_report(a.fault, check.call, check.row, rows[threadIdx.x][first[threadIdx.x]]);
+    }
+}
+
+void kvs_keys_launch(kvs_cuda *cu, const kvs_keys_args *a) {
+    const int32_t warps = KVS_MIN(a->q.n_head + 2 * a->put.heads, KVS_WARP);
+    KVS_LAUNCH(cu, keys_kernel, dim3((unsigned)a->put.n), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
 }
 
 /* One block for each row. */
-static __global__ void put_out_kernel(put_args a) {
+static __global__ void put_out_kernel(kvs_put_args a) {
     const kvs_row *row = &a.rows[blockIdx.x];
     const kvs_kv *kv = row->kv;
     if (!kv->exact_o || !newest_of_slot(a.rows, a.n, blockIdx.x)) return;
@@ -89,7 +129,7 @@ static __global__ void put_out_kernel(put_args a) {
     for (int32_t d = threadIdx.x; d < width; d += blockDim.x) exact[d] = x[d];
 }
 
-static void launch_put_out(kvs_cuda *cu, const put_args *a) {
+static void launch_put_out(kvs_cuda *cu, const kvs_put_args *a) {
     KVS_LAUNCH(cu, put_out_kernel, dim3((unsigned)a->n), dim3(2 * THREADS), 0, *a);
 }
 
@@ -99,7 +139,7 @@ void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
     bool wanted = false; /* hardly ever */
     for (int32_t i = 0; i < cu->step->n && !wanted; i++) wanted = cu->step->rows[i].kv->exact_o != NULL;
     if (!wanted) return;
-    KVS_ARGS(put_args, a);
+    KVS_ARGS(kvs_put_args, a);
     a.rows = cu->rows;
     a.k = out;
     a.layer = layer;
@@ -165,7 +205,7 @@ void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kv
     a.layer = layer;
     a.n = cu->step->n;
     a.n_head = cu->step->rows->kv->n_head;
-    kvs_cuda_op<launch_record>(cu, &a);
+    kvs_cuda_op<launch_record, KVS_CUDA_RECORD>(cu, &a);
 }
 
 /* ---- kv_tell ---- */
@@ -222,13 +262,6 @@ typedef struct staged_job {
     int32_t row, index, prev, pos_delta, n_queue, has_missing;
 } staged_job;
 
-typedef struct smooth_args {
-    const uint8_t *jobs; /* (n_jobs) of stride bytes */
-    float *out;
-    const float *inv_freq; /* NULL: no turns */
-    int32_t stride, room, n_jobs, layer, n_rot, heads;
-} smooth_args;
-
 typedef struct smoother { /* one KV head of one job on one layer */
     const staged_job *job;
     const kvs_kv *kv;
@@ -265,7 +298,7 @@ KVS_DEVICE float find_strength(const smoother &s, int32_t group, float *lines) {
 }
 
 /* By all threads of the block; the barrier is the caller's. */
-KVS_DEVICE int32_t set_turn(const smooth_args &a, const staged_job *job, float *turn) {
+KVS_DEVICE int32_t set_turn(const kvs_smooth_args &a, const staged_job *job, float *turn) {
     const kvs_smooth_params *p = &job->params;
     if (!p->rope_relative || !(p->target & KVS_TARGET_K) || !job->pos_delta || !a.inv_freq) return 0;
     for (int32_t i = threadIdx.x; i < a.n_rot / 2; i += blockDim.x) {
@@ -315,7 +348,7 @@ KVS_DEVICE void smooth_outputs(const smoother &s, float *out) {
 }
 
 /* One block for each KV head (along x) of each job (along y). Each finds the strength for itself. */
-static __global__ void smooth_kernel(smooth_args a) {
+static __global__ void smooth_kernel(kvs_smooth_args a) {
     __shared__ float lines[KVS_WARP], turn[KVS_MAX_HEAD_DIM];
     const staged_job *job = (const staged_job *)(a.jobs + (int64_t)blockIdx.y * a.stride);
     const kvs_kv *kv = job->kv;
@@ -334,7 +367,7 @@ static __global__ void smooth_kernel(smooth_args a) {
     if ((target & KVS_TARGET_O) && kv->exact_o && a.out) smooth_outputs(s, a.out);
 }
 
-static void launch_smooth(kvs_cuda *cu, const smooth_args *a) {
+static void launch_smooth(kvs_cuda *cu, const kvs_smooth_args *a) {
     KVS_LAUNCH(cu, smooth_kernel, dim3((unsigned)a->heads, (unsigned)a->n_jobs), dim3(THREADS), 0, *a);
 }
 
@@ -355,7 +388,7 @@ static void fill_job(kvs_cuda *cu, const kvs_smooth_job *job, int32_t room, uint
 }
 
 /* Room for whole windows: a queue grows from step to step, and nothing else may change its address for that. */
-static const uint8_t *stage_jobs(kvs_cuda *cu, const kvs_smooth_job *jobs, int32_t n_jobs, smooth_args *a) {
+static const uint8_t *stage_jobs(kvs_cuda *cu, const kvs_smooth_job *jobs, int32_t n_jobs, kvs_smooth_args *a) {
     for (int32_t i = 0; i < n_jobs; i++) a->room = KVS_MAX(a->room, KVS_MAX(jobs[i].params->window, jobs[i].n_queue));
     a->room = (a->room + 3) / 4 * 4;
     a->stride = (int32_t)sizeof(staged_job) + 2 * a->room * (int32_t)sizeof *jobs->queue;
@@ -376,7 +409,7 @@ static const uint8_t *stage_jobs(kvs_cuda *cu, const kvs_smooth_job *jobs, int32
 void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu) || n_jobs < 1) return;
-    KVS_ARGS(smooth_args, a);
+    KVS_ARGS(kvs_smooth_args, a);
     a.jobs = stage_jobs(cu, jobs, n_jobs, &a);
     a.out = out;
     a.inv_freq = rope ? rope->inv_freq : NULL;
@@ -384,5 +417,6 @@ void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jo
     a.layer = layer;
     a.n_rot = rope ? rope->n_rot : 0;
     a.heads = jobs->kv->n_kv_head;
-    if (a.jobs) kvs_cuda_op<launch_smooth>(cu, &a);
+    for (int32_t i = 0; i < n_jobs; i++) a.writes_out |= (jobs[i].params->target & KVS_TARGET_O) != 0;
+    if (a.jobs) kvs_cuda_op<launch_smooth, KVS_CUDA_SMOOTH>(cu, &a);
 }

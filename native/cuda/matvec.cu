@@ -7,75 +7,20 @@
  *
  * The result of an activation row does not depend on its neighbours: lanes, order and operations are the same for any number of rows, and
  * every fused operation is spelled out, so that no compiler fuses more in one kernel than in another. */
-#include "cuda.h"
-#include "types.cuh"
+#include "ops.cuh"
 
-enum { JOBS = 4, WARPS = 4, THREADS = WARPS * KVS_WARP };
-
-typedef struct matvec_job {
-    const uint8_t *w; /* (rows) in the order of types.cuh */
-    int64_t row_bytes;
-    float *y;          /* (n, rows) */
-    const float *bias; /* (rows) or NULL */
-    int32_t rows, type;
-    int32_t first;    /* block of the grid */
-    int32_t integers; /* activations as such */
-} matvec_job;
-
-typedef struct matvec_args {
-    matvec_job jobs[JOBS];
-    int32_t n_jobs, n;
-    int32_t room;  /* for rows of x in a tile: n rounded up to 1, 2, 4, 8 */
-    int32_t parts; /* of a row, a warp each: 1 or WARPS. Depends on columns alone, as the order of sums does */
-    int64_t cols;
-    /* Of the type that is launched: planes of a row, its units (what a lane takes at a time), and those of a part, a multiple of KVS_WARP */
-    kvs_plane_offsets at;
-    int32_t units, share;
-    const float *x; /* (n, cols) */
-    uint8_t *tiles; /* (tiles, room) act_tile, or NULL: no job wants integers */
-    float *padded;  /* (n, cols rounded up to groups): x that float kernels can load 16 bytes at a time; NULL: x itself is so */
-} matvec_args;
+enum { WARPS = 4, THREADS = WARPS * KVS_WARP };
 
 /* ---- activations ---- */
 
-/* Integer activations: the groups of a warp. Rows stand side by side, so that what a lane loads for all rows is at fixed distances. */
-typedef struct act_tile {
-    uint8_t low[KVS_WARP][16], high[KVS_WARP][16]; /* values 0..15 and 16..31 of each group */
-    float scale[KVS_WARP][2];                      /* d, NaN where a value was not finite: then the products are; sum of all 32 integers */
-    int16_t sums[KVS_WARP][2];                     /* of 0..15 and 16..31 */
-} act_tile;
-
 /* One warp per group */
-static __global__ void __launch_bounds__(THREADS) quantize_kernel(matvec_args a) {
+static __global__ void __launch_bounds__(THREADS) quantize_kernel(kvs_matvec_args a) {
     const int64_t groups = a.cols / KVS_GROUP, i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / KVS_WARP;
-    const int lane = threadIdx.x % KVS_WARP;
-    if (i >= a.n * groups) return;
-    const int64_t group = i % groups;
-    act_tile *tile = (act_tile *)(void *)a.tiles + group / KVS_WARP * a.room + i / groups;
-    const float x = a.x[i * KVS_GROUP + lane];
-    /* Magnitudes as integers: NaN is above infinity, and neither gets lost. */
-    uint32_t top = kvs_float_bits(x) & 0x7fffffff;
-    for (int d = KVS_WARP / 2; d; d /= 2) {
-        const uint32_t other = __shfl_xor_sync(KVS_ALL_LANES, top, d);
-        top = KVS_MAX(top, other);
-    }
-    const bool finite = top < 0x7f800000;
-    const float most = kvs_bits_float(top);
-    const bool zero = !finite || most < 0x1p-100f; /* a product with 2^-100 is lost in float32 beside anything else */
-    const int q = zero ? 0 : __float2int_rn(x * (127.0f / most));
-    int sum = q;
-    for (int d = 8; d; d /= 2) sum += __shfl_xor_sync(KVS_ALL_LANES, sum, d);
-    const int last = __shfl_sync(KVS_ALL_LANES, sum, 16), at = (int)(group % KVS_WARP);
-    (lane < 16 ? tile->low : tile->high)[at][lane % 16] = (uint8_t)q;
-    if (lane) return;
-    tile->scale[at][0] = finite ? zero ? 0.0f : most / 127.0f : kvs_bits_float(0x7fc00000);
-    tile->scale[at][1] = (float)(sum + last);
-    tile->sums[at][0] = (int16_t)sum;
-    tile->sums[at][1] = (int16_t)last;
+    if (i < a.n * groups) kvs_act_put_group(a.tiles, i / groups, i % groups, a.x[i * KVS_GROUP + threadIdx.x % KVS_WARP]);
 }
 
 /* One thread per value */
-static __global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
+static __global__ void __launch_bounds__(THREADS) pad_kernel(kvs_matvec_args a) {
     const int64_t width = kvs_groups(a.cols) * KVS_GROUP, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < a.n * width) a.padded[i] = i % width < a.cols ? a.x[i / width * a.cols + i % width] : 0.0f;
 }
@@ -83,10 +28,10 @@ static __global__ void __launch_bounds__(THREADS) pad_kernel(matvec_args a) {
 /* ---- what all kernels share ---- */
 
 /* The job of this block, and this warp's first row of it; false: it has none. Where warps share rows, all of a block have some, or none. */
-template <int ROWS> KVS_DEVICE bool find_rows(const matvec_args &a, matvec_job *job, int32_t *row) {
+template <int ROWS> KVS_DEVICE bool find_rows(const kvs_matvec_args &a, kvs_matvec_job *job, int32_t *row) {
     *job = a.jobs[0];
 #pragma unroll
-    for (int i = 1; i < JOBS; i++) /* an index that is not known would put the arguments into local memory */
+    for (int i = 1; i < KVS_MATVEC_JOBS; i++) /* an index that is not known would put the arguments into local memory */
         if (i < a.n_jobs && (int32_t)blockIdx.x >= a.jobs[i].first) *job = a.jobs[i];
     const int32_t block = (int32_t)blockIdx.x - job->first, warp = (int32_t)(threadIdx.x / KVS_WARP);
     *row = (a.parts == 1 ? block * WARPS + warp : block) * ROWS;
@@ -95,7 +40,7 @@ template <int ROWS> KVS_DEVICE bool find_rows(const matvec_args &a, matvec_job *
 
 /* sums (ROWS, N): of this lane */
 template <int N, int ROWS>
-static KVS_DEVICE void put_sums(const matvec_args &a, const matvec_job &job, int32_t row, const float sums[ROWS][N]) {
+static KVS_DEVICE void put_sums(const kvs_matvec_args &a, const kvs_matvec_job &job, int32_t row, const float sums[ROWS][N]) {
     __shared__ float shared[WARPS][ROWS * N];
     const int lane = threadIdx.x % KVS_WARP, warp = threadIdx.x / KVS_WARP;
     float mine = 0.0f; /* lane r N + i has that one */
@@ -134,7 +79,7 @@ template <int TYPE> KVS_DEVICE void advance(kvs_planes *p, int32_t units) { /* a
     p->record += units / (o.block / KVS_GROUP) * o.record;
 }
 /* The planes of this lane's units: its first one is unit 0 of them. */
-template <int TYPE> KVS_DEVICE kvs_planes planes_of_lane(const matvec_args &a, const matvec_job &job, int32_t row) {
+template <int TYPE> KVS_DEVICE kvs_planes planes_of_lane(const kvs_matvec_args &a, const kvs_matvec_job &job, int32_t row) {
     constexpr kvs_order o = kvs_order_of(TYPE);
     const int lane = threadIdx.x % KVS_WARP;
     const uint8_t *w = job.w + KVS_MIN(row, job.rows - 1) * job.row_bytes;
@@ -148,7 +93,7 @@ template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
     kvs_planes planes[ROWS];
     int32_t begin, units; /* of a row, this warp's; begin is a multiple of KVS_WARP */
 
-    KVS_DEVICE void open(const matvec_args &a, const matvec_job &job, int32_t row) {
+    KVS_DEVICE void open(const kvs_matvec_args &a, const kvs_matvec_job &job, int32_t row) {
         begin = a.parts == 1 ? 0 : (int32_t)(threadIdx.x / KVS_WARP) * a.share;
         units = KVS_MIN(a.share, a.units - begin);
 #pragma unroll
@@ -218,8 +163,7 @@ typedef struct lane_tiles {
     const uint8_t *low, *scale, *sums;
 } lane_tiles;
 
-KVS_DEVICE lane_tiles tiles_of_lane(const uint8_t *tiles) {
-    const act_tile *tile = (const act_tile *)(const void *)tiles;
+KVS_DEVICE lane_tiles tiles_of_lane(const kvs_act_tile *tile) {
     const int lane = threadIdx.x % KVS_WARP;
     return lane_tiles{tile->low[lane], (const uint8_t *)tile->scale[lane], (const uint8_t *)tile->sums[lane]};
 }
@@ -237,8 +181,8 @@ KVS_DEVICE void add_group(const kvs_stored stored[ROWS], const lane_tiles &x, in
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const int at = (tile + i) * (int)sizeof(act_tile);
-        const uint4 low = kvs_load16(x.low + at), high = kvs_load16(x.low + at + sizeof(act_tile::low));
+        const int at = (tile + i) * (int)sizeof(kvs_act_tile);
+        const uint4 low = kvs_load16(x.low + at), high = kvs_load16(x.low + at + sizeof(kvs_act_tile::low));
         const uint2 scale = kvs_load8(x.scale + at);
         uint32_t halves = 0;
         if constexpr (kvs_order_of(TYPE).halves) halves = kvs_load4(x.sums + at);
@@ -255,17 +199,17 @@ KVS_DEVICE void add_group(const kvs_stored stored[ROWS], const lane_tiles &x, in
 constexpr int blocks_for(int type, int n) { return n > 2 ? 4 : (n == 1 ? 8 : 5) - (kvs_order_of(type).high != 0); }
 
 template <int TYPE, int N, int ROWS, int UNROLL>
-static __global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(matvec_args a) {
-    matvec_job job;
+static __global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(kvs_matvec_args a) {
+    kvs_matvec_job job;
     int32_t row;
     if (!find_rows<ROWS>(a, &job, &row)) return;
     weight_stream<TYPE, ROWS, UNROLL> weights;
     weights.open(a, job, row);
-    lane_tiles x = tiles_of_lane(a.tiles + weights.begin / KVS_WARP * N * (int64_t)sizeof(act_tile));
+    lane_tiles x = tiles_of_lane(a.tiles.p + weights.begin / KVS_WARP * N);
     float sums[ROWS][N] = {};
     weights.run([&](int u, const kvs_stored *stored, bool inside) { add_group<TYPE, N, ROWS>(stored, x, u * N, inside, sums); },
                 [&]() {
-                    constexpr int step = UNROLL * N * (int)sizeof(act_tile);
+                    constexpr int step = UNROLL * N * (int)sizeof(kvs_act_tile);
                     x.low += step;
                     x.scale += step;
                     x.sums += step;
@@ -305,8 +249,8 @@ KVS_DEVICE void add_unit(const kvs_stored stored[ROWS], const float *x, int64_t 
     }
 }
 
-template <int TYPE, int N, int ROWS, int UNROLL> static __global__ void __launch_bounds__(THREADS) matvec_float_kernel(matvec_args a) {
-    matvec_job job;
+template <int TYPE, int N, int ROWS, int UNROLL> static __global__ void __launch_bounds__(THREADS) matvec_float_kernel(kvs_matvec_args a) {
+    kvs_matvec_job job;
     int32_t row;
     if (!find_rows<ROWS>(a, &job, &row)) return;
     constexpr int width = KVS_WARP * unit_values<TYPE>(); /* columns of a warp */
@@ -326,7 +270,7 @@ template <int TYPE, int N, int ROWS, int UNROLL> static __global__ void __launch
 /* ---- launches: one for all jobs of the same kind ---- */
 
 /* Rows of many units are shared by the warps of a block: short work for each, so that the last blocks of a launch are not waited for long. */
-template <int TYPE> static unsigned plan(matvec_args *a, int rows_of_warp) {
+template <int TYPE> static unsigned plan(kvs_matvec_args *a, int rows_of_warp) {
     enum { LONG = 8 };
     a->at = kvs_planes_at(TYPE, a->cols);
     a->units = (int32_t)kvs_ceil_div(a->cols, unit_values<TYPE>());
@@ -342,12 +286,12 @@ template <int TYPE> static unsigned plan(matvec_args *a, int rows_of_warp) {
 }
 
 /* Several activation rows: two weight rows of a warp share each load of them. */
-template <int TYPE, int N> static void launch_int8(kvs_cuda *cu, matvec_args *a) {
+template <int TYPE, int N> static void launch_int8(kvs_cuda *cu, kvs_matvec_args *a) {
     constexpr int rows = N == 1 ? 1 : 2, unroll = N == 1 ? 2 : 1;
     const unsigned grid = plan<TYPE>(a, rows);
     KVS_LAUNCH(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
 }
-template <int TYPE, int N> static void launch_float(kvs_cuda *cu, matvec_args *a) {
+template <int TYPE, int N> static void launch_float(kvs_cuda *cu, kvs_matvec_args *a) {
     constexpr int rows = N == 1 || !kvs_type_is_float(TYPE) ? 1 : 2;
     constexpr int unroll = N == 1 && kvs_type_is_float(TYPE) ? 2 : 1;
     const unsigned grid = plan<TYPE>(a, rows);
@@ -355,7 +299,7 @@ template <int TYPE, int N> static void launch_float(kvs_cuda *cu, matvec_args *a
 }
 
 template <int TYPE> struct int8_call {
-    static void run(kvs_cuda *cu, matvec_args *a) {
+    static void run(kvs_cuda *cu, kvs_matvec_args *a) {
         if (a->n == 1)
             launch_int8<TYPE, 1>(cu, a);
         else if (a->n == 2)
@@ -367,7 +311,7 @@ template <int TYPE> struct int8_call {
     }
 };
 template <int TYPE> struct float_call {
-    static void run(kvs_cuda *cu, matvec_args *a) {
+    static void run(kvs_cuda *cu, kvs_matvec_args *a) {
         if (a->n == 1) {
             launch_float<TYPE, 1>(cu, a);
         } else if constexpr (kvs_type_is_float(TYPE)) {
@@ -383,19 +327,18 @@ template <int TYPE> struct float_call {
     }
 };
 
-static void prepare_activations(kvs_cuda *cu, const matvec_args *a) {
+static void prepare_activations(kvs_cuda *cu, const kvs_matvec_args *a) {
     const int64_t groups = a->n * kvs_groups(a->cols);
-    if (a->tiles) KVS_LAUNCH(cu, quantize_kernel, (unsigned)kvs_ceil_div(groups, WARPS), THREADS, 0, *a);
+    if (a->tiles.p) KVS_LAUNCH(cu, quantize_kernel, (unsigned)kvs_ceil_div(groups, WARPS), THREADS, 0, *a);
     if (a->padded) KVS_LAUNCH(cu, pad_kernel, (unsigned)kvs_ceil_div(groups * KVS_GROUP, THREADS), THREADS, 0, *a);
 }
 
-static void launch_matvec(kvs_cuda *cu, const matvec_args *all) {
-    prepare_activations(cu, all);
-    bool done[JOBS] = {false};
+void kvs_matvec_launch_products(kvs_cuda *cu, const kvs_matvec_args *all) {
+    bool done[KVS_MATVEC_JOBS] = {false};
     for (int i = 0; i < all->n_jobs; i++) {
         if (done[i]) continue;
-        const matvec_job *job = &all->jobs[i];
-        matvec_args same = *all;
+        const kvs_matvec_job *job = &all->jobs[i];
+        kvs_matvec_args same = *all;
         same.n_jobs = 0;
         for (int j = i; j < all->n_jobs; j++)
             if (all->jobs[j].type == job->type && all->jobs[j].integers == job->integers) {
@@ -409,31 +352,36 @@ static void launch_matvec(kvs_cuda *cu, const matvec_args *all) {
     }
 }
 
+static void launch_matvec(kvs_cuda *cu, const kvs_matvec_args *a) {
+    prepare_activations(cu, a);
+    kvs_matvec_launch_products(cu, a);
+}
+
 /* Scratch for what the jobs want of x; false: the step has failed */
-static bool reserve_activations(kvs_cuda *cu, matvec_args *a) {
+static bool reserve_activations(kvs_cuda *cu, kvs_matvec_args *a) {
     bool integers = false, floats = false;
     for (int i = 0; i < a->n_jobs; i++) *(a->jobs[i].integers ? &integers : &floats) = true;
     const bool aligned = (uintptr_t)a->x % 16 == 0 && a->cols % KVS_GROUP == 0;
-    a->room = a->n <= 2 ? a->n : a->n <= 4 ? 4 : 8;
-    const int64_t tiles = integers ? kvs_ceil_div(a->cols, KVS_GROUP * KVS_WARP) * a->room * (int64_t)sizeof(act_tile) : 0;
+    a->tiles.room = a->n <= 2 ? a->n : a->n <= 4 ? 4 : 8;
+    const int64_t tiles = integers ? kvs_ceil_div(a->cols, KVS_GROUP * KVS_WARP) * a->tiles.room * (int64_t)sizeof(kvs_act_tile) : 0;
     const int64_t padded = floats && !aligned ? a->n * kvs_groups(a->cols) * KVS_GROUP * (int64_t)sizeof(float) : 0;
     if (!tiles && !padded) return true;
-    uint8_t *scratch = kvs_cuda_scratch(cu, (uint64_t)(tiles + padded));
+    uint8_t *scratch = kvs_cuda_scratch(cu, KVS_SCRATCH_TILES, (uint64_t)(tiles + padded));
     if (!scratch) return false;
-    if (tiles) a->tiles = scratch;
+    if (tiles) a->tiles.p = (kvs_act_tile *)(void *)scratch;
     if (padded) a->padded = (float *)(void *)(scratch + tiles);
     return true;
 }
 
 static void multiply(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
-    KVS_ARGS(matvec_args, a);
+    KVS_ARGS(kvs_matvec_args, a);
     a.n_jobs = n_jobs;
     a.n = n;
     a.cols = jobs[0].w->cols;
     a.x = x;
     for (int i = 0; i < n_jobs; i++) {
         const kvs_weight *w = jobs[i].w;
-        matvec_job *job = &a.jobs[i];
+        kvs_matvec_job *job = &a.jobs[i];
         job->w = (const uint8_t *)w->data;
         job->row_bytes = w->row_bytes;
         job->y = jobs[i].y;
@@ -442,10 +390,10 @@ static void multiply(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const
         job->type = w->type;
         job->integers = jobs[i].rounding == KVS_ROUND_INT8 && !kvs_type_is_float(w->type);
     }
-    if (reserve_activations(cu, &a)) kvs_cuda_op<launch_matvec>(cu, &a);
+    if (reserve_activations(cu, &a)) kvs_cuda_op<launch_matvec, KVS_CUDA_MATVEC>(cu, &a);
 }
 
 /* n: up to 8 */
 void kvs_cuda_matvec(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const float *x, int32_t n) {
-    for (int32_t i = 0; i < n_jobs; i += JOBS) multiply(cu, jobs + i, KVS_MIN((int32_t)JOBS, n_jobs - i), x, n);
+    for (int32_t i = 0; i < n_jobs; i += KVS_MATVEC_JOBS) multiply(cu, jobs + i, KVS_MIN((int32_t)KVS_MATVEC_JOBS, n_jobs - i), x, n);
 }

@@ -144,6 +144,7 @@ void kvs_cuda_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, con
     a.exact_from = job->exact_from;
     a.rope_pre = job->rope_pre;
     a.n_rot = rope->n_rot;
-    a.x = (float *)kvs_cuda_scratch(cu, (uint64_t)a.n_sides * (uint64_t)a.heads * (uint64_t)a.n * (uint64_t)a.width * sizeof *a.x);
+    a.x = (float *)kvs_cuda_scratch(cu, KVS_SCRATCH_OP,
+                                    (uint64_t)a.n_sides * (uint64_t)a.heads * (uint64_t)a.n * (uint64_t)a.width * sizeof *a.x);
     if (a.x) kvs_cuda_op<launch_mix>(cu, &a);
 }

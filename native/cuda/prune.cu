@@ -66,7 +66,7 @@ static void reserve(kvs_cuda *cu, const kvs_kv *kv, int32_t n) {
     const void **done = kvs_cuda_once_slot(cu, kv, 0);
     uint64_t heads = (uint64_t)kv->n_kv_head, kept = 2 * (uint64_t)n * (uint64_t)kv->row_bytes;
     if (*done) return;
-    kvs_cuda_scratch(cu, KVS_MIN(heads * kept, KVS_MAX(kept, (uint64_t)KEPT_BYTES)));
+    kvs_cuda_scratch(cu, KVS_SCRATCH_OP, KVS_MIN(heads * kept, KVS_MAX(kept, (uint64_t)KEPT_BYTES)));
     *done = kvs_cuda_stage(cu, NULL, 0, heads * ((uint64_t)n * sizeof(int32_t) + 2 * STAGED));
 }
 
@@ -221,7 +221,7 @@ static const staged_move *stage_moves(kvs_cuda *cu, const kvs_kv *kv, const kvs_
 static bool prepare(kvs_cuda *cu, const kvs_kv *kv, const kvs_move *moves, int32_t n, move_args *a, uint8_t **scratch) {
     int64_t bytes, most = 1;
     for (int32_t i = 0; i < n; most = KVS_MAX(most, bytes)) i = group_end(moves, n, i, kv->row_bytes, &bytes);
-    *scratch = kvs_cuda_scratch(cu, (uint64_t)most);
+    *scratch = kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)most);
     a->moves = stage_moves(cu, kv, moves, n, *scratch);
     a->row_bytes = kv->row_bytes;
     return !cu->status;

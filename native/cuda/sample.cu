@@ -392,7 +392,7 @@ void kvs_cuda_sample(kvs_backend *be, const float *logits, int32_t n_vocab, cons
     a.n = n_vocab;
     a.logits = logits;
     a.seen = stage_seen(cu, n_vocab, draw);
-    if (a.seen) a.scores = (float *)kvs_cuda_scratch(cu, (uint64_t)n_vocab * sizeof(float));
+    if (a.seen) a.scores = (float *)kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)n_vocab * sizeof(float));
     a.out = (kvs_drawn *)report.device;
     set_cuts(&a, draw);
     kvs_cuda_op<launch_sample>(cu, &a);

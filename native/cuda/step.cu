@@ -169,18 +169,18 @@ static void deliver_all(const kvs_cuda *cu) {
 
 /* ---- scratch ---- */
 
-uint8_t *kvs_cuda_scratch(kvs_cuda *cu, uint64_t bytes) {
+uint8_t *kvs_cuda_scratch(kvs_cuda *cu, int32_t which, uint64_t bytes) {
+    kvs_cuda_scratch_block *scratch = &cu->scratch[which];
     if (cu->status) return NULL;
-    if (bytes <= cu->scratch_bytes) return cu->scratch;
+    if (bytes <= scratch->bytes) return scratch->p;
     void **grown = (void **)kvs_realloc(cu->retired, (uint64_t)cu->n_retired + 1, sizeof *grown);
     uint8_t *block = NULL;
     if (grown) cu->retired = grown;
     if (!grown)
         cu->status = KVS_E_MEMORY;
     else if (kvs_cuda_check(cu, kvs_cuda_malloc(&block, bytes), "cudaMalloc of working space")) {
-        if (cu->scratch) cu->retired[cu->n_retired++] = cu->scratch;
-        cu->scratch = block;
-        cu->scratch_bytes = bytes;
+        if (scratch->p) cu->retired[cu->n_retired++] = scratch->p;
+        *scratch = {block, bytes};
     }
     return block;
 }
@@ -192,14 +192,9 @@ static void free_retired(kvs_cuda *cu) {
 
 /* ---- ops: noted down or launched ---- */
 
-typedef struct noted {
-    kvs_cuda_launch launch;
-    uint64_t bytes; /* of arguments behind it, in whole words */
-} noted;
-
-static void note(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
+static void note(kvs_cuda *cu, int32_t kind, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
     kvs_cuda_list *list = &cu->list;
-    uint64_t padded = (bytes + 7) / 8 * 8, need = list->used + sizeof(noted) + padded;
+    uint64_t padded = (bytes + 7) / 8 * 8, need = list->used + sizeof(kvs_cuda_noted) + padded;
     if (need > list->room) {
         uint8_t *grown = (uint8_t *)kvs_realloc(list->bytes, 2 * need, 1);
         if (!grown) {
@@ -209,20 +204,18 @@ static void note(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_
         list->bytes = grown;
         list->room = 2 * need;
     }
-    noted *op = (noted *)(list->bytes + list->used);
+    kvs_cuda_noted *op = (kvs_cuda_noted *)(list->bytes + list->used);
     memset(op, 0, sizeof *op + padded);
     op->launch = launch;
-    op->bytes = padded;
+    op->kind = kind;
+    op->bytes = (int32_t)padded;
     memcpy(op + 1, args, bytes);
     list->used = need;
 }
 
 static void launch_noted(kvs_cuda *cu) {
-    for (uint64_t at = 0; at < cu->list.used && !cu->status;) {
-        const noted *op = (const noted *)(cu->list.bytes + at);
-        op->launch(cu, op + 1);
-        at += sizeof *op + op->bytes;
-    }
+    const kvs_cuda_noted *op = (const kvs_cuda_noted *)cu->list.bytes, *end = (const kvs_cuda_noted *)(cu->list.bytes + cu->list.used);
+    while (op < end && !cu->status) op = kvs_cuda_fused(cu, op, end);
 }
 
 /* Not too far ahead of the device: what is launched can't be taken back, and a cancellation is to be obeyed soon. */
@@ -233,10 +226,10 @@ static void keep_close(kvs_cuda *cu) {
     kvs_cuda_check(cu, cudaEventRecord(cu->marks[mark % 2], cu->stream), "cudaEventRecord");
 }
 
-void kvs_cuda_do(kvs_cuda *cu, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
+void kvs_cuda_do(kvs_cuda *cu, int32_t kind, kvs_cuda_launch launch, const void *args, uint64_t bytes) {
     if (cu->status) return;
     if (cu->noting) {
-        note(cu, launch, args, bytes);
+        note(cu, kind, launch, args, bytes);
         return;
     }
     send_staged(cu);
@@ -319,7 +312,7 @@ void kvs_cuda_free_steps(kvs_cuda *cu) {
     free(cu->deliveries);
     free_retired(cu);
     free(cu->retired);
-    cudaFree(cu->scratch);
+    for (const kvs_cuda_scratch_block &scratch : cu->scratch) cudaFree(scratch.p);
     free(cu->list.bytes);
     free(cu->kvs);
     free(cu->kvs_device);
@@ -329,10 +322,8 @@ void kvs_cuda_free_steps(kvs_cuda *cu) {
 
 static void reset_fault(kvs_cuda *cu) {
     cu->fault = kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)); /* the first report: it is always there */
-    kvs_cuda_fault *fault = (kvs_cuda_fault *)cu->fault.device;
-    if (!fault) return;
-    kvs_cuda_check(cu, cudaMemsetAsync(fault, 0, sizeof *fault, cu->stream), "cudaMemsetAsync");
-    kvs_cuda_check(cu, cudaMemsetAsync(&fault->first, 0xff, sizeof fault->first, cu->stream), "cudaMemsetAsync");
+    if (cu->fault.device)
+        kvs_cuda_check(cu, cudaMemsetAsync(cu->fault.device, 0xff, sizeof(kvs_cuda_fault), cu->stream), "cudaMemsetAsync");
 }
 
 void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
@@ -357,13 +348,13 @@ void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
 }
 
 static void read_fault(kvs_cuda *cu) {
-    const kvs_cuda_fault *found = (const kvs_cuda_fault *)cu->fault.host;
-    if (!found->found) return;
+    const kvs_cuda_fault found = *(const kvs_cuda_fault *)cu->fault.host;
+    if (found == ~(kvs_cuda_fault)0) return;
     cu->status = KVS_E_NUMERIC;
     if (!cu->step->fault) return;
-    uint32_t bits = (uint32_t)found->first;
-    cu->step->fault->place = found->place;
-    cu->step->fault->row = (int32_t)(found->first >> 32);
+    uint32_t bits = (uint32_t)found;
+    cu->step->fault->place = cu->places[found >> 52];
+    cu->step->fault->row = (int32_t)(found >> 32) & (KVS_CUDA_FAULT_ROWS - 1);
     memcpy(&cu->step->fault->value, &bits, sizeof bits);
 }
 

@@ -12,7 +12,7 @@ struct kvs_shim_stream {
     bool spoilt;             /* by a call that may not be captured */
 };
 
-enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
+enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, KERNELS, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
 extern std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 cudaError_t kvs_shim_fail(cudaError_t error); /* remembers it as the last one */

@@ -21,7 +21,7 @@ static std::atomic<bool> broken; /* by an error that stays */
 std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 long long kvs_shim_counted(const char *what) {
-    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures",
+    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures", "kernels",
                                               "asked", "blocks",  "pinned",    "objects"};
     for (int i = 0; i < COUNTS; i++)
         if (!strcmp(what, names[i])) return kvs_shim_so_far[i];

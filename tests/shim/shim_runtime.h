@@ -104,7 +104,7 @@ template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cu
 
 size_t kvs_shim_max_shared(void); /* bytes of a block */
 /* So far in this process: waits of the host for a stream or an event ("waits"), copies to the host and from it ("to_host", "to_device"; those of
- * a graph count each time that it runs), "graphs" launched and "captures" of new ones. Since KVS_SHIM_FAIL changed: calls of the function that
+ * a graph count each time that it runs, as its "kernels" do), "graphs" launched and "captures" of new ones. Since KVS_SHIM_FAIL changed: calls of the function that
  * it names ("asked"). There now: "blocks" of devices, "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
  * which find it by its name in the library. */
 extern "C" __attribute__((visibility("default"))) long long kvs_shim_counted(const char *what);
