@@ -20,7 +20,7 @@ evidence: $(VENV)/installed ## measure the model in the box on 500 test scenes a
 bench: $(VENV)/installed ## measure speed: of the model in the box, or MODEL=F.gguf [MMPROJ=F.gguf] [ARGS="--threads 1,2 --against DIR"]
 	@$(BIN)/pykvsmooth bench $(if $(MODEL),--model "$(MODEL)") $(if $(MMPROJ),--mmproj "$(MMPROJ)") $(ARGS)
 
-test: lint $(VENV)/installed inject test-cuda amx-emulated ## lint, then the whole test suite
+test: lint $(VENV)/installed inject test-cuda test-cuda-races amx-emulated ## lint, then the whole test suite
 	$(BIN)/pytest tests
 
 # A library whose every allocation, lock and thread the tests can refuse
@@ -47,10 +47,30 @@ test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them unde
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-asan/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
-test-gpu: $(VENV)/installed $(VENV)/tools ## the same on a real GPU (needs nvcc and a driver)
-	$(BIN)/cmake --preset release -DKVS_CUDA=ON -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
-	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS) threads) tests/test_cuda_build.py -p no:cacheprovider
+# Two threads at one byte and nothing that orders them, within a block and between blocks; bytes that nobody wrote
+CUDA_RACES_TESTS = shim rowops kv_ops mix_op prune_ops cuda_gemm attention_shapes sampler
+CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_matvec matmul bf16 attention sampler_ids kvsmooth fuse numeric
+test-cuda-races: CUDA_RUN = $(CUDA_RACES_TESTS)
+test-cuda-races-long: CUDA_RUN = $(CUDA_RACES_LONG_TESTS)
+test-cuda-races test-cuda-races-long: $(VENV)/installed $(VENV)/tools ## kernels with every access to memory looked at, on the CPU; the first is part of make test
+	$(BIN)/cmake --preset cuda-races -G Ninja && $(BIN)/cmake --build --preset cuda-races -j $(JOBS)
+	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-races/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
+	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
+
+# CMAKE_ARGS=-DKVS_CUDA_ARCHS=89 compiles for one card alone, PYTEST_ARGS="-n 8" runs that many tests side by side
+GPU_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR)
+gpu-library: $(VENV)/installed $(VENV)/tools
+	$(BIN)/cmake --preset release -DKVS_CUDA=ON $(CMAKE_ARGS) -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
+
+test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver)
+	$(GPU_ENV) $(BIN)/python -m pytest $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS) threads) tests/test_cuda_build.py \
+	    -p no:cacheprovider $(PYTEST_ARGS)
+
+GPU_TOOLS ?= memcheck racecheck initcheck synccheck
+sanitize-gpu: gpu-library ## its kernels under compute-sanitizer: GPU_TOOLS="memcheck racecheck initcheck synccheck"
+	for tool in $(GPU_TOOLS); do $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest \
+	    $(patsubst %,tests/test_%.py,cuda_gemm cuda_matvec rowops attention attention_shapes kv_ops mix_op prune_ops sampler) \
+	    -p no:cacheprovider -m "not slow" -q $(PYTEST_ARGS) || exit 1; done
 
 test-fast: $(VENV)/installed ## the tests that take about a minute
 	$(BIN)/pytest tests -m "not slow"
@@ -132,5 +152,5 @@ $(VENV)/tools: $(VENV)/bin/pip pyproject.toml
 	    mypy types-cffi numpy pillow rich jinja2
 	@touch $@
 
-.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-cuda-asan test-gpu emulated amx-emulated soak fuzz fuzz-pairs wheel lint format clean
+.PHONY: help demo evidence bench test inject test-fast asan ubsan tsan test-cuda test-cuda-long test-cuda-asan test-cuda-races test-cuda-races-long gpu-library test-gpu sanitize-gpu emulated amx-emulated soak fuzz fuzz-pairs wheel lint format clean
 .DEFAULT_GOAL := help

@@ -15,6 +15,10 @@ if(KVS_CUDA_SHIM)
   target_include_directories(kvs_cuda PRIVATE native tests/shim)
   target_compile_definitions(kvs_cuda PRIVATE KVS_SHIM _GNU_SOURCE)
   target_compile_options(kvs_cuda PRIVATE -std=gnu++20 -O2 -g -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-maybe-uninitialized)
+  if(KVS_SHIM_RACES) # calls for each access, to functions of the shim's own: no libtsan
+    set_property(SOURCE ${KVS_CUDA_SOURCES} APPEND PROPERTY COMPILE_OPTIONS -fsanitize=thread)
+    target_compile_definitions(kvs_cuda PRIVATE KVS_SHIM_RACES)
+  endif()
   set_target_properties(kvs_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_sources(kvs PRIVATE $<TARGET_OBJECTS:kvs_cuda>)
   set_target_properties(kvs PROPERTIES OUTPUT_NAME kvs_shim) # nobody takes it for the library by accident

@@ -18,11 +18,25 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         pytest.skip("no g++ or clang++ to compile the kernels with")
-    out = tmp_path_factory.mktemp("shim") / "check"
-    sources = [SHIM / "check.cu", *sorted(SHIM.glob("*.cpp"))]
-    flags = "-x c++ -std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -DKVS_SHIM".split()
-    subprocess.run([compiler, *flags, f"-I{SHIM}", *map(str, sources), "-o", str(out)], check=True)
-    return out
+    return compiled(compiler, tmp_path_factory.mktemp("shim"), [], [])
+
+
+@pytest.fixture(scope="module")
+def check_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("no g++ to compile the kernels with")
+    return compiled(compiler, tmp_path_factory.mktemp("races"), ["-DKVS_SHIM_RACES"], ["-fsanitize=thread"])
+
+
+def compiled(compiler: str, folder: Path, flags: list[str], kernel_flags: list[str]) -> Path:
+    flags = [*"-x c++ -std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -DKVS_SHIM".split(), f"-I{SHIM}", *flags]
+    subprocess.run([compiler, *flags, *kernel_flags, "-c", str(SHIM / "check.cu"), "-o", str(folder / "check.o")], check=True)
+    subprocess.run(
+        [compiler, *flags, *map(str, sorted(SHIM.glob("*.cpp"))), "-x", "none", str(folder / "check.o"), "-o", str(folder / "check")],
+        check=True,
+    )
+    return folder / "check"
 
 
 def run(check: Path, name: str, order: str = "forward", **env: str) -> subprocess.CompletedProcess:
@@ -86,6 +100,33 @@ def test_what_no_host_may_do(check: Path, name: str, message: str) -> None:
 def test_what_is_forgotten_gives_wrong_numbers(check: Path, name: str, order: str) -> None:
     done = run(check, name, order)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["places", "sum", "shuffle", "vote", "mma", "ldmatrix", "async", "half", "dot", "atomic", "graph"])
+def test_what_is_right_has_no_races(check_races: Path, name: str, order: str) -> None:
+    done = run(check_races, name, order)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("race", r"(reads|writes) shared memory at .* where thread \d+ of the same block has been"),
+        ("unwritten", "reads shared memory at .* that nobody has written"),
+        ("unwritten_array", "reads shared memory at .* that nobody has written"),
+        ("blocks_kernel", "writes device memory at .* where thread 0 of another block has been"),
+        ("read_blocks_kernel", "(reads|writes) device memory at .* where thread 0 of another block has been"),
+        ("lanes_kernel", r"(reads|writes) shared memory at .* where thread \d+ of the same block has been"),
+        ("mixed_kernel", r"(reads|writes) device memory at .* where thread \d+ of the same block has been"),
+        ("unwritten_device", "reads device memory at .* that nobody has written"),
+    ],
+)
+def test_races(check: Path, check_races: Path, name: str, message: str, order: str) -> None:
+    done = run(check_races, name, order)
+    assert done.returncode == -6 and re.search(message, done.stderr), done.stderr
+    assert run(check, name, order).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["written_too_soon", "read_too_soon", "freed_too_soon", "not_waited_for"])

@@ -58,6 +58,7 @@ KVS_DEVICE void kvs_kv_put_q8(uint8_t *block, float x, bool inside) {
     uint16_t scale = kvs_float_half(fminf(top / 127.0f, 65504.0f));
     float d = kvs_half_float(scale), q = inside && d > 0.0f ? rintf(x / d) : 0.0f;
     q = q > 127.0f ? 127.0f : q < -127.0f ? -127.0f : q == q ? q : 0.0f;
+    __syncwarp(); /* x may come from the block itself */
     if (!lane) *(uint16_t *)(void *)block = scale;
     block[2 + lane] = (uint8_t)(int8_t)q;
 }

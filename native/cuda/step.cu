@@ -174,14 +174,19 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, int32_t which, uint64_t bytes) {
     if (cu->status) return NULL;
     if (bytes <= scratch->bytes) return scratch->p;
     void **grown = (void **)kvs_realloc(cu->retired, (uint64_t)cu->n_retired + 1, sizeof *grown);
-    uint8_t *block = NULL;
-    if (grown) cu->retired = grown;
-    if (!grown)
+    if (!grown) {
         cu->status = KVS_E_MEMORY;
-    else if (kvs_cuda_check(cu, kvs_cuda_malloc(&block, bytes), "cudaMalloc of working space")) {
-        if (scratch->p) cu->retired[cu->n_retired++] = scratch->p;
-        *scratch = {block, bytes};
+        return NULL;
     }
+    cu->retired = grown;
+    uint8_t *block = NULL;
+    if (!kvs_cuda_check(cu, kvs_cuda_malloc(&block, bytes), "cudaMalloc of working space")) return NULL;
+    if (!kvs_cuda_check(cu, cudaMemsetAsync(block, 0, bytes, cu->stream), "cudaMemsetAsync")) { /* kernels read the rests of tiles, too */
+        cudaFree(block);
+        return NULL;
+    }
+    if (scratch->p) cu->retired[cu->n_retired++] = scratch->p;
+    *scratch = {block, bytes};
     return block;
 }
 
@@ -276,7 +281,8 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
         if (cu->graphs[i].last_use < graph->last_use) graph = &cu->graphs[i];
     forget_graph(graph);
     cudaGraph_t captured = NULL;
-    if (!kvs_cuda_check(cu, cudaStreamBeginCapture(cu->stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture")) return NULL;
+    /* Relaxed: a kernel that is met for the first time is loaded now, by calls of the driver's own */
+    if (!kvs_cuda_check(cu, cudaStreamBeginCapture(cu->stream, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture")) return NULL;
     launch_noted(cu);
     bool ok = kvs_cuda_check(cu, cudaStreamEndCapture(cu->stream, &captured), "cudaStreamEndCapture") && !cu->status &&
               kvs_cuda_check(cu, cudaGraphInstantiate(&graph->exec, captured, 0), "cudaGraphInstantiate");

@@ -88,7 +88,7 @@ static __global__ void unwritten_kernel(float *out) {
     KVS_DYNAMIC_SHARED(float, x);
     if (blockIdx.x == 0) x[threadIdx.x] = 1.0f;
     __syncthreads();
-    out[blockIdx.x] = x[0]; /* block 0 has written its own, not that of block 1 */
+    if (!threadIdx.x) out[blockIdx.x] = x[0]; /* block 0 has written its own, not that of block 1 */
 }
 static void unwritten() {
     device_array<float> out(2);
@@ -99,7 +99,7 @@ static __global__ void unwritten_array_kernel(float *out) {
     __shared__ float x[32];
     if (blockIdx.x == 0) x[threadIdx.x] = 1.0f;
     __syncthreads();
-    out[blockIdx.x] = x[0];
+    if (!threadIdx.x) out[blockIdx.x] = x[0];
 }
 static void unwritten_array() {
     device_array<float> out(2);
@@ -107,6 +107,37 @@ static void unwritten_array() {
     expect(out.get()[0] == 1.0f && std::isnan(out.get()[1]), "nobody saw it");
 }
 static void early_wait() { expect(!pipeline(pipeline_kernel<STAGES>), "nobody saw it"); }
+
+/* ---- what only a build with KVS_SHIM_RACES sees; elsewhere these end with 0 ---- */
+
+static __global__ void blocks_kernel(float *x) {
+    if (!threadIdx.x) x[blockIdx.x / 2] = 1.0f;
+}
+static __global__ void read_blocks_kernel(float *x) {
+    if (!threadIdx.x) x[blockIdx.x] = x[blockIdx.x ? blockIdx.x - 1 : 0];
+}
+static __global__ void lanes_kernel(float *out) {
+    __shared__ float x[32];
+    x[threadIdx.x] = 0.0f;
+    __syncthreads();
+    x[threadIdx.x] = 1.0f;
+    out[threadIdx.x] = x[(threadIdx.x + 1) % 32]; /* no __syncwarp before it: other lanes may be elsewhere */
+}
+static __global__ void mixed_kernel(uint32_t *x) {
+    if (threadIdx.x) atomicAdd(x, 1u);
+    if (!threadIdx.x) *x = 3;
+}
+static __global__ void read_kernel(float *to, const float *from) { to[threadIdx.x] = from[threadIdx.x]; }
+static void unwritten_device() {
+    float *p;
+    device_array<float> to(32);
+    call(cudaMalloc((void **)&p, 32 * sizeof *p), "cudaMalloc");
+    call(cudaMemset(p, 0, 31 * sizeof *p), "cudaMemset");
+    call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    LAUNCH(read_kernel, 1, 32, 0, to.p, (const float *)p);
+    call(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    call(cudaFree(p), "cudaFree");
+}
 
 /* What is put into a stream waits until somebody waits for it. */
 struct pinned_number {
@@ -280,6 +311,27 @@ static const named_check faults[] = {
     {"race", race},
     {"unwritten", unwritten},
     {"unwritten_array", unwritten_array},
+    {"blocks_kernel",
+     [] {
+         device_array<float> x(2);
+         LAUNCH(blocks_kernel, 4, 32, 0, x.p);
+     }},
+    {"read_blocks_kernel",
+     [] {
+         device_array<float> x(4);
+         LAUNCH(read_blocks_kernel, 4, 32, 0, x.p);
+     }},
+    {"lanes_kernel",
+     [] {
+         device_array<float> x(32);
+         LAUNCH(lanes_kernel, 1, 32, 0, x.p);
+     }},
+    {"mixed_kernel",
+     [] {
+         device_array<uint32_t> x(1);
+         LAUNCH(mixed_kernel, 1, 64, 0, x.p);
+     }},
+    {"unwritten_device", unwritten_device},
     {"written_too_soon", written_too_soon},
     {"read_too_soon", read_too_soon},
     {"freed_too_soon", freed_too_soon},

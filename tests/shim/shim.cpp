@@ -3,6 +3,7 @@
  * A thread that comes to a primitive notes what it wants and picks the next thread itself, so there is one switch for it, not two. A thread that
  * returns leaves its stack to the next one that has not begun: threads without primitives cost a call each. */
 #include "shim_inside.h"
+#include "shim_races.h"
 
 #include <cstdarg>
 #include <mutex>
@@ -173,6 +174,7 @@ static bool finish_barrier(void) {
     }
     m->ready = m->n_warps == 32 ? ~0u : (1u << m->n_warps) - 1;
     m->at = pick(m->ready);
+    kvs_races_barrier();
     return true;
 }
 
@@ -317,6 +319,7 @@ static void load_matrices(int32_t w, bool turned) {
         thread *t = lane_of(w, lane);
         kvs_shim_self = &t->place;
         kvs_shim_aligned(t->call->a, 16, kind_name(t->call->kind));
+        kvs_races_access(t->call->a, 16, false);
         memcpy(rows[lane], t->call->a, 16);
     }
     for (int32_t lane = 0; lane < WARP; lane++) {
@@ -339,6 +342,8 @@ static void finish_call(int32_t w, uint32_t mask) {
         multiply(w);
     else if (kind != KVS_SYNCWARP)
         load_matrices(w, kind == KVS_LDMATRIX_TURNED);
+    else if (mask == m->warps[w].all)
+        kvs_races_warp(w);
 }
 
 /* ---- asynchronous copies ---- */
@@ -347,6 +352,8 @@ void kvs_shim_async(void *shared, const void *global) {
     thread *self = (thread *)(void *)kvs_shim_self;
     kvs_shim_aligned(shared, 16, "kvs_async16, shared memory");
     kvs_shim_aligned(global, 16, "kvs_async16, global memory");
+    kvs_races_access(global, 16, false);
+    kvs_races_access(shared, 16, true);
     memset(shared, POISON, 16);
     self->copies.push_back({shared, global, self->groups});
 }
@@ -404,7 +411,9 @@ extern uint8_t __stop_kvs_shared[] __attribute__((weak, visibility("hidden")));
 static void run_block(size_t shared) {
     uint8_t *zone = m->block.shared + shared;
     memset(m->block.shared, POISON, shared);
-    if (__start_kvs_shared) memset(__start_kvs_shared, POISON, (size_t)(__stop_kvs_shared - __start_kvs_shared));
+    const size_t statics = __start_kvs_shared ? (size_t)(__stop_kvs_shared - __start_kvs_shared) : 0;
+    if (statics) memset(__start_kvs_shared, POISON, statics);
+    kvs_races_block(m->block.shared, shared, __start_kvs_shared, statics);
     memset(zone, ZONE_BYTE, ZONE);
     for (int32_t i = 0; i < m->n_threads; i++) {
         m->threads[i].copies.clear();
@@ -441,6 +450,7 @@ static void run_blocks(dim3 grid, size_t shared) {
 static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
     std::lock_guard<std::mutex> hold(turn);
     kvs_shim_so_far[KERNELS]++;
+    kvs_races_launch();
     m->name = name;
     __atomic_store_n(&last_kernel, name, __ATOMIC_RELAXED);
     m->body = &body;

@@ -5,7 +5,7 @@
  * warps, and lanes between two primitives. What a GPU would not forgive ends the process with the kernel's name on stderr: threads that
  * wait for others that will never come, lanes of one mask at different primitives, addresses that are not aligned, launches beyond the
  * limits. Shared memory is full of NaN when a block begins (under AddressSanitizer static __shared__ arrays hold what the block before left).
- * Races between blocks are not seen.
+ * Races between blocks are seen by shim_races.cpp, in a build of its own.
  *
  * With AddressSanitizer fibers are announced, and overruns of device memory are seen; ThreadSanitizer does not know of them. */
 #ifndef KVS_SHIM_H
@@ -190,15 +190,27 @@ KVS_DEVICE int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 KVS_DEVICE float kvs_shim_rsqrtf(float x) { return 1.0f / sqrtf(x); }
 #define rsqrtf kvs_shim_rsqrtf /* some C libraries have one */
 
-/* One host thread runs a launch, so nothing has to be atomic. */
+/* One host thread runs a launch, so nothing has to be atomic; shim_races.cpp must know what is. */
+#ifdef KVS_SHIM_RACES
+extern bool kvs_shim_in_atomic;
+KVS_DEVICE void kvs_shim_atomic_part(bool begins) { /* no access may be moved from one side to the other */
+    asm volatile("" ::: "memory");
+    kvs_shim_in_atomic = begins;
+    asm volatile("" ::: "memory");
+}
+#else
+KVS_DEVICE void kvs_shim_atomic_part(bool) {}
+#endif
 template <class T> struct kvs_shim_same { typedef T type; };
 template <class T> using kvs_shim_value = typename kvs_shim_same<T>::type;
 template <class T>
 constexpr bool kvs_shim_counts = std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
 template <class T, class F> KVS_DEVICE T kvs_shim_atomic(T *p, F f) {
     if ((uintptr_t)p % sizeof(T)) kvs_shim_fatal("an atomic operation at an address that is not a multiple of %zu", sizeof(T));
+    kvs_shim_atomic_part(true);
     T old = *p;
     *p = f(old);
+    kvs_shim_atomic_part(false);
     return old;
 }
 template <class T> KVS_DEVICE T atomicAdd(T *p, kvs_shim_value<T> x) {

@@ -26,6 +26,7 @@ bool kvs_shim_broken(void); /* by an error that stays: nothing runs any more */
 /* Broken devices give back what they have, too, if with an error: the process goes on with a device that is well again. */
 static inline bool kvs_shim_gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
 
+bool kvs_shim_on_device(const void *p);    /* in an allocated block */
 void kvs_shim_finish(cudaStream_t stream); /* what waits in it is done; NULL: the default stream */
 void kvs_shim_finish_all(void);
 #endif

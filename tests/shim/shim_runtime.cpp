@@ -1,5 +1,6 @@
 /* shim_runtime.cpp - see shim_runtime.h: errors, devices, memory, copies. Streams and graphs are in shim_stream.cpp. */
 #include "shim_inside.h"
+#include "shim_races.h"
 
 #include <map>
 #include <mutex>
@@ -21,8 +22,8 @@ static std::atomic<bool> broken; /* by an error that stays */
 std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 long long kvs_shim_counted(const char *what) {
-    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures", "kernels",
-                                              "asked", "blocks",  "pinned",    "objects"};
+    static const char *const names[COUNTS] = {"waits",   "to_host", "to_device", "graphs", "captures",
+                                              "kernels", "asked",   "blocks",    "pinned", "objects"};
     for (int i = 0; i < COUNTS; i++)
         if (!strcmp(what, names[i])) return kvs_shim_so_far[i];
     return -1;
@@ -225,6 +226,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     allocated += whole(bytes);
     kvs_shim_so_far[BLOCKS]++;
     blocks[block + ZONE] = bytes;
+    kvs_races_device(block + ZONE, bytes);
     *p = block + ZONE;
     return cudaSuccess;
 }
@@ -299,6 +301,8 @@ static where where_is(const void *p, size_t bytes) {
     return first <= end && bytes <= (size_t)(end - first) ? DEVICE : ACROSS;
 }
 
+bool kvs_shim_on_device(const void *p) { return where_is(p, 1) == DEVICE; }
+
 static bool may_copy(void *to, size_t to_bytes, const void *from, size_t from_bytes, cudaMemcpyKind kind) {
     where left = where_is(to, to_bytes), right = where_is(from, from_bytes);
     if (left == ACROSS || right == ACROSS) return false;
@@ -317,6 +321,8 @@ struct lines {
 
 static void copy_lines(const lines &l, cudaMemcpyKind kind) {
     count_copy(kind);
+    if (kind != cudaMemcpyDeviceToHost)
+        for (size_t i = 0; i < l.height; i++) kvs_races_written(l.to + i * l.to_pitch, l.width);
     for (size_t i = 0; i < l.height; i++) memmove(l.to + i * l.to_pitch, l.from + i * l.from_pitch, l.width);
 }
 
@@ -360,7 +366,10 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
 }
 static cudaError_t set_later(void *to, int value, size_t bytes, cudaStream_t stream) {
     if (bytes && where_is(to, bytes) != DEVICE) return kvs_shim_fail(cudaErrorInvalidValue);
-    kvs_shim_do(stream, [=]() { memset(to, value, bytes); });
+    kvs_shim_do(stream, [=]() {
+        kvs_races_written(to, bytes);
+        memset(to, value, bytes);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {

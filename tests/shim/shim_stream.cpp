@@ -43,7 +43,7 @@ struct kvs_shim_event {
     std::shared_ptr<moment> at = std::make_shared<moment>(); /* queues may outlive an event */
 };
 
-static thread_local kvs_shim_stream *capturing; /* by this host thread, in a mode that forbids what is not safe */
+static thread_local kvs_shim_stream *capturing; /* by this host thread, which may do nothing that is not safe, whatever the mode */
 
 cudaError_t kvs_shim_enter(const char *name, bool safe) {
     if (cudaError_t error = kvs_shim_asked(name)) return kvs_shim_fail(error);
@@ -177,13 +177,13 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEven
 
 /* ---- graphs: lists of what was to be done ---- */
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     ENTER(true);
     if (!stream || stream->capture || capturing) return kvs_shim_fail(cudaErrorStreamCaptureUnsupported);
     stream->capture = new kvs_shim_graph();
     stream->spoilt = false;
     kvs_shim_so_far[CAPTURES]++;
-    if (mode != cudaStreamCaptureModeRelaxed) capturing = stream;
+    capturing = stream;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
