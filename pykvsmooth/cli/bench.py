@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from . import options
@@ -102,22 +103,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         raise options.UsageError(f"--json {args.json}: there is no such folder")
     if args.against and not os.path.isdir(args.against):
         raise options.UsageError(f"--against {args.against}: there is no such folder")
-    names = (
-        "model",
-        "mmproj",
-        "device",
-        "gpu_layers",
-        "threads",
-        "depths",
-        "rows",
-        "sessions",
-        "tokens",
-        "image",
-        "repeat",
-        "only",
-        "against",
-        "timeout",
-    )
+    names = {field.name for field in fields(Settings)} - {"caption_tokens"}
     settings = Settings(**{name: getattr(args, name) for name in names}, caption_tokens=args.max_tokens)
     bench = Bench(settings, ui.status)
     _warn(ui, bench)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +43,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_place(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--device", type=_device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(
         "--gpu-layers",
         type=_layers,
@@ -94,6 +95,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
+    return text
 
 
 def _layers(text: str) -> int | Literal["auto"]:
