@@ -68,8 +68,8 @@ test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver)
 
 GPU_TOOLS ?= memcheck racecheck initcheck synccheck
 sanitize-gpu: gpu-library ## its kernels under compute-sanitizer: GPU_TOOLS="memcheck racecheck initcheck synccheck"
-	for tool in $(GPU_TOOLS); do $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest \
-	    $(patsubst %,tests/test_%.py,cuda_gemm cuda_matvec rowops attention attention_shapes kv_ops mix_op prune_ops sampler) \
+	for tool in $(GPU_TOOLS); do $(GPU_ENV) compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(BIN)/python -m pytest \
+	    $(patsubst %,tests/test_%.py,cuda_gemm cuda_matvec rowops attention attention_shapes kv_ops mix_op prune_ops sampler fuse) \
 	    -p no:cacheprovider -m "not slow" -q $(PYTEST_ARGS) || exit 1; done
 
 test-fast: $(VENV)/installed ## the tests that take about a minute

@@ -378,7 +378,7 @@ enum kvs_roof {
 };
 typedef struct kvs_roofs kvs_roofs;
 /* device "cpu": loops of the kernels that KVS_CPU chooses, on a pool of threads (0: as many as are allowed); "cuda", "cuda:N": of that GPU.
- * bytes: of the buffer that is read, from 1 to 2^40: several times the cache; of a GPU's free memory an eighth at most. It is there from the
+ * bytes: of the buffer that is read, from 1 to 2^40: several times the cache, to which a GPU's grows; an eighth of its free memory at most. It is there from the
  * first measurement of its kind until the end. One thread at a time. */
 int32_t kvs_roofs_open(const char *device, int32_t threads, int64_t bytes, kvs_roofs **out, kvs_error *err);
 void kvs_roofs_free(kvs_roofs *roofs);

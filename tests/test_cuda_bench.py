@@ -87,7 +87,9 @@ def test_calls_that_fail(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = held()
     monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:0")
-    for n in range(1, min(measure_all(), 25) + 1):
+    calls = measure_all()
+    assert calls >= 1
+    for n in range(1, min(calls, 25) + 1):
         monkeypatch.setenv("KVS_SHIM_FAIL", f"{call}:{n}")
         with pytest.raises((kvs.DeviceError, kvs.OutOfMemoryError)):
             measure_all()
@@ -130,6 +132,17 @@ def test_a_shared_model(run, tmp_path) -> None:
     assert figures["caption"]["more"]["stats"]["device"] == "cuda:0"
 
 
+def test_a_tower_that_found_no_room(monkeypatch: pytest.MonkeyPatch, tiny_pair) -> None:
+    """Then pictures are not held against the GPU's roofs."""
+    bench = Bench(Settings(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda", only=("encode",), repeat=1))
+    assert bench.place.tower and bench.place.whole
+    monkeypatch.setattr(kvs.Model, "device_reason", property(lambda _: "4 of 4 layers on cuda:0, the vision tower on the CPU (base)"))
+    bench = Bench(Settings(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda", only=("encode",), repeat=1))
+    assert not bench.place.tower and bench.place.whole
+    bench.run()
+    assert bench.figures[0].values and bench.figures[0].shares == {}
+
+
 def test_a_peer_gets_the_same_gpu(tiny_pair, tmp_path) -> None:
     few = {"mmproj": tiny_pair.mmproj, "threads": (1,), "against": str(peer(tmp_path / "bin", ANSWER))}
     for layers, flags in (("auto", ["-ngl", "999", "-sm", "none", "-mg", "0"]), (1, ["-ngl", "1", "-sm", "none", "-mg", "0"])):
@@ -138,6 +151,16 @@ def test_a_peer_gets_the_same_gpu(tiny_pair, tmp_path) -> None:
         names = [setting.name for setting in bench.peer.bench_settings()]
         assert any("repack" in name for name in names) == (layers == 1), names
     assert Bench(Settings(tiny_pair.text, device="cpu", **few)).peer.place_flags() == []
+
+
+def test_a_peer_beside_the_cpu_finds_no_gpu(tiny_pair, tmp_path) -> None:
+    seen = tmp_path / "seen"
+    folder = peer(tmp_path / "bin", f'echo "[$CUDA_VISIBLE_DEVICES] $*" >> {seen}\n' + ANSWER)
+    for device in ("cpu", "cuda"):
+        bench = Bench(Settings(tiny_pair.text, mmproj=tiny_pair.mmproj, threads=(1,), device=device, against=str(folder)))
+        bench.peer.decode("m", 1, 3, 2, bench.peer.bench_settings()[0])
+    first, second = (line for line in seen.read_text().splitlines() if "-m m" in line)
+    assert first.startswith("[] ") and "-ngl" not in first and "-ngl 999" in second
 
 
 def test_the_handle_in_c() -> None:

@@ -280,6 +280,8 @@ int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
     kvs_cuda *cu = (kvs_cuda *)kvs_calloc(1, sizeof *cu);
     if (!cu) return kvs_fail_memory(err, sizeof *cu, "the CUDA backend");
     cu->device = index;
+    const char *fuse = getenv("KVS_CUDA_FUSE");
+    cu->fuses = !fuse || strcmp(fuse, "0") != 0;
     cu->base.ops = &cuda_ops;
     cu->base.has_bf16 = true;
     bool ok = prepare(cu);

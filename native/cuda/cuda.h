@@ -18,10 +18,10 @@ enum { KVS_GRAPH_ROWS = 16 }; /* steps of more rows are not worth a graph */
 typedef struct kvs_cuda kvs_cuda;
 typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
 
-/* On the device, found by finite(): call << 52 | row << 32 | bits of the value, the least of a step; all ones: nothing. Calls are counted in a
- * step: places are not unique, each session of a step has its keys checked under the same one. */
+/* On the device, found by finite(): place << 52 | row << 32 | bits of the value, the least of a step; all ones: nothing. Places rise in a step,
+ * but that each session of it has its keys and values checked under the same ones. */
 typedef unsigned long long kvs_cuda_fault;
-enum { KVS_CUDA_CALLS = 1 << 12, KVS_CUDA_FAULT_ROWS = 1 << 20 };
+enum { KVS_CUDA_PLACES = 1 << 12, KVS_CUDA_FAULT_ROWS = 1 << 20 };
 
 typedef struct
     kvs_cuda_chunk { /* of what is staged for a step, or reported by it: the same bytes in pinned host memory and on the device */
@@ -101,6 +101,7 @@ typedef struct kvs_cuda_scratch_block {
 struct kvs_cuda {
     kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
+    bool fuses;                           /* neighbours in one launch, where fuse.cu can */
     cudaStream_t stream;
     /* between begin and end */
     const kvs_step *step;
@@ -118,9 +119,7 @@ struct kvs_cuda {
     kvs_cuda_once once[KVS_CUDA_ONCE + 1]; /* the last one is for what finds no place */
     int32_t n_once;                        /* since begin */
     kvs_cuda_report fault;                 /* a kvs_cuda_fault, at one address in every step */
-    int32_t n_finite;                      /* calls of finite() since begin, and their places */
-    int32_t places[KVS_CUDA_CALLS];
-    int32_t n_launched; /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
+    int32_t n_launched;                    /* ops since begin: now and then the host waits for them, so that a cancellation is seen soon */
     cudaEvent_t marks[2];
     /* that outlive a step */
     kvs_cuda_graph graphs[KVS_CUDA_GRAPHS];

@@ -1,11 +1,9 @@
 /* fuse.cu - steps of few rows: neighbours in the list of ops that one launch can do. A launch of a small kernel takes longer than its work: a layer
  * of a token is twenty ops or so beside the matrices, and about ten launches when it comes from here.
  *
- * What is done is what the ops would have done, each one's results in memory among them, bit by bit. KVS_CUDA_FUSE=0 launches them one by one. */
+ * What is done is what the ops would have done, each one's results in memory among them, bit by bit. KVS_CUDA_FUSE=0, when a device is
+ * opened, launches them one by one. */
 #include "ops.cuh"
-
-#include <stdlib.h>
-#include <string.h>
 
 /* A place in the list */
 typedef struct cursor {
@@ -89,7 +87,7 @@ static bool note_check(kvs_keys_args *a, const kvs_finite_args *f, int32_t width
     for (int32_t value = 0; value < 2; value++) {
         const int64_t offset = f->x - (value ? a->put.v : a->put.k), first = offset / width;
         if (f->cols != width || offset < 0 || offset % width || first + f->n > a->put.n) continue;
-        for (int32_t i = 0; i < f->n; i++) a->checks[first + i][value] = {f->limit, 1, f->call, i};
+        for (int32_t i = 0; i < f->n; i++) a->checks[first + i][value] = {f->limit, 1, f->place, i};
         a->fault = f->fault;
         return true;
     }
@@ -138,10 +136,8 @@ static bool fuse_attention(kvs_cuda *cu, cursor *at) {
 }
 
 const kvs_cuda_noted *kvs_cuda_fused(kvs_cuda *cu, const kvs_cuda_noted *op, const kvs_cuda_noted *end) {
-    const char *asked = getenv("KVS_CUDA_FUSE");
     cursor at = {op, end};
-    if (!(asked && !strcmp(asked, "0")) && (fuse_row(cu, &at) || fuse_gate(cu, &at) || fuse_keys(cu, &at) || fuse_attention(cu, &at)))
-        return at.op;
+    if (cu->fuses && (fuse_row(cu, &at) || fuse_gate(cu, &at) || fuse_keys(cu, &at) || fuse_attention(cu, &at))) return at.op;
     op->launch(cu, kvs_cuda_noted_args(op));
     return kvs_cuda_noted_next(op);
 }

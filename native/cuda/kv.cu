@@ -33,20 +33,29 @@ KVS_DEVICE bool newest_of_slot(const kvs_row *rows, int32_t n, int32_t i) {
     return kv->n_exact > 0 && (next >= n || rows[next].kv != kv);
 }
 
-/* Row i of a head of K or of V, by a warp. value_of(d): for all its lanes, d may be behind the row's end. */
-template <class F> KVS_DEVICE void put_head(const kvs_put_args &a, int32_t i, int32_t head, bool key, F value_of) {
+/* Where row i of a head of K or of V goes */
+typedef struct row_place {
+    uint8_t *stored;
+    float *exact; /* or NULL */
+    int32_t type, head_dim;
+} row_place;
+
+KVS_DEVICE row_place row_place_of(const kvs_put_args &a, int32_t i, int32_t head, bool key) {
     const kvs_row *row = &a.rows[i];
     const kvs_kv *kv = row->kv;
-    int32_t lane = threadIdx.x % KVS_WARP, head_dim = kv->head_dim;
-    uint8_t *stored = kvs_kv_rows(kv, key ? kv->k : kv->v, a.layer, head) + kvs_kv_place(kv, a.layer, row->index) * kv->row_bytes;
-    float *exact = key ? kv->exact_k : kv->exact_v;
-    if (exact) exact = newest_of_slot(a.rows, a.n, i) ? exact + kvs_kv_exact(kv, a.layer, row->index, a.heads) + head * head_dim : NULL;
-    for (int32_t first = 0; first < head_dim; first += KVS_WARP) {
-        int32_t d = first + lane;
-        float value = value_of(d);
-        kvs_kv_put32(kv->type, stored, head_dim, first, value);
-        if (exact && d < head_dim) exact[d] = value;
-    }
+    row_place place = {kvs_kv_rows(kv, key ? kv->k : kv->v, a.layer, head) + kvs_kv_place(kv, a.layer, row->index) * kv->row_bytes,
+                       key ? kv->exact_k : kv->exact_v, kv->type, kv->head_dim};
+    if (!place.exact) return place;
+    const int64_t offset = kvs_kv_exact(kv, a.layer, row->index, a.heads) + head * kv->head_dim;
+    place.exact = newest_of_slot(a.rows, a.n, i) ? place.exact + offset : NULL;
+    return place;
+}
+
+/* Values first .. first + 32, one in each lane of a warp */
+KVS_DEVICE void put_values(const row_place &place, int32_t first, float value) {
+    const int32_t d = first + (int32_t)(threadIdx.x % KVS_WARP);
+    kvs_kv_put32(place.type, place.stored, place.head_dim, first, value);
+    if (place.exact && d < place.head_dim) place.exact[d] = value;
 }
 
 /* One warp for each row of a head of K and of V. */
@@ -57,7 +66,11 @@ static __global__ void put_kernel(kvs_put_args a) {
     bool key = task % 2 == 0;
     int32_t head_dim = a.rows[i].kv->head_dim;
     const float *x = (key ? a.k : a.v) + ((int64_t)i * a.heads + head) * head_dim;
-    put_head(a, i, head, key, [=](int32_t d) { return d < head_dim ? x[d] : 0.0f; });
+    const row_place place = row_place_of(a, i, head, key);
+    for (int32_t first = 0; first < head_dim; first += KVS_WARP) {
+        const int32_t d = first + (int32_t)(threadIdx.x % KVS_WARP);
+        put_values(place, first, d < head_dim ? x[d] : 0.0f);
+    }
 }
 
 static void launch_put(kvs_cuda *cu, const kvs_put_args *a) {
@@ -78,39 +91,67 @@ void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float
     kvs_cuda_op<launch_put, KVS_CUDA_PUT>(cu, &a);
 }
 
+/* HELD values of a lane are read before the first of them is used: a warp has some heads, and each would wait for memory again and again. */
+enum { HELD = 4 };
+
+KVS_DEVICE void hold(const float *x, int32_t first, int32_t dims, float values[HELD]) {
+    const int32_t d = first + (int32_t)(threadIdx.x % KVS_WARP);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) values[i] = d + i * KVS_WARP < dims ? x[d + i * KVS_WARP] : 0.0f;
+}
+
+/* use(first, value) for all runs of 32 values of a head, by a warp */
+template <class F> KVS_DEVICE void each_run(const float *x, int32_t dims, F use) {
+    for (int32_t first = 0; first < dims; first += HELD * KVS_WARP) {
+        float values[HELD];
+        hold(x, first, dims, values);
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (first + i * KVS_WARP < dims) use(first + i * KVS_WARP, values[i]);
+    }
+}
+
+/* A row of a head of K or of V; first_bad: of the row, in shared memory */
+KVS_DEVICE void turn_check_put(const kvs_keys_args &a, int32_t i, int32_t head, bool key, const kvs_row_check &check, int32_t *first_bad) {
+    const int32_t lane = threadIdx.x % KVS_WARP, dims = a.q.head_dim, n_rot = key ? a.q.n_rot : 0;
+    const float *angles = a.q.table + (int64_t)i * a.q.n_rot;
+    const row_place place = row_place_of(a.put, i, head, key);
+    float *x = (float *)(key ? a.put.k : a.put.v) + ((int64_t)i * a.put.heads + head) * dims;
+    each_run(x, dims, [&](int32_t first, float value) {
+        const int32_t d = first + lane;
+        const float y = kvs_turned(value, d, angles, n_rot, false);
+        if (d < n_rot) x[d] = y;
+        if (check.wanted && d < dims && kvs_finite_beyond(y, check.limit)) atomicMin(first_bad, head * dims + d);
+        put_values(place, first, y);
+    });
+}
+
 /* One block for each row: its warps take heads of q, then those of K and of V. */
 static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_keys_args a) {
-    __shared__ int32_t first[2]; /* of the row's K and V: the first value beyond its limit */
+    __shared__ int32_t first_bad[2]; /* of the row's K and V: the first value beyond its limit */
     const int32_t i = (int32_t)blockIdx.x, lane = threadIdx.x % KVS_WARP, dims = a.q.head_dim, n_rot = a.q.n_rot;
     const float *angles = a.q.table + (int64_t)i * n_rot;
-    float *rows[2] = {(float *)a.put.k + (int64_t)i * a.put.heads * dims, (float *)a.put.v + (int64_t)i * a.put.heads * dims};
-    if (threadIdx.x < 2) first[threadIdx.x] = INT32_MAX;
+    if (threadIdx.x < 2) first_bad[threadIdx.x] = INT32_MAX;
     __syncthreads();
     for (int32_t task = threadIdx.x / KVS_WARP; task < a.q.n_head + 2 * a.put.heads; task += blockDim.x / KVS_WARP) {
+        const int32_t head = (task - a.q.n_head) / 2;
         if (task < a.q.n_head) {
             float *x = a.q.x + ((int64_t)i * a.q.n_head + task) * dims;
-            for (int32_t d = lane; d - lane < n_rot; d += KVS_WARP) {
-                const float y = kvs_turned(d < n_rot ? x[d] : 0.0f, d, angles, n_rot, false);
-                if (d < n_rot) x[d] = y;
-            }
-            continue;
+            each_run(x, n_rot, [&](int32_t first, float value) {
+                const float y = kvs_turned(value, first + lane, angles, n_rot, false);
+                if (first + lane < n_rot) x[first + lane] = y;
+            });
+        } else if ((task - a.q.n_head) % 2 == 0) {
+            turn_check_put(a, i, head, true, a.checks[i][0], &first_bad[0]);
+        } else {
+            turn_check_put(a, i, head, false, a.checks[i][1], &first_bad[1]);
         }
-        const int32_t value = (task - a.q.n_head) % 2, head = (task - a.q.n_head) / 2;
-        const kvs_row_check check = a.checks[i][value];
-        float *x = rows[value] + head * dims;
-        put_head(a.put, i, head, !value, [&](int32_t d) {
-            float y = d < dims ? x[d] : 0.0f;
-            if (!value) y = kvs_turned(y, d, angles, n_rot, false);
-            if (!value && d < n_rot) x[d] = y;
-            if (check.wanted && d < dims && kvs_finite_beyond(y, check.limit)) atomicMin(&first[value], head * dims + d);
-            return y;
-        });
     }
     __syncthreads();
-    if (threadIdx.x < 2 && first[threadIdx.x] < INT32_MAX) {
-        const kvs_row_check check = a.checks[i][threadIdx.x];
-        kvs_finite_report(a.fault, check.call, check.row, rows[threadIdx.x][first[threadIdx.x]]);
-    }
+    const int32_t value = (int32_t)threadIdx.x;
+    if (value > 1 || first_bad[value] == INT32_MAX) return;
+    const float *x = (value ? a.put.v : a.put.k) + (int64_t)i * a.put.heads * dims;
+    kvs_finite_report(a.fault, a.checks[i][value].place, a.checks[i][value].row, x[first_bad[value]]);
 }
 
 void kvs_keys_launch(kvs_cuda *cu, const kvs_keys_args *a) {

@@ -7,8 +7,9 @@ extern "C" {
 #include <stdlib.h>
 
 enum { LEAST_BYTES = 1 << 20 };
-static constexpr int THREADS = 256, BLOCKS = 8 /* of a multiprocessor */, AT_ONCE = 4; /* loads of a thread that are under way */
-static constexpr int CHAINS = 8, STEPS = 8;                                            /* STEPS of each chain in a round */
+static constexpr int THREADS = 256, BLOCKS = 4 /* of a multiprocessor: every one since 7.5 holds them all */;
+static constexpr int AT_ONCE = 4, CACHES = 8; /* loads of a thread that are under way; the buffer in sizes of the L2 cache */
+static constexpr int CHAINS = 8, STEPS = 8;   /* STEPS of each chain in a round */
 #define PIECE_SECONDS 2e-3 /* of a launch: long against its beginning and end, short against what a display driver allows */
 
 typedef struct cuda_roofs {
@@ -32,7 +33,7 @@ static KVS_DEVICE void keep(const loop_args &a, uint32_t x) {
     if (x == 0x9e3779b9) *a.sink = x;
 }
 
-/* A round is the whole buffer. Loads beyond the end read the last bytes again. */
+/* A round is the whole buffer. */
 static __global__ void __launch_bounds__(THREADS) read_kernel(loop_args a) {
     const int64_t n = a.bytes / 16, step = (int64_t)gridDim.x * THREADS;
     uint32_t all = 0;
@@ -40,7 +41,8 @@ static __global__ void __launch_bounds__(THREADS) read_kernel(loop_args a) {
         for (int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x; first < n; first += AT_ONCE * step) {
             uint4 x[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) x[i] = kvs_load16_once(a.buffer + 16 * KVS_MIN(first + i * step, n - 1));
+            for (int i = 0; i < AT_ONCE; i++)
+                x[i] = first + i * step < n ? kvs_load16_once(a.buffer + 16 * (first + i * step)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) all += x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
         }
@@ -54,13 +56,15 @@ static __global__ void __launch_bounds__(THREADS) copy_kernel(loop_args a) {
         for (int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x; first < n; first += AT_ONCE * step) {
             uint4 x[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) x[i] = kvs_load16_once(a.buffer + 16 * KVS_MIN(first + i * step, n - 1));
+            for (int i = 0; i < AT_ONCE; i++)
+                x[i] = first + i * step < n ? kvs_load16_once(a.buffer + 16 * (first + i * step)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) kvs_store16(a.buffer + 16 * (n + KVS_MIN(first + i * step, n - 1)), x[i]);
+            for (int i = 0; i < AT_ONCE; i++)
+                if (first + i * step < n) kvs_store16(a.buffer + 16 * (n + first + i * step), x[i]);
         }
 }
 
-static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) f32_kernel(loop_args a) {
+static __global__ void __launch_bounds__(THREADS, BLOCKS) f32_kernel(loop_args a) {
     float x[CHAINS];
     const float by = 0.5f + (float)threadIdx.x * 1e-6f;
 #pragma unroll
@@ -74,7 +78,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) f32_kernel(loop_ar
     keep(a, kvs_float_bits(sum));
 }
 
-static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) int8_kernel(loop_args a) {
+static __global__ void __launch_bounds__(THREADS, BLOCKS) int8_kernel(loop_args a) {
     int32_t x[CHAINS];
     const uint32_t by = threadIdx.x * 0x01010101u;
 #pragma unroll
@@ -88,7 +92,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) int8_kernel(loop_a
     keep(a, (uint32_t)sum);
 }
 
-static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) f16_mma_kernel(loop_args a) {
+static __global__ void __launch_bounds__(THREADS, BLOCKS) f16_mma_kernel(loop_args a) {
     float c[CHAINS][4] = {};
     const uint32_t one = kvs_float2_half2(1.0f, (float)threadIdx.x), x[4] = {one, one, one, one}, y[2] = {one, one};
     for (int64_t round = 0; round < a.rounds; round++)
@@ -103,18 +107,18 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS / 2) f16_mma_kernel(loo
 /* ---- launches ---- */
 
 typedef struct loop {
+    const char *name;
     void (*kernel)(loop_args);
-    int32_t blocks;   /* per multiprocessor */
     int64_t per_warp; /* operations of a round; 0: bytes of the buffer */
 } loop;
 
 static bool find_loop(int32_t kind, loop *out) {
     switch (kind) {
-    case KVS_ROOF_READ: *out = {read_kernel, BLOCKS, 0}; return true;
-    case KVS_ROOF_COPY: *out = {copy_kernel, BLOCKS, 0}; return true;
-    case KVS_ROOF_F32: *out = {f32_kernel, BLOCKS / 2, 2 * STEPS * CHAINS * KVS_WARP}; return true;
-    case KVS_ROOF_INT8: *out = {int8_kernel, BLOCKS / 2, 8 * STEPS * CHAINS * KVS_WARP}; return true;
-    case KVS_ROOF_F16_MMA: *out = {f16_mma_kernel, BLOCKS / 2, 2 * 16 * 8 * 16 * CHAINS}; return true;
+    case KVS_ROOF_READ: *out = {"read_kernel", read_kernel, 0}; return true;
+    case KVS_ROOF_COPY: *out = {"copy_kernel", copy_kernel, 0}; return true;
+    case KVS_ROOF_F32: *out = {"f32_kernel", f32_kernel, 2 * STEPS * CHAINS * KVS_WARP}; return true;
+    case KVS_ROOF_INT8: *out = {"int8_kernel", int8_kernel, 8 * STEPS * CHAINS * KVS_WARP}; return true;
+    case KVS_ROOF_F16_MMA: *out = {"f16_mma_kernel", f16_mma_kernel, 2 * 16 * 8 * 16 * CHAINS}; return true;
     default: return false;
     }
 }
@@ -125,7 +129,7 @@ static double run(const cuda_roofs *r, const loop *l, int64_t rounds) {
     const loop_args a = {r->buffer, r->sink, r->bytes, rounds};
     float ms = 0.0f;
     if (!kvs_cuda_check(cu, cudaEventRecord(r->from, cu->stream), "cudaEventRecord")) return 0;
-    KVS_LAUNCH(cu, l->kernel, (unsigned)(cu->n_sm * l->blocks), THREADS, 0, a);
+    kvs_cuda_start(cu, l->name, l->kernel, (unsigned)(cu->n_sm * BLOCKS), THREADS, 0, a);
     if (!cu->status && kvs_cuda_check(cu, cudaEventRecord(r->to, cu->stream), "cudaEventRecord") &&
         kvs_cuda_check(cu, cudaEventSynchronize(r->to), "cudaEventSynchronize"))
         kvs_cuda_check(cu, cudaEventElapsedTime(&ms, r->from, r->to), "cudaEventElapsedTime");
@@ -138,7 +142,7 @@ static double per_second(const cuda_roofs *r, const loop *l, double seconds) {
     double took = run(r, l, rounds), sum = 0;
     while (took < KVS_MIN(PIECE_SECONDS, seconds) && rounds < (int64_t)1 << 40 && !r->cu->status) took = run(r, l, rounds *= 2);
     for (; !r->cu->status && (sum < seconds || !done); done += rounds) sum += run(r, l, rounds);
-    const int64_t warps = (int64_t)r->cu->n_sm * l->blocks * (THREADS / KVS_WARP);
+    const int64_t warps = (int64_t)r->cu->n_sm * BLOCKS * (THREADS / KVS_WARP);
     return sum > 0 ? (double)done * (double)(l->per_warp ? l->per_warp * warps : r->bytes) / sum : 0;
 }
 
@@ -160,7 +164,9 @@ static int reserve_buffer(cuda_roofs *r, kvs_error *err) {
     if (r->buffer) return KVS_OK;
     kvs_backend *be = &r->cu->base;
     const int64_t most = (int64_t)(be->ops->free_memory(be) / 8);
-    r->bytes = KVS_MAX(KVS_MIN(r->bytes, most), (int64_t)LEAST_BYTES) / 32 * 32;
+    int cache = 0;
+    if (cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, r->cu->device) != cudaSuccess) cudaGetLastError();
+    r->bytes = KVS_MAX(KVS_MIN(KVS_MAX(r->bytes, CACHES * (int64_t)cache), most), (int64_t)LEAST_BYTES) / 32 * 32;
     r->buffer = (uint8_t *)be->ops->alloc(be, (uint64_t)r->bytes);
     if (r->buffer) return KVS_OK;
     int status = kvs_device_check(be, err);

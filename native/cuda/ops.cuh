@@ -31,14 +31,14 @@ typedef struct kvs_finite_args {
     const float *x;
     float limit;
     int32_t n, cols;
-    int32_t call; /* its number in the step */
+    int32_t place;
     int32_t wide;
 } kvs_finite_args;
 
 KVS_DEVICE bool kvs_finite_beyond(float x, float limit) { return !(fabsf(x) <= limit); } /* NaN is */
-KVS_DEVICE void kvs_finite_report(kvs_cuda_fault *fault, int32_t call, int32_t row, float value) {
-    const int32_t place = KVS_MIN(row, KVS_CUDA_FAULT_ROWS - 1);
-    atomicMin(fault, (unsigned long long)call << 52 | (unsigned long long)place << 32 | kvs_float_bits(value));
+KVS_DEVICE void kvs_finite_report(kvs_cuda_fault *fault, int32_t place, int32_t row, float value) {
+    const int32_t least = KVS_MIN(row, KVS_CUDA_FAULT_ROWS - 1);
+    atomicMin(fault, (unsigned long long)place << 52 | (unsigned long long)least << 32 | kvs_float_bits(value));
 }
 
 typedef struct kvs_rope_args {
@@ -74,7 +74,7 @@ typedef struct kvs_put_args {
 
 typedef struct kvs_row_check { /* a row's part of a search */
     float limit;
-    int32_t wanted, call, row; /* row: in the call */
+    int32_t wanted, place, row; /* row: of those that the search looks at */
 } kvs_row_check;
 
 /* RoPE of q, and of put.k with the same angles, the search in put.k and put.v, and the rows of the cache */

@@ -156,7 +156,7 @@ void kvs_cuda_rope(kvs_backend *be, float *x, const kvs_rope *rope, int32_t n, i
 
 /* ---- value by value ---- */
 
-KVS_DEVICE float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
+KVS_DEVICE float logistic(float x) { return 1.0f / __fadd_rn(1.0f, expf(-x)); }
 
 template <int KIND> KVS_DEVICE float apply(float y, float x) {
     if (KIND == KVS_OP_ADD) return y + x;
@@ -269,7 +269,7 @@ static __global__ void finite_kernel(kvs_finite_args a) {
             if (kvs_finite_beyond(x[i], a.limit)) bad = KVS_MIN(bad, i);
     if (bad < INT32_MAX) atomicMin(&first, bad);
     __syncthreads();
-    if (!threadIdx.x && first < INT32_MAX) kvs_finite_report(a.fault, a.call, blockIdx.x, x[first]);
+    if (!threadIdx.x && first < INT32_MAX) kvs_finite_report(a.fault, a.place, blockIdx.x, x[first]);
 }
 
 static void launch_finite(kvs_cuda *cu, const kvs_finite_args *a) {
@@ -287,9 +287,7 @@ void kvs_cuda_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, f
     a.n = n;
     a.cols = cols;
     a.wide = cols % 4 == 0 && aligned16(x);
-    a.call = cu->n_finite;
-    cu->places[cu->n_finite] = place;
-    if (cu->n_finite < KVS_CUDA_CALLS - 1) cu->n_finite++;
+    a.place = KVS_MIN(place, KVS_CUDA_PLACES - 1); /* layers are 1024 at most, of three places each */
     kvs_cuda_op<launch_finite, KVS_CUDA_FINITE>(cu, &a);
 }
 
@@ -313,7 +311,7 @@ KVS_DEVICE void search_row(const kvs_finite_args &a, const float4 v[HELD], int32
     }
     if (bad < INT32_MAX) atomicMin(first, bad);
     __syncthreads();
-    if (bad < INT32_MAX && *first == bad) kvs_finite_report(a.fault, a.call, blockIdx.x, value);
+    if (bad < INT32_MAX && *first == bad) kvs_finite_report(a.fault, a.place, blockIdx.x, value);
 }
 
 /* As row_mean: the sum of a run by its warp, the runs' sums in double. There is one run for each warp. */

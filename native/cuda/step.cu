@@ -32,9 +32,11 @@ static kvs_cuda_chunk *add_chunk(kvs_cuda *cu, kvs_cuda_chunk **last, uint64_t b
     }
     chunk->bytes = bytes;
     bool ok = kvs_cuda_check(cu, kvs_cuda_malloc_host(&chunk->host, bytes), "cudaMallocHost") &&
-              kvs_cuda_check(cu, kvs_cuda_malloc(&chunk->device, bytes), "cudaMalloc");
+              kvs_cuda_check(cu, kvs_cuda_malloc(&chunk->device, bytes), "cudaMalloc") &&
+              kvs_cuda_check(cu, cudaMemsetAsync(chunk->device, 0, bytes, cu->stream), "cudaMemsetAsync"); /* whole rooms are copied */
     if (!ok) {
         cudaFreeHost(chunk->host);
+        cudaFree(chunk->device);
         free(chunk);
         return NULL;
     }
@@ -341,7 +343,6 @@ void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
     cu->list.used = 0;
     cu->n_kvs = 0;
     cu->n_once = 0;
-    cu->n_finite = 0;
     cu->n_launched = 0;
     cu->n_steps++;
     cu->n_deliveries = 0;
@@ -359,7 +360,7 @@ static void read_fault(kvs_cuda *cu) {
     cu->status = KVS_E_NUMERIC;
     if (!cu->step->fault) return;
     uint32_t bits = (uint32_t)found;
-    cu->step->fault->place = cu->places[found >> 52];
+    cu->step->fault->place = (int32_t)(found >> 52);
     cu->step->fault->row = (int32_t)(found >> 32) & (KVS_CUDA_FAULT_ROWS - 1);
     memcpy(&cu->step->fault->value, &bits, sizeof bits);
 }

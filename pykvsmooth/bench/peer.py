@@ -38,7 +38,7 @@ class Setting:
 @dataclass(frozen=True)
 class LlamaCpp:
     """folder: with the programs of a build. timeout: seconds for each run of one. gpu: the number of the one that it is to use, and
-    gpu_layers: how many of the model's it has, None for all; without gpu nothing is said."""
+    gpu_layers: how many of the model's it has, None for all. Without gpu it finds none."""
 
     folder: str
     timeout: float = 1800.0
@@ -97,8 +97,9 @@ class LlamaCpp:
         return ["-ngl", str(ALL_LAYERS if self.gpu_layers is None else self.gpu_layers), "-sm", "none", "-mg", str(self.gpu)]
 
     def _run(self, tool: str, flags: Iterable[str]) -> Ended:
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if self.gpu is None else None
         try:
-            return run_child([os.path.join(self.folder, tool), *flags, *self.place_flags()], self.timeout)
+            return run_child([os.path.join(self.folder, tool), *flags, *self.place_flags()], self.timeout, env)
         except ChildError as error:
             raise PeerError(str(error)) from error
 

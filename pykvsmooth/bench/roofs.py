@@ -30,7 +30,8 @@ class Roofs:
     """The roofs of device: "cpu", so many threads (0: all that are allowed) of the kernels that KVS_CPU chooses; or "cuda", "cuda:N".
     kinds: those that it has; memory: those of them that are bytes per second.
 
-    nbytes: of the buffer that is read; None: of a CPU four times the last cache, at least 512 MiB; of a GPU 256 MiB; at most an eighth of
+    nbytes: of the buffer that is read; None: of a CPU four times the last cache, at least 512 MiB; of a GPU 256 MiB, or eight times its
+    L2 cache; at most an eighth of
     the memory that is free.
     Use as a context manager, or call close(). ValueError for arguments out of range, OutOfMemoryError, DeviceError.
     """
@@ -43,7 +44,11 @@ class Roofs:
         self._pointer: Any = out[0]
         self._pid = os.getpid()
         self.memory = CPU_MEMORY if device == "cpu" else GPU_MEMORY
-        self.kinds = (*self.memory, *(kind for kind in KINDS if kind not in MEMORY and self._has(kind)))
+        try:
+            self.kinds = (*self.memory, *(kind for kind in KINDS if kind not in MEMORY and self._has(kind)))
+        except BaseException:
+            self.close()
+            raise
 
     def _has(self, kind: str) -> bool:
         try:

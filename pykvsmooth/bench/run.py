@@ -60,12 +60,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model runs. device: "cpu" or "cuda:N". threads: if nobody says how many. gpu_layers: of its layers."""
+    """Where a model runs. device: "cpu" or "cuda:N". threads: if nobody says how many. gpu_layers: of its layers. tower: a GPU has the
+    vision tower, too."""
 
     device: str
     threads: int
     gpu_layers: int
     layers: int
+    tower: bool
 
     @property
     def whole(self) -> bool:
@@ -92,7 +94,9 @@ class Context:
 
     @cached_property
     def model(self) -> Model:
-        model = self.bench.open(self.threads)
+        place = self.bench.place
+        layers = "auto" if place.device == "cpu" else place.gpu_layers  # all figures are of the same
+        model = self.bench.open(self.threads, device=place.device, gpu_layers=layers)
         model._end_ids = frozenset()  # answers are as long as they were asked for
         self._open.enter_context(model)
         self.bench.note_model(model)
@@ -156,15 +160,23 @@ class Bench:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The place as Model takes it: what "auto" found is asked for by its name from then on, so that all figures are of the same."""
-        layers = "auto" if self.place.device == "cpu" else self.place.gpu_layers
-        return {"device": self.place.device, "gpu_layers": layers}
+        """The place as Model takes it in another process, where less may be free: "auto" layers are found anew."""
+        return {"device": self.place.device, "gpu_layers": self.settings.gpu_layers}
 
     @cached_property
     def place(self) -> Place:
-        with self.open(None, device=self.settings.device, gpu_layers=self.settings.gpu_layers) as model:
+        found = self._found_place(self.settings.device)
+        if found.device == "cpu":
+            return found
+        with Roofs(device=found.device) as roofs:  # which will be there when the model is loaded to be measured
+            roofs.measure(roofs.memory[0], 1e-3)
+            return self._found_place(found.device)
+
+    def _found_place(self, device: str) -> Place:
+        with self.open(None, device=device, gpu_layers=self.settings.gpu_layers) as model:
             threads = model.threads or self.machine["cores_allowed"]  # a GPU that has all of it needs none; peers take some
-            return Place(model.device, threads, model.n_gpu_layers, model.n_layer)
+            tower = model.has_vision and "vision tower" not in model.device_reason  # else it says that the CPU has it
+            return Place(model.device, threads, model.n_gpu_layers, model.n_layer, tower)
 
     @cached_property
     def peer(self) -> LlamaCpp | None:
@@ -176,7 +188,7 @@ class Bench:
         return replace(peer, gpu=int(self.place.device.partition(":")[2]), gpu_layers=None if self.place.whole else self.place.gpu_layers)
 
     def open(self, threads: int | None, **place: Any) -> Model:
-        return Model(self.path, mmproj=self.mmproj or False, threads=threads, **(place or self.asked))
+        return Model(self.path, mmproj=self.mmproj or False, threads=threads, **place)
 
     def _measurements(self, stage: str) -> int:
         figures = {"prefill": len(self.settings.rows), "decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}

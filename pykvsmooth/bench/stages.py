@@ -52,8 +52,9 @@ def _grow(session: Session, rows: int) -> None:
         session.feed(_ids(session.model, n))
 
 
-def _arithmetic(context: Context) -> list[str]:
-    return [kind for kind in context.roofs.kinds if kind not in MEMORY] if context.whole else []
+def _arithmetic(context: Context, there: bool) -> list[str]:
+    """there: what is measured runs on the device whose roofs these are."""
+    return [kind for kind in context.roofs.kinds if kind not in MEMORY] if there else []
 
 
 def _memory(context: Context) -> Sequence[str]:
@@ -180,7 +181,16 @@ def encode(bench: Bench, context: Context) -> None:
         rivals = _rivals(bench, "cli_settings", peer_measure)
         operations = context.work.picture_operations
         figure.more["operations"] = operations
-        bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda seconds: operations / seconds, rivals))
+        bench.repeat(
+            context,
+            Entry(
+                figure,
+                measure,
+                _arithmetic(context, bench.place.device == "cpu" or bench.place.tower),
+                lambda seconds: operations / seconds,
+                rivals,
+            ),
+        )
 
 
 def prefill(bench: Bench, context: Context) -> None:
@@ -201,7 +211,7 @@ def _prefill_of(bench: Bench, context: Context, session: Session, rows: int) -> 
         return rows / (time.perf_counter() - begin)
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.prefill(bench.path, context.threads, rows, setting))
-    bench.repeat(context, Entry(figure, measure, _arithmetic(context), lambda speed: speed * operations, rivals))
+    bench.repeat(context, Entry(figure, measure, _arithmetic(context, context.whole), lambda speed: speed * operations, rivals))
 
 
 def decode(bench: Bench, context: Context) -> None:

@@ -20,7 +20,7 @@ STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", 
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
 measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
 best of these.
-Measure on a machine where nothing else runs. Ctrl-C ends it and shows what there is.
+On a GPU both models must fit beside each other. Measure on a machine where nothing else runs. Ctrl-C ends it and shows what there is.
 
 roofs     what the device reads, multiplies and adds at best (a CPU by the kernels that KVS_CPU chooses)
 load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024

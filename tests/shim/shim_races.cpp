@@ -57,6 +57,10 @@ void kvs_races_device(const void *p, size_t bytes) {
     for (uintptr_t at = (uintptr_t)p / PAGE; at <= ((uintptr_t)p + bytes) / PAGE; at++) {
         auto found = pages.find(at);
         if (found == pages.end()) continue;
+        if (at * PAGE >= (uintptr_t)p && (at + 1) * PAGE <= (uintptr_t)p + bytes) {
+            pages.erase(found); /* a hundred times the memory that it stands for */
+            continue;
+        }
         for (uintptr_t i = 0; i < PAGE; i++)
             if (at * PAGE + i >= (uintptr_t)p && at * PAGE + i < (uintptr_t)p + bytes) found->second[i] = cell{};
     }

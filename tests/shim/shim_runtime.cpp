@@ -249,6 +249,7 @@ cudaError_t cudaFree(void *p) {
             kvs_shim_fatal("somebody wrote to byte %lld of %zu on the device; the last kernel was %s", (long long)i - ZONE, bytes,
                            kvs_shim_last());
     }
+    kvs_races_device(p, bytes);
     allocated -= whole(bytes);
     kvs_shim_so_far[BLOCKS]--;
     blocks.erase(found);
