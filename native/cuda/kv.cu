@@ -134,17 +134,15 @@ static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_key
     if (threadIdx.x < 2) first_bad[threadIdx.x] = INT32_MAX;
     __syncthreads();
     for (int32_t task = threadIdx.x / KVS_WARP; task < a.q.n_head + 2 * a.put.heads; task += blockDim.x / KVS_WARP) {
-        const int32_t head = (task - a.q.n_head) / 2;
+        const int32_t head = (task - a.q.n_head) / 2, value = (task - a.q.n_head) % 2;
         if (task < a.q.n_head) {
             float *x = a.q.x + ((int64_t)i * a.q.n_head + task) * dims;
             each_run(x, n_rot, [&](int32_t first, float value) {
                 const float y = kvs_turned(value, first + lane, angles, n_rot, false);
                 if (first + lane < n_rot) x[first + lane] = y;
             });
-        } else if ((task - a.q.n_head) % 2 == 0) {
-            turn_check_put(a, i, head, true, a.checks[i][0], &first_bad[0]);
         } else {
-            turn_check_put(a, i, head, false, a.checks[i][1], &first_bad[1]);
+            turn_check_put(a, i, head, !value, a.checks[i][value], &first_bad[value]);
         }
     }
     __syncthreads();
