@@ -57,9 +57,10 @@ test-cuda-races test-cuda-races-long: $(VENV)/installed $(VENV)/tools ## kernels
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-races/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
-# CMAKE_ARGS=-DKVS_CUDA_ARCHS=89 compiles for one card alone, PYTEST_ARGS="-n 8" runs that many tests side by side
-GPU_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR)
-gpu-library: $(VENV)/installed $(VENV)/tools
+# CMAKE_ARGS=-DKVS_CUDA_ARCHS=89 compiles for one card alone, PYTEST_ARGS="-n 8" runs that many tests side by side. INSTALL=no BIN=DIR
+# installs nothing, and takes python, cmake and ninja from there
+GPU_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-library: $(if $(filter no,$(INSTALL)),,$(VENV)/installed $(VENV)/tools)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON $(CMAKE_ARGS) -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
 
 test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver)
