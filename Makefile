@@ -48,8 +48,8 @@ test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them unde
 	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 # Two threads at one byte and nothing that orders them, within a block and between blocks; bytes that nobody wrote
-CUDA_RACES_TESTS = shim rowops kv_ops mix_op prune_ops cuda_gemm attention_shapes sampler
-CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_matvec matmul bf16 attention sampler_ids kvsmooth fuse numeric
+CUDA_RACES_TESTS = shim rowops kv_ops mix_op prune_ops attention_shapes
+CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_gemm sampler cuda_matvec matmul bf16 attention sampler_ids kvsmooth fuse numeric
 test-cuda-races: CUDA_RUN = $(CUDA_RACES_TESTS)
 test-cuda-races-long: CUDA_RUN = $(CUDA_RACES_LONG_TESTS)
 test-cuda-races test-cuda-races-long: $(VENV)/installed $(VENV)/tools ## kernels with every access to memory looked at, on the CPU; the first is part of make test
