@@ -146,7 +146,7 @@ def _scale(path: Path, name: str, factor: float) -> None:
 
 
 def test_how_many_launches_a_token_takes(pair: tuple[str, str], request: pytest.FixtureRequest, rng: np.random.Generator) -> None:
-    """Ten and the products of a second type for a layer of integers, where a launch each would be twenty-one; see fuse.cu."""
+    """Eleven for a layer of integers, twelve where q, k and v have two types; op by op they are twenty-two and twenty-three."""
     if not SHIM:
         pytest.skip("the shim counts them")
     shape = request.node.callspec.params["pair"]

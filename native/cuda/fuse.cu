@@ -1,5 +1,5 @@
 /* fuse.cu - steps of few rows: neighbours in the list of ops that one launch can do. A launch of a small kernel takes longer than its work: a layer
- * of a token is twenty ops or so beside the matrices, and about ten launches when it comes from here.
+ * of a token in Q8_0 is 22 launches op by op, and 11 when it comes from here.
  *
  * What is done is what the ops would have done, each one's results in memory among them, bit by bit. KVS_CUDA_FUSE=0, when a device is
  * opened, launches them one by one. */

@@ -33,9 +33,9 @@ static KVS_DEVICE void keep(const loop_args &a, uint32_t x) {
     if (x == 0x9e3779b9) *a.sink = x;
 }
 
-/* A round is the whole buffer. */
-static __global__ void __launch_bounds__(THREADS) read_kernel(loop_args a) {
-    const int64_t n = a.bytes / 16, step = (int64_t)gridDim.x * THREADS;
+/* A round is the whole buffer: all of it read, or its first half copied into the second one. */
+template <bool COPIES> static __global__ void __launch_bounds__(THREADS) memory_kernel(loop_args a) {
+    const int64_t n = a.bytes / (COPIES ? 32 : 16), step = (int64_t)gridDim.x * THREADS;
     uint32_t all = 0;
     for (int64_t round = 0; round < a.rounds; round++)
         for (int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x; first < n; first += AT_ONCE * step) {
@@ -44,24 +44,14 @@ static __global__ void __launch_bounds__(THREADS) read_kernel(loop_args a) {
             for (int i = 0; i < AT_ONCE; i++)
                 x[i] = first + i * step < n ? kvs_load16_once(a.buffer + 16 * (first + i * step)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) all += x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (!COPIES)
+                    all += x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
+                else if (first + i * step < n)
+                    kvs_store16(a.buffer + 16 * (n + first + i * step), x[i]);
+            }
         }
     keep(a, all);
-}
-
-/* A round is the first half of the buffer into the second one. */
-static __global__ void __launch_bounds__(THREADS) copy_kernel(loop_args a) {
-    const int64_t n = a.bytes / 32, step = (int64_t)gridDim.x * THREADS;
-    for (int64_t round = 0; round < a.rounds; round++)
-        for (int64_t first = (int64_t)blockIdx.x * THREADS + threadIdx.x; first < n; first += AT_ONCE * step) {
-            uint4 x[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                x[i] = first + i * step < n ? kvs_load16_once(a.buffer + 16 * (first + i * step)) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                if (first + i * step < n) kvs_store16(a.buffer + 16 * (n + first + i * step), x[i]);
-        }
 }
 
 static __global__ void __launch_bounds__(THREADS, BLOCKS) f32_kernel(loop_args a) {
@@ -114,8 +104,8 @@ typedef struct loop {
 
 static bool find_loop(int32_t kind, loop *out) {
     switch (kind) {
-    case KVS_ROOF_READ: *out = {"read_kernel", read_kernel, 0}; return true;
-    case KVS_ROOF_COPY: *out = {"copy_kernel", copy_kernel, 0}; return true;
+    case KVS_ROOF_READ: *out = {"memory_kernel<read>", memory_kernel<false>, 0}; return true;
+    case KVS_ROOF_COPY: *out = {"memory_kernel<copy>", memory_kernel<true>, 0}; return true;
     case KVS_ROOF_F32: *out = {"f32_kernel", f32_kernel, 2 * STEPS * CHAINS * KVS_WARP}; return true;
     case KVS_ROOF_INT8: *out = {"int8_kernel", int8_kernel, 8 * STEPS * CHAINS * KVS_WARP}; return true;
     case KVS_ROOF_F16_MMA: *out = {"f16_mma_kernel", f16_mma_kernel, 2 * 16 * 8 * 16 * CHAINS}; return true;

@@ -31,8 +31,7 @@ class Roofs:
     kinds: those that it has; memory: those of them that are bytes per second.
 
     nbytes: of the buffer that is read; None: of a CPU four times the last cache, at least 512 MiB; of a GPU 256 MiB, or eight times its
-    L2 cache; at most an eighth of
-    the memory that is free.
+    L2 cache if that is more; at most an eighth of the memory that is free.
     Use as a context manager, or call close(). ValueError for arguments out of range, OutOfMemoryError, DeviceError.
     """
 

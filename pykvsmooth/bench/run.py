@@ -60,8 +60,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model runs. device: "cpu" or "cuda:N". threads: if nobody says how many. gpu_layers: of its layers. tower: a GPU has the
-    vision tower, too."""
+    """Where a model runs. device: "cpu" or "cuda:N". threads: if nobody says how many. gpu_layers: of its layers. tower: the vision
+    tower is there, too."""
 
     device: str
     threads: int
@@ -88,7 +88,6 @@ class Context:
     def __init__(self, bench: Bench, threads: int) -> None:
         self.bench = bench
         self.threads = threads
-        self.whole = bench.place.whole
         self._open = ExitStack()
         self.roofs = self._open.enter_context(Roofs(threads, device=bench.place.device))
 
@@ -175,7 +174,7 @@ class Bench:
     def _found_place(self, device: str) -> Place:
         with self.open(None, device=device, gpu_layers=self.settings.gpu_layers) as model:
             threads = model.threads or self.machine["cores_allowed"]  # a GPU that has all of it needs none; peers take some
-            tower = model.has_vision and "vision tower" not in model.device_reason  # else it says that the CPU has it
+            tower = model.device == "cpu" or "vision tower" not in model.device_reason  # else it says that the CPU has it
             return Place(model.device, threads, model.n_gpu_layers, model.n_layer, tower)
 
     @cached_property

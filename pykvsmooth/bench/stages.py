@@ -58,7 +58,7 @@ def _arithmetic(context: Context, there: bool) -> list[str]:
 
 
 def _memory(context: Context) -> Sequence[str]:
-    return context.roofs.memory if context.whole else ()
+    return context.roofs.memory if context.bench.place.whole else ()
 
 
 def _rivals(bench: Bench, settings: str, measure: Callable[[LlamaCpp, Setting], float]) -> dict[str, Callable[[], float]]:
@@ -186,7 +186,7 @@ def encode(bench: Bench, context: Context) -> None:
             Entry(
                 figure,
                 measure,
-                _arithmetic(context, bench.place.device == "cpu" or bench.place.tower),
+                _arithmetic(context, bench.place.tower),
                 lambda seconds: operations / seconds,
                 rivals,
             ),
@@ -211,7 +211,7 @@ def _prefill_of(bench: Bench, context: Context, session: Session, rows: int) -> 
         return rows / (time.perf_counter() - begin)
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.prefill(bench.path, context.threads, rows, setting))
-    bench.repeat(context, Entry(figure, measure, _arithmetic(context, context.whole), lambda speed: speed * operations, rivals))
+    bench.repeat(context, Entry(figure, measure, _arithmetic(context, bench.place.whole), lambda speed: speed * operations, rivals))
 
 
 def decode(bench: Bench, context: Context) -> None:
