@@ -36,6 +36,12 @@ static bool make_room(kvs_cuda *cu, kvs_attn_args *a) {
     return true;
 }
 
+static bool make_late_room(kvs_cuda *cu, kvs_attn_args *a, int32_t n_layer) {
+    const uint64_t floats = 3 * (uint64_t)n_layer * (uint64_t)a->n * (uint64_t)a->n_head;
+    if (cu->noting) a->late = (float *)(void *)kvs_cuda_scratch(cu, KVS_SCRATCH_TAPS, floats * sizeof(float));
+    return !cu->status;
+}
+
 void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, const kvs_taps *taps) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu) || cu->step->n < 1) return;
@@ -53,7 +59,7 @@ void kvs_cuda_attn(kvs_backend *be, int32_t layer, const float *q, float *out, c
     a.scale = 1.0f / sqrtf((float)kv->head_dim);
     if (!row_by_row(cu->step))
         kvs_cuda_op<kvs_attn_launch_tile>(cu, &a);
-    else if (make_room(cu, &a))
+    else if (make_room(cu, &a) && make_late_room(cu, &a, kv->n_layer))
         kvs_cuda_op<kvs_attn_launch_decode, KVS_CUDA_ATTN>(cu, &a);
 }
 

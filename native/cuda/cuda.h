@@ -57,8 +57,7 @@ static inline const void *kvs_cuda_noted_args(const kvs_cuda_noted *op) { return
 static inline const kvs_cuda_noted *kvs_cuda_noted_next(const kvs_cuda_noted *op) {
     return (const kvs_cuda_noted *)((const uint8_t *)(op + 1) + op->bytes);
 }
-/* fuse.cu: launches op, and as many behind it as one launch can do; what is next, or end */
-const kvs_cuda_noted *kvs_cuda_fused(kvs_cuda *cu, const kvs_cuda_noted *op, const kvs_cuda_noted *end);
+void kvs_cuda_launch_noted(kvs_cuda *cu); /* fuse.cu: cu->list */
 
 typedef struct kvs_cuda_report { /* bytes that kernels write, and where they are in pinned memory once end() has waited */
     uint8_t *host, *device;
@@ -91,8 +90,9 @@ typedef struct kvs_cuda_graph {
     uint64_t last_use;
 } kvs_cuda_graph;
 
-/* Working space of one op, until the next op asks; activations in int8 have their own, since another op may write them (fuse.cu). */
-enum { KVS_SCRATCH_OP, KVS_SCRATCH_TILES, KVS_CUDA_SCRATCHES };
+/* Working space of one op, until the next op asks; activations in int8 and what attention tells have their own, since other ops may write
+ * them and read them (fuse.cu). */
+enum { KVS_SCRATCH_OP, KVS_SCRATCH_TILES, KVS_SCRATCH_TAPS, KVS_CUDA_SCRATCHES };
 typedef struct kvs_cuda_scratch_block {
     uint8_t *p; /* [dev] */
     uint64_t bytes;

@@ -1,8 +1,8 @@
-/* fuse.cu - steps of few rows: neighbours in the list of ops that one launch can do. A launch of a small kernel takes longer than its work: a layer
- * of a token in Q8_0 is 22 launches op by op, and 11 when it comes from here.
+/* fuse.cu - steps of few rows: neighbours in the list of ops that one launch can do, and what all layers can do together at the end. A launch
+ * of a small kernel takes longer than its work: a layer of a token in Q8_0 is 22 launches op by op, and 10 when it comes from here.
  *
- * What is done is what the ops would have done, each one's results in memory among them, bit by bit. KVS_CUDA_FUSE=0, when a device is
- * opened, launches them one by one. */
+ * What is done is what the ops would have done, each one's results in memory among them, bit by bit; but what attention tells is seen by the
+ * kv_record behind it alone. KVS_CUDA_FUSE=0, when a device is opened, launches them one by one. */
 #include "ops.cuh"
 
 /* A place in the list */
@@ -80,6 +80,57 @@ static bool fuse_gate(kvs_cuda *cu, cursor *at) {
     return true;
 }
 
+/* ---- what the next step needs, not this one ---- */
+
+/* kv_record and kv_smooth of all layers, launched together: of a layer each would be a launch that the rest of the step waits for. */
+typedef struct late_ops {
+    kvs_record_args record; /* n_layer 0: none */
+    kvs_smooth_batch smooth;
+    int32_t layer; /* the last one that is in here; -1: none is */
+} late_ops;
+
+static void launch_late(kvs_cuda *cu, late_ops *late) {
+    if (late->record.n_layer) kvs_record_launch(cu, &late->record);
+    kvs_smooth_launch(cu, &late->smooth);
+    late->record.n_layer = 0;
+    late->layer = -1;
+}
+
+/* Before an op that reads or writes the cache of a layer */
+static void come_to_layer(kvs_cuda *cu, late_ops *late, int32_t layer) {
+    if (layer <= late->layer) launch_late(cu, late);
+}
+
+/* What attention tells goes to room of the layer's own, where it stays until all layers are recorded. */
+static void put_off_record(kvs_cuda *cu, late_ops *late, const kvs_record_args *record, kvs_attn_args *attn) {
+    const int64_t width = (int64_t)attn->n * attn->n_head;
+    float *room = attn->late + 3 * width * attn->layer;
+    attn->taps = {room, room + width, room + 2 * width};
+    kvs_record_args *all = &late->record;
+    const bool goes_on = all->n_layer && all->layer + all->n_layer == attn->layer && all->rows == record->rows && all->n == record->n &&
+                         all->entropy + (int64_t)all->n_layer * all->stride == room;
+    if (!goes_on) {
+        launch_late(cu, late);
+        *all = *record;
+        all->entropy = attn->taps.entropy;
+        all->mass = attn->taps.mass;
+        all->lse = attn->taps.lse;
+        all->stride = (int32_t)(3 * width);
+        all->n_layer = 0;
+    }
+    all->n_layer++;
+    late->layer = attn->layer;
+}
+
+static void put_off_smooth(kvs_cuda *cu, late_ops *late, const kvs_smooth_args *smooth) {
+    for (int32_t done = 0; !kvs_smooth_take(&late->smooth, smooth, &done);) launch_late(cu, late);
+    late->layer = KVS_MAX(late->layer, smooth->layer);
+}
+
+static const kvs_smooth_args *take_smooth(cursor *at) {
+    return take_if<kvs_smooth_args>(at, KVS_CUDA_SMOOTH, [](const kvs_smooth_args *s) { return !s->writes_out; });
+}
+
 /* ---- RoPE of q and k, searches in k and v, rows of the cache ---- */
 
 /* Rows of k (value 0) or of v (1) that a search looks at; false: it looks at something else. */
@@ -94,7 +145,7 @@ static bool note_check(kvs_keys_args *a, const kvs_finite_args *f, int32_t width
     return false;
 }
 
-static bool fuse_keys(kvs_cuda *cu, cursor *at) {
+static bool fuse_keys(kvs_cuda *cu, cursor *at, late_ops *late) {
     cursor next = *at;
     const kvs_rope_args *q = take<kvs_rope_args>(&next, KVS_CUDA_ROPE), *k = take<kvs_rope_args>(&next, KVS_CUDA_ROPE);
     if (!q || !k) return false;
@@ -109,35 +160,66 @@ static bool fuse_keys(kvs_cuda *cu, cursor *at) {
     kvs_keys_args a = {*q, *put, NULL, {}};
     while (searches.op < behind)
         if (!note_check(&a, take<kvs_finite_args>(&searches, KVS_CUDA_FINITE), k->n_head * k->head_dim)) return false;
+    come_to_layer(cu, late, put->layer);
     kvs_keys_launch(cu, &a);
     *at = next;
     return true;
 }
 
-/* ---- attention, products of its output; between them what leaves the output alone ---- */
+/* ---- attention, what is kept of it, products of its output ---- */
 
-static bool fuse_attention(kvs_cuda *cu, cursor *at) {
+static bool fuse_attention(kvs_cuda *cu, cursor *at, late_ops *late) {
     cursor next = *at;
     const kvs_attn_args *attn = take<kvs_attn_args>(&next, KVS_CUDA_ATTN);
-    if (!attn || attn->head_dim % KVS_GROUP) return false;
-    const kvs_cuda_noted *between = next.op;
-    while (take<void>(&next, KVS_CUDA_RECORD) ||
-           take_if<kvs_smooth_args>(&next, KVS_CUDA_SMOOTH, [](const kvs_smooth_args *s) { return !s->writes_out; })) {}
-    const kvs_cuda_noted *behind = next.op;
-    const kvs_matvec_args *product = take_product(&next, attn->out, (int64_t)attn->n_head * attn->head_dim, attn->n);
-    if (!product) return false;
+    if (!attn) return false;
     kvs_attn_args a = *attn;
-    a.tiles = product->tiles;
+    come_to_layer(cu, late, a.layer);
+    const kvs_record_args *record = take_if<kvs_record_args>(&next, KVS_CUDA_RECORD, [=](const kvs_record_args *r) {
+        return attn->late && r->entropy == attn->taps.entropy && r->mass == attn->taps.mass && r->lse == attn->taps.lse &&
+               r->layer == attn->layer && r->n == attn->n && !r->keeps_queries;
+    });
+    if (record) put_off_record(cu, late, record, &a);
+    cursor smooths = next;
+    while (take_smooth(&next)) {}
+    const bool whole = a.head_dim % KVS_GROUP == 0;
+    const kvs_matvec_args *product = whole ? take_product(&next, a.out, (int64_t)a.n_head * a.head_dim, a.n) : NULL;
+    if (product) a.tiles = product->tiles;
     kvs_attn_launch_decode(cu, &a);
-    for (; between < behind; between = kvs_cuda_noted_next(between)) between->launch(cu, kvs_cuda_noted_args(between));
-    kvs_matvec_launch_products(cu, product);
+    while (const kvs_smooth_args *smooth = take_smooth(&smooths)) put_off_smooth(cu, late, smooth); /* may launch what came before it */
+    if (product) kvs_matvec_launch_products(cu, product);
     *at = next;
     return true;
 }
 
-const kvs_cuda_noted *kvs_cuda_fused(kvs_cuda *cu, const kvs_cuda_noted *op, const kvs_cuda_noted *end) {
-    cursor at = {op, end};
-    if (cu->fuses && (fuse_row(cu, &at) || fuse_gate(cu, &at) || fuse_keys(cu, &at) || fuse_attention(cu, &at))) return at.op;
+/* ---- the list ---- */
+
+/* Before an op that goes alone: is it one that neither sees the cache nor what is known of its rows? */
+static bool leaves_cache_alone(int32_t kind) {
+    return kind == KVS_CUDA_NORM || kind == KVS_CUDA_EACH || kind == KVS_CUDA_FINITE || kind == KVS_CUDA_ROPE || kind == KVS_CUDA_MATVEC;
+}
+
+static void launch_alone(kvs_cuda *cu, cursor *at, late_ops *late) {
+    const kvs_cuda_noted *op = at->op;
+    if (op->kind == KVS_CUDA_PUT)
+        come_to_layer(cu, late, ((const kvs_put_args *)kvs_cuda_noted_args(op))->layer);
+    else if (!leaves_cache_alone(op->kind))
+        launch_late(cu, late);
     op->launch(cu, kvs_cuda_noted_args(op));
-    return kvs_cuda_noted_next(op);
+    at->op = kvs_cuda_noted_next(op);
+}
+
+static bool fuse(kvs_cuda *cu, cursor *at, late_ops *late) {
+    if (fuse_row(cu, at) || fuse_gate(cu, at) || fuse_keys(cu, at, late) || fuse_attention(cu, at, late)) return true;
+    const kvs_smooth_args *smooth = take_smooth(at);
+    if (smooth) put_off_smooth(cu, late, smooth);
+    return smooth != NULL;
+}
+
+void kvs_cuda_launch_noted(kvs_cuda *cu) {
+    cursor at = {(const kvs_cuda_noted *)cu->list.bytes, (const kvs_cuda_noted *)(cu->list.bytes + cu->list.used)};
+    late_ops late = {};
+    late.layer = -1;
+    while (at.op < at.end && !cu->status)
+        if (!cu->fuses || !fuse(cu, &at, &late)) launch_alone(cu, &at, &late);
+    launch_late(cu, &late);
 }

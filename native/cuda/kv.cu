@@ -189,34 +189,29 @@ void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
 
 /* ---- kv_record ---- */
 
-typedef struct record_args {
-    const kvs_row *rows;
-    const float *q, *entropy, *mass, *lse; /* q (n, n_head * head_dim), the others (n, n_head) */
-    int32_t layer, n, n_head;
-} record_args;
-
 KVS_DEVICE float mean(const float *x, int32_t n) { /* in the CPU's order: it decides ranks */
     double sum = 0;
     for (int32_t i = 0; i < n; i++) sum += (double)x[i];
     return (float)(sum / n);
 }
 
-/* One block for each row; a thread for the mean of each group, and one for the share of pictures. */
-static __global__ void record_kernel(record_args a) {
+/* One block for each row (along x) of each layer (along y); a thread for the mean of each group, and one for the share of pictures. */
+static __global__ void record_kernel(kvs_record_args a) {
     KVS_DYNAMIC_SHARED(float, entropy); /* (2, n_head): then come the shares of pictures */
     float *mass = entropy + a.n_head;
-    int32_t i = blockIdx.x;
+    const int32_t i = blockIdx.x, layer = a.layer + (int32_t)blockIdx.y;
+    const int64_t taps = (int64_t)blockIdx.y * a.stride + (int64_t)i * a.n_head;
     const kvs_kv *kv = a.rows[i].kv;
     for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) {
-        entropy[h] = a.entropy[(int64_t)i * a.n_head + h];
-        mass[h] = a.mass[(int64_t)i * a.n_head + h];
+        entropy[h] = a.entropy[taps + h];
+        mass[h] = a.mass[taps + h];
     }
     __syncthreads();
-    int64_t place = kvs_kv_history(kv, a.layer, a.rows[i].index);
+    int64_t place = kvs_kv_history(kv, layer, a.rows[i].index);
     int32_t heads = a.n_head / kv->n_group; /* query heads of a KV head are neighbours */
     for (int32_t g = threadIdx.x; g <= kv->n_group; g += blockDim.x) {
         if (g == kv->n_group)
-            kv->mass[kvs_kv_mass(kv, a.layer, a.rows[i].index)] = mean(mass, a.n_head);
+            kv->mass[kvs_kv_mass(kv, layer, a.rows[i].index)] = mean(mass, a.n_head);
         else {
             kv->entropy[place + g] = mean(entropy + g * heads, heads);
             kv->strength[place + g] = NAN;
@@ -224,27 +219,30 @@ static __global__ void record_kernel(record_args a) {
     }
     if (!kv->query || (i + 1 < a.n && a.rows[i + 1].kv == kv)) return;
     int32_t width = a.n_head * kv->head_dim;
-    for (int32_t d = threadIdx.x; d < width; d += blockDim.x) kv->query[(int64_t)a.layer * width + d] = a.q[(int64_t)i * width + d];
-    for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) kv->lse[a.layer * a.n_head + h] = a.lse[(int64_t)i * a.n_head + h];
+    for (int32_t d = threadIdx.x; d < width; d += blockDim.x) kv->query[(int64_t)layer * width + d] = a.q[(int64_t)i * width + d];
+    for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) kv->lse[layer * a.n_head + h] = a.lse[taps + h];
 }
 
-static void launch_record(kvs_cuda *cu, const record_args *a) {
-    KVS_LAUNCH(cu, record_kernel, dim3((unsigned)a->n), dim3(THREADS), 2 * (size_t)a->n_head * sizeof(float), *a);
+void kvs_record_launch(kvs_cuda *cu, const kvs_record_args *a) {
+    const dim3 grid((unsigned)a->n, (unsigned)a->n_layer);
+    KVS_LAUNCH(cu, record_kernel, grid, dim3(THREADS), 2 * (size_t)a->n_head * sizeof(float), *a);
 }
 
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu) || cu->step->n < 1) return;
-    KVS_ARGS(record_args, a);
+    KVS_ARGS(kvs_record_args, a);
     a.rows = cu->rows;
     a.q = q;
     a.entropy = taps->entropy;
     a.mass = taps->mass;
     a.lse = taps->lse;
     a.layer = layer;
+    a.n_layer = 1;
     a.n = cu->step->n;
     a.n_head = cu->step->rows->kv->n_head;
-    kvs_cuda_op<launch_record, KVS_CUDA_RECORD>(cu, &a);
+    for (int32_t i = 0; i < a.n; i++) a.keeps_queries |= cu->step->rows[i].kv->query != NULL;
+    kvs_cuda_op<kvs_record_launch, KVS_CUDA_RECORD>(cu, &a);
 }
 
 /* ---- kv_tell ---- */
@@ -337,7 +335,7 @@ KVS_DEVICE float find_strength(const smoother &s, int32_t group, float *lines) {
 }
 
 /* By all threads of the block; the barrier is the caller's. */
-KVS_DEVICE int32_t set_turn(const kvs_smooth_args &a, const staged_job *job, float *turn) {
+KVS_DEVICE int32_t set_turn(const kvs_smooth_batch &a, const staged_job *job, float *turn) {
     const kvs_smooth_params *p = &job->params;
     if (!p->rope_relative || !(p->target & KVS_TARGET_K) || !job->pos_delta || !a.inv_freq) return 0;
     for (int32_t i = threadIdx.x; i < a.n_rot / 2; i += blockDim.x) {
@@ -387,18 +385,19 @@ KVS_DEVICE void smooth_outputs(const smoother &s, float *out) {
 }
 
 /* One block for each KV head (along x) of each job (along y). Each finds the strength for itself. */
-static __global__ void smooth_kernel(kvs_smooth_args a) {
+static __global__ void smooth_kernel(const __grid_constant__ kvs_smooth_batch a) {
     __shared__ float lines[KVS_WARP], turn[KVS_MAX_HEAD_DIM];
-    const staged_job *job = (const staged_job *)(a.jobs + (int64_t)blockIdx.y * a.stride);
+    const kvs_smooth_job_at at = a.jobs[blockIdx.y];
+    const staged_job *job = (const staged_job *)at.job;
     const kvs_kv *kv = job->kv;
     const int32_t *queue = (const int32_t *)(job + 1);
     int32_t head = blockIdx.x, target = job->params.target, group = kv->n_group > 1 ? head : 0;
-    smoother s = {job, kv, queue, queue + a.room, turn, 0, a.layer, head, 0.0f};
+    smoother s = {job, kv, queue, queue + at.room, turn, 0, at.layer, head, 0.0f};
     if (job->prev >= 0) {
         s.lambda = find_strength(s, group, lines);
         s.n_rot = set_turn(a, job, turn);
         __syncthreads();
-        if (!threadIdx.x && head == group) kv->strength[kvs_kv_history(kv, a.layer, job->index) + group] = s.lambda;
+        if (!threadIdx.x && head == group) kv->strength[kvs_kv_history(kv, at.layer, job->index) + group] = s.lambda;
         bool mixes = s.lambda != 0.0f; /* else not a bit may change */
         if (mixes && (target & KVS_TARGET_K) && kv->exact_k) smooth_rows(s, kv->k, kv->exact_k, s.n_rot);
         if (mixes && (target & KVS_TARGET_V) && kv->exact_v) smooth_rows(s, kv->v, kv->exact_v, 0);
@@ -406,8 +405,26 @@ static __global__ void smooth_kernel(kvs_smooth_args a) {
     if ((target & KVS_TARGET_O) && kv->exact_o && a.out) smooth_outputs(s, a.out);
 }
 
+bool kvs_smooth_take(kvs_smooth_batch *batch, const kvs_smooth_args *a, int32_t *done) {
+    if (batch->n_jobs && (batch->out != a->out || batch->inv_freq != a->inv_freq || batch->n_rot != a->n_rot || batch->heads != a->heads))
+        return false;
+    batch->out = a->out;
+    batch->inv_freq = a->inv_freq;
+    batch->n_rot = a->n_rot;
+    batch->heads = a->heads;
+    for (; *done < a->n_jobs && batch->n_jobs < KVS_SMOOTH_JOBS; (*done)++)
+        batch->jobs[batch->n_jobs++] = {a->jobs + (int64_t)*done * a->stride, a->room, a->layer};
+    return *done == a->n_jobs;
+}
+
+void kvs_smooth_launch(kvs_cuda *cu, kvs_smooth_batch *batch) {
+    if (batch->n_jobs) KVS_LAUNCH(cu, smooth_kernel, dim3((unsigned)batch->heads, (unsigned)batch->n_jobs), dim3(THREADS), 0, *batch);
+    batch->n_jobs = 0;
+}
+
 static void launch_smooth(kvs_cuda *cu, const kvs_smooth_args *a) {
-    KVS_LAUNCH(cu, smooth_kernel, dim3((unsigned)a->heads, (unsigned)a->n_jobs), dim3(THREADS), 0, *a);
+    kvs_smooth_batch batch = {};
+    for (int32_t done = 0; done < a->n_jobs; kvs_smooth_launch(cu, &batch)) kvs_smooth_take(&batch, a, &done);
 }
 
 static void fill_job(kvs_cuda *cu, const kvs_smooth_job *job, int32_t room, uint8_t *to) {

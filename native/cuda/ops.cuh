@@ -87,6 +87,16 @@ typedef struct kvs_keys_args {
 
 void kvs_keys_launch(kvs_cuda *cu, const kvs_keys_args *a);
 
+typedef struct kvs_record_args { /* of layers layer .. layer + n_layer - 1 */
+    const kvs_row *rows;
+    const float *q;                    /* (n, n_head * head_dim), of the one layer; not read if no row keeps queries */
+    const float *entropy, *mass, *lse; /* (n, n_head); those of the next layer are stride floats behind */
+    int32_t layer, n_layer, stride, n, n_head;
+    int32_t keeps_queries;
+} kvs_record_args;
+
+void kvs_record_launch(kvs_cuda *cu, const kvs_record_args *a);
+
 typedef struct kvs_smooth_args {
     const uint8_t *jobs; /* (n_jobs) of stride bytes */
     float *out;
@@ -94,6 +104,23 @@ typedef struct kvs_smooth_args {
     int32_t stride, room, n_jobs, layer, n_rot, heads;
     int32_t writes_out; /* some job has the outputs for its target */
 } kvs_smooth_args;
+
+/* Jobs of any layers, none of which needs what another does */
+enum { KVS_SMOOTH_JOBS = 128 };
+typedef struct kvs_smooth_job_at {
+    const uint8_t *job;
+    int32_t room, layer;
+} kvs_smooth_job_at;
+typedef struct kvs_smooth_batch {
+    kvs_smooth_job_at jobs[KVS_SMOOTH_JOBS];
+    float *out;
+    const float *inv_freq;
+    int32_t n_jobs, n_rot, heads;
+} kvs_smooth_batch;
+
+/* Takes jobs of a, from *done on, into batch while there is room; true: all are in. */
+bool kvs_smooth_take(kvs_smooth_batch *batch, const kvs_smooth_args *a, int32_t *done);
+void kvs_smooth_launch(kvs_cuda *cu, kvs_smooth_batch *batch); /* and empties it */
 
 /* ---- matvec.cu ---- */
 

@@ -220,11 +220,6 @@ static void note(kvs_cuda *cu, int32_t kind, kvs_cuda_launch launch, const void 
     list->used = need;
 }
 
-static void launch_noted(kvs_cuda *cu) {
-    const kvs_cuda_noted *op = (const kvs_cuda_noted *)cu->list.bytes, *end = (const kvs_cuda_noted *)(cu->list.bytes + cu->list.used);
-    while (op < end && !cu->status) op = kvs_cuda_fused(cu, op, end);
-}
-
 /* Not too far ahead of the device: what is launched can't be taken back, and a cancellation is to be obeyed soon. */
 static void keep_close(kvs_cuda *cu) {
     int32_t mark = cu->n_launched / MARK_EVERY;
@@ -249,7 +244,7 @@ void kvs_cuda_flush(kvs_cuda *cu) {
     if (!cu->noting) return;
     cu->noting = false;
     send_staged(cu);
-    launch_noted(cu);
+    kvs_cuda_launch_noted(cu);
     cu->list.used = 0;
 }
 
@@ -285,7 +280,7 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
     cudaGraph_t captured = NULL;
     /* Relaxed: a kernel that is met for the first time is loaded now, by calls of the driver's own */
     if (!kvs_cuda_check(cu, cudaStreamBeginCapture(cu->stream, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture")) return NULL;
-    launch_noted(cu);
+    kvs_cuda_launch_noted(cu);
     bool ok = kvs_cuda_check(cu, cudaStreamEndCapture(cu->stream, &captured), "cudaStreamEndCapture") && !cu->status &&
               kvs_cuda_check(cu, cudaGraphInstantiate(&graph->exec, captured, 0), "cudaGraphInstantiate");
     if (captured) cudaGraphDestroy(captured);
