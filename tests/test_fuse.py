@@ -166,6 +166,23 @@ def test_how_many_launches_a_token_takes(
     assert counts[0] <= N_LAYER * most + 9 + (policy == "kvsmooth"), counts
 
 
+@pytest.mark.parametrize("overlap", ["0", "1"])
+def test_kernels_begin_early(
+    pair: tuple[str, str], overlap: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """All of a layer, if it is not of an odd shape, unless that is switched off."""
+    if not SHIM:
+        pytest.skip("the shim counts them")
+    monkeypatch.setenv("KVS_CUDA_OVERLAP", overlap)
+    with load(pair) as model, model.session(n_ctx=64, policy=POLICIES["kvsmooth"]) as session:
+        session.feed(tokens(rng, 20))
+        before = counted("kernels"), counted("early")
+        session.feed(tokens(rng, 1), generated=True)
+        kernels, early = counted("kernels") - before[0], counted("early") - before[1]
+    behind = {"0": kernels, "1": 29 if request.node.callspec.params["pair"] == "odd" else 6}[overlap]
+    assert kernels > 30 and kernels - early == behind
+
+
 def test_what_is_put_off_is_done_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """More smoothing than one launch takes, of sessions with two windows."""
     small = {"n_embd": 64, "n_head": 2, "n_head_kv": 1, "n_ff": 64, "type": "q8_0"}

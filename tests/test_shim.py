@@ -11,6 +11,7 @@ import pytest
 
 SHIM = Path(__file__).resolve().parent / "shim"
 ORDERS = ["forward", "reverse", "random"]
+CHECKS = ["places", "sum", "shuffle", "vote", "mma", "ldmatrix", "async", "half", "dot", "atomic", "graph", "early"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def run(check: Path, name: str, order: str = "forward", **env: str) -> subproces
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["places", "sum", "shuffle", "vote", "mma", "ldmatrix", "async", "half", "dot", "atomic", "graph"])
+@pytest.mark.parametrize("name", CHECKS)
 def test_results(check: Path, name: str, order: str) -> None:
     done = run(check, name, order)
     assert done.returncode == 0, done.stderr
@@ -66,6 +67,7 @@ FATAL = {
     "copy_kernel": "kvs_async16, global memory",
     "matrix_kernel": "kvs_ldmatrix_x4: the address",
     "behind_kernel": "wrote behind its 128 bytes of dynamic shared memory",
+    "never_awaits_kernel": "no thread has waited for the kernel in front",
 }
 
 
@@ -103,7 +105,7 @@ def test_what_is_forgotten_gives_wrong_numbers(check: Path, name: str, order: st
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["places", "sum", "shuffle", "vote", "mma", "ldmatrix", "async", "half", "dot", "atomic", "graph"])
+@pytest.mark.parametrize("name", CHECKS)
 def test_what_is_right_has_no_races(check_races: Path, name: str, order: str) -> None:
     done = run(check_races, name, order)
     assert done.returncode == 0, done.stderr
@@ -121,6 +123,8 @@ def test_what_is_right_has_no_races(check_races: Path, name: str, order: str) ->
         ("lanes_kernel", r"(reads|writes) shared memory at .* where thread \d+ of the same block has been"),
         ("mixed_kernel", r"(reads|writes) device memory at .* where thread \d+ of the same block has been"),
         ("unwritten_device", "reads device memory at .* that nobody has written"),
+        ("writes_early_kernel", "writes device memory at .* before it has waited for the kernel in front"),
+        ("reads_early_kernel", "reads device memory at .* which a kernel in front of it writes"),
     ],
 )
 def test_races(check: Path, check_races: Path, name: str, message: str, order: str) -> None:

@@ -311,10 +311,12 @@ static __global__ void __launch_bounds__(KVS_ATTN_THREADS, ITEMS > 1   ? 3
                                                                        : 5) decode_kernel(kvs_attn_args a) {
     KVS_DYNAMIC_SHARED(uint8_t, shared);
     decode_block b;
+    kvs_let_next_begin();
     if (!find_block(a, HEADS, b)) return;
     b.q = (float *)(void *)shared;
     b.s = b.q + HEADS * decode_width(a.head_dim);
     b.pieces = (uint8_t *)(b.s + HEADS * KVS_ATTN_TILE);
+    kvs_await_previous();
     if (b.layout.halves)
         attend_tile<true, HEADS, ITEMS>(a, b);
     else
@@ -365,6 +367,8 @@ static __global__ void __launch_bounds__(KVS_ATTN_THREADS) merge_kernel(kvs_attn
     int64_t place = left_place(a, row, head, 0), out = (int64_t)row * a.n_head + head;
     kvs_attn_part all = kvs_attn_none(), before = all;
     float o[MERGE_DIMS] = {};
+    kvs_let_next_begin();
+    kvs_await_previous();
     for (int32_t first = 0; first < n; first += KVS_WARP) {
         kvs_attn_part mine = first + lane < n ? left_part(&a.left[place + first + lane].all) : kvs_attn_none();
         float top = running_maximum(mine.m, all.m), below = __shfl_sync(KVS_ALL_LANES, top, lane ? lane - 1 : 0);
@@ -407,7 +411,7 @@ template <int HEADS, int ITEMS> static void launch_heads(kvs_cuda *cu, const kvs
     int64_t group = a->n_head / a->n_kv_head;
     dim3 grid((unsigned)a->n_tiles, (unsigned)(a->n_kv_head * kvs_ceil_div(group, HEADS)), (unsigned)a->n_rows);
     size_t shared = HEADS * (decode_width(a->head_dim) + KVS_ATTN_TILE) * sizeof(float) + 2 * (size_t)a->piece_bytes;
-    KVS_LAUNCH(cu, (decode_kernel<HEADS, ITEMS>), grid, dim3(KVS_ATTN_THREADS), shared, *a);
+    KVS_LAUNCH_EARLY(cu, (decode_kernel<HEADS, ITEMS>), grid, dim3(KVS_ATTN_THREADS), shared, *a);
 }
 
 static void launch_rows(kvs_cuda *cu, const kvs_attn_args *a) {
@@ -423,7 +427,7 @@ static void launch_rows(kvs_cuda *cu, const kvs_attn_args *a) {
     else
         launch_heads<8, 1>(cu, a);
     int32_t warps = KVS_MIN((a->head_dim + KVS_WARP - 1) / KVS_WARP, KVS_ATTN_WARPS);
-    KVS_LAUNCH(cu, merge_kernel, dim3((unsigned)a->n_head, (unsigned)a->n_rows), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
+    KVS_LAUNCH_EARLY(cu, merge_kernel, dim3((unsigned)a->n_head, (unsigned)a->n_rows), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
 }
 
 void kvs_attn_launch_decode(kvs_cuda *cu, const kvs_attn_args *a) {

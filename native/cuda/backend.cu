@@ -96,6 +96,7 @@ typedef struct copy_args {
 
 static void launch_copy(kvs_cuda *cu, const copy_args *a) {
     kvs_cuda_check(cu, cudaMemcpyAsync(a->dst, a->src, a->bytes, cudaMemcpyDeviceToDevice, cu->stream), "a copy on the device");
+    cu->behind_kernel = false;
 }
 
 static void note_copy(kvs_cuda *cu, void *dst, const void *src, uint64_t bytes) {
@@ -244,6 +245,33 @@ static const kvs_ops cuda_ops = {
     .kv_trim = kvs_cuda_kv_trim,
 };
 
+/* The architecture that kernels were compiled for: older than the device where its driver makes them of PTX. 0: not known */
+#ifdef KVS_SHIM
+static int compiled_for(const kvs_cuda *cu) { return cu->sm; }
+#else
+static __global__ void probe_kernel(void) {}
+static int compiled_for(const kvs_cuda *) {
+    cudaFuncAttributes of = {};
+    return cudaFuncGetAttributes(&of, probe_kernel) == cudaSuccess ? of.ptxVersion : 0;
+}
+#endif
+
+/* Kernels must wait where they say so (kvs_await_previous), and graphs know of it. */
+static bool can_overlap(const kvs_cuda *cu) {
+    enum { KERNELS_WAIT = 90, GRAPHS_KNOW = 12030 };
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    const bool can = compiled_for(cu) >= KERNELS_WAIT && driver >= GRAPHS_KNOW && runtime >= GRAPHS_KNOW;
+    cudaGetLastError();
+    return can;
+}
+
+static bool switched_off(const char *name) {
+    const char *value = getenv(name);
+    return value && !strcmp(value, "0");
+}
+
 static bool prepare(kvs_cuda *cu) {
     int major = 0, minor = 0;
     const int device = cu->device;
@@ -258,6 +286,8 @@ static bool prepare(kvs_cuda *cu) {
         ok = kvs_cuda_check(cu, cudaEventCreateWithFlags(&cu->marks[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
     ok = ok && kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)).host; /* the first chunk of them is there before any step */
     cu->sm = 10 * major + minor;
+    cu->fuses = !switched_off("KVS_CUDA_FUSE");
+    cu->overlaps = ok && !switched_off("KVS_CUDA_OVERLAP") && can_overlap(cu);
     return ok;
 }
 
@@ -280,8 +310,6 @@ int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
     kvs_cuda *cu = (kvs_cuda *)kvs_calloc(1, sizeof *cu);
     if (!cu) return kvs_fail_memory(err, sizeof *cu, "the CUDA backend");
     cu->device = index;
-    const char *fuse = getenv("KVS_CUDA_FUSE");
-    cu->fuses = !fuse || strcmp(fuse, "0") != 0;
     cu->base.ops = &cuda_ops;
     cu->base.has_bf16 = true;
     bool ok = prepare(cu);

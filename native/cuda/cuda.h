@@ -102,13 +102,16 @@ struct kvs_cuda {
     kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
     bool fuses;                           /* neighbours in one launch, where fuse.cu can */
+    bool overlaps;                        /* kernels of a graph may begin early */
     cudaStream_t stream;
     /* between begin and end */
     const kvs_step *step;
     const kvs_row *rows; /* [dev] of the step; their kv points to copies on the device, too: the functions of backend.h work there */
     const int32_t *cancel;
-    int32_t status; /* first failure of the step, KVS_OK so far */
-    bool noting;    /* ops are noted down, not launched */
+    int32_t status;     /* first failure of the step, KVS_OK so far */
+    bool noting;        /* ops are noted down, not launched */
+    bool capturing;     /* launches become a graph that overlaps them */
+    bool behind_kernel; /* and the last one was a kernel's: the next kernel may begin early */
     kvs_cuda_list list;
     kvs_cuda_chunk *chunks, *reports;
     kvs_cuda_delivery *deliveries; /* (n_deliveries) */
@@ -179,19 +182,34 @@ void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 
 /* KVS_LAUNCH(cu, kernel, grid, threads, bytes of dynamic shared memory, arguments...); a template with commas stands in parentheses. More
- * than 48 KiB of shared memory are asked for as needed. */
-#define KVS_LAUNCH(cu, kernel, grid, block, shared, ...) kvs_cuda_start(cu, #kernel, kernel, grid, block, shared, __VA_ARGS__)
+ * than 48 KiB of shared memory are asked for as needed. KVS_LAUNCH_EARLY: the same of a kernel that calls kvs_await_previous. */
+#define KVS_LAUNCH(cu, kernel, grid, block, shared, ...)       kvs_cuda_start(cu, #kernel, false, kernel, grid, block, shared, __VA_ARGS__)
+#define KVS_LAUNCH_EARLY(cu, kernel, grid, block, shared, ...) kvs_cuda_start(cu, #kernel, true, kernel, grid, block, shared, __VA_ARGS__)
 template <class... P, class... A>
-static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... args) {
+static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, bool awaits, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                                  A... args) {
     if (cu->status) return;
+    const bool early = awaits && cu->behind_kernel;
+    cu->behind_kernel = cu->capturing;
 #ifdef KVS_SHIM
-    kvs_shim_launch(name, grid, block, shared, cu->stream, [=]() { kernel(P(args)...); });
+    const int32_t begins = early ? KVS_SHIM_EARLY : awaits ? KVS_SHIM_AWAITS : KVS_SHIM_BEHIND;
+    kvs_shim_launch(
+        name, grid, block, shared, cu->stream, [=]() { kernel(P(args)...); }, begins);
 #else
     if (shared > 48 * 1024 &&
         !kvs_cuda_check(cu, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name))
         return;
-    kernel<<<grid, block, shared, cu->stream>>>(P(args)...);
-    kvs_cuda_check(cu, cudaGetLastError(), name);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = cu->stream;
+    config.attrs = &overlap;
+    config.numAttrs = early;
+    kvs_cuda_check(cu, cudaLaunchKernelEx(&config, kernel, P(args)...), name);
 #endif
 }
 

@@ -89,6 +89,20 @@ template <int N> KVS_DEVICE void kvs_async_wait(void) {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }
+
+/* A kernel that KVS_LAUNCH_EARLY launches may begin before the one in front of it has ended (programmatic dependent launch). Until a thread
+ * has come to kvs_await_previous it may read arguments, weights and what is staged for the step, and write nothing but shared memory; some thread
+ * must come there, else the next kernel would not wait for the one in front. kvs_let_next_begin: as soon as all blocks have begun. */
+KVS_DEVICE void kvs_await_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+KVS_DEVICE void kvs_let_next_begin(void) {
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
 #endif
 
 /* A float's bits, a float of bits; and four bytes of the eight of b, a (a's are 0 to 3): nibble i of the selector, 0..7, is where byte i comes from */

@@ -34,6 +34,8 @@ static __global__ void __launch_bounds__(HALVES_THREADS) gemm_halves_kernel(halv
     uint16_t *out = a.halves + (int64_t)blockIdx.x * a.stride;
     const bool aligned = gemm_aligned(a.x, (int64_t)a.cols * 4, 16);
     uint32_t top = 0;
+    kvs_let_next_begin();
+    kvs_await_previous();
     for (int32_t at = 4 * (int32_t)threadIdx.x; at < a.cols; at += 4 * HALVES_THREADS) {
         const float4 v = gemm_four(x, at, a.cols, aligned);
         top = largest(top, largest(largest(magnitude(v.x), magnitude(v.y)), largest(magnitude(v.z), magnitude(v.w))));
@@ -54,7 +56,9 @@ static __global__ void __launch_bounds__(HALVES_THREADS) gemm_halves_kernel(halv
     }
 }
 
-static void launch_halves(kvs_cuda *cu, const halves_args *a) { KVS_LAUNCH(cu, gemm_halves_kernel, (unsigned)a->n, HALVES_THREADS, 0, *a); }
+static void launch_halves(kvs_cuda *cu, const halves_args *a) {
+    KVS_LAUNCH_EARLY(cu, gemm_halves_kernel, (unsigned)a->n, HALVES_THREADS, 0, *a);
+}
 
 /* Blocks of 128 x 128 decode a weight once for 128 rows of x, and read the least; but there must be as many as the GPU has multiprocessors. */
 static void launch_products(kvs_cuda *cu, const gemm_args *a) {

@@ -102,8 +102,10 @@ template <int TYPE, int N8> static __global__ void __launch_bounds__(THREADS, N8
     uint4 x[2][N8];
     float acc[2][N8][4] = {};
 
+    kvs_let_next_begin();
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) gemm_load<TYPE>(&planes, KVS_MIN(slice_group(i, warp), groups - 1), &raw[i]);
+    kvs_await_previous();
     slice_load_x<N8>(&rows_x, slice_group(0, warp), x[0]);
     const int32_t steps = slice_steps(groups, warp);
     for (int32_t begin = 0; begin < steps; begin += AHEAD) {
@@ -126,7 +128,7 @@ template <int TYPE, int N8> static __global__ void __launch_bounds__(THREADS, N8
 }
 
 template <int TYPE, int N8> static void launch_slices(kvs_cuda *cu, const gemm_args *a) {
-    KVS_LAUNCH(cu, (gemm_slice_kernel<TYPE, N8>), (unsigned)gemm_tiles(a, N8 * 8, ROWS), THREADS, slice_shared(N8), *a);
+    KVS_LAUNCH_EARLY(cu, (gemm_slice_kernel<TYPE, N8>), (unsigned)gemm_tiles(a, N8 * 8, ROWS), THREADS, slice_shared(N8), *a);
 }
 template <int TYPE> struct slice_launch {
     static void run(kvs_cuda *cu, const gemm_args *a) {

@@ -133,6 +133,8 @@ static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_key
     const float *angles = a.q.table + (int64_t)i * n_rot;
     if (threadIdx.x < 2) first_bad[threadIdx.x] = INT32_MAX;
     __syncthreads();
+    kvs_let_next_begin();
+    kvs_await_previous();
     for (int32_t task = threadIdx.x / KVS_WARP; task < a.q.n_head + 2 * a.put.heads; task += blockDim.x / KVS_WARP) {
         const int32_t head = (task - a.q.n_head) / 2, value = (task - a.q.n_head) % 2;
         if (task < a.q.n_head) {
@@ -154,7 +156,7 @@ static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_key
 
 void kvs_keys_launch(kvs_cuda *cu, const kvs_keys_args *a) {
     const int32_t warps = KVS_MIN(a->q.n_head + 2 * a->put.heads, KVS_WARP);
-    KVS_LAUNCH(cu, keys_kernel, dim3((unsigned)a->put.n), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
+    KVS_LAUNCH_EARLY(cu, keys_kernel, dim3((unsigned)a->put.n), dim3((unsigned)(warps * KVS_WARP)), 0, *a);
 }
 
 /* One block for each row. */
@@ -202,6 +204,8 @@ static __global__ void record_kernel(kvs_record_args a) {
     const int32_t i = blockIdx.x, layer = a.layer + (int32_t)blockIdx.y;
     const int64_t taps = (int64_t)blockIdx.y * a.stride + (int64_t)i * a.n_head;
     const kvs_kv *kv = a.rows[i].kv;
+    kvs_let_next_begin();
+    kvs_await_previous();
     for (int32_t h = threadIdx.x; h < a.n_head; h += blockDim.x) {
         entropy[h] = a.entropy[taps + h];
         mass[h] = a.mass[taps + h];
@@ -225,7 +229,7 @@ static __global__ void record_kernel(kvs_record_args a) {
 
 void kvs_record_launch(kvs_cuda *cu, const kvs_record_args *a) {
     const dim3 grid((unsigned)a->n, (unsigned)a->n_layer);
-    KVS_LAUNCH(cu, record_kernel, grid, dim3(THREADS), 2 * (size_t)a->n_head * sizeof(float), *a);
+    KVS_LAUNCH_EARLY(cu, record_kernel, grid, dim3(THREADS), 2 * (size_t)a->n_head * sizeof(float), *a);
 }
 
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps) {
@@ -393,6 +397,8 @@ static __global__ void smooth_kernel(const __grid_constant__ kvs_smooth_batch a)
     const int32_t *queue = (const int32_t *)(job + 1);
     int32_t head = blockIdx.x, target = job->params.target, group = kv->n_group > 1 ? head : 0;
     smoother s = {job, kv, queue, queue + at.room, turn, 0, at.layer, head, 0.0f};
+    kvs_let_next_begin();
+    kvs_await_previous();
     if (job->prev >= 0) {
         s.lambda = find_strength(s, group, lines);
         s.n_rot = set_turn(a, job, turn);
@@ -418,7 +424,7 @@ bool kvs_smooth_take(kvs_smooth_batch *batch, const kvs_smooth_args *a, int32_t 
 }
 
 void kvs_smooth_launch(kvs_cuda *cu, kvs_smooth_batch *batch) {
-    if (batch->n_jobs) KVS_LAUNCH(cu, smooth_kernel, dim3((unsigned)batch->heads, (unsigned)batch->n_jobs), dim3(THREADS), 0, *batch);
+    if (batch->n_jobs) KVS_LAUNCH_EARLY(cu, smooth_kernel, dim3((unsigned)batch->heads, (unsigned)batch->n_jobs), dim3(THREADS), 0, *batch);
     batch->n_jobs = 0;
 }
 

@@ -16,6 +16,8 @@ enum { WARPS = 4, THREADS = WARPS * KVS_WARP };
 /* One warp per group */
 static __global__ void __launch_bounds__(THREADS) quantize_kernel(kvs_matvec_args a) {
     const int64_t groups = a.cols / KVS_GROUP, i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / KVS_WARP;
+    kvs_let_next_begin();
+    kvs_await_previous();
     if (i < a.n * groups) kvs_act_put_group(a.tiles, i / groups, i % groups, a.x[i * KVS_GROUP + threadIdx.x % KVS_WARP]);
 }
 
@@ -122,9 +124,10 @@ template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
     }
     template <class F, class S> KVS_DEVICE void run(F add, S step) {
         kvs_stored even[UNROLL][ROWS] = {}, odd[UNROLL][ROWS] = {};
-        load(0, even);
+        load(0, even); /* weights were there before the step */
+        load(STEP, odd);
+        kvs_await_previous();
         for (int32_t first = 0;;) {
-            load(first + STEP, odd);
             compute(first, even, add);
             step();
             if ((first += STEP) >= units) return;
@@ -132,6 +135,7 @@ template <int TYPE, int ROWS, int UNROLL> struct weight_stream {
             compute(first, odd, add);
             step();
             if ((first += STEP) >= units) return;
+            load(first + STEP, odd);
         }
     }
 };
@@ -202,6 +206,7 @@ template <int TYPE, int N, int ROWS, int UNROLL>
 static __global__ void __launch_bounds__(THREADS, blocks_for(TYPE, N)) matvec_int8_kernel(kvs_matvec_args a) {
     kvs_matvec_job job;
     int32_t row;
+    kvs_let_next_begin();
     if (!find_rows<ROWS>(a, &job, &row)) return;
     weight_stream<TYPE, ROWS, UNROLL> weights;
     weights.open(a, job, row);
@@ -252,6 +257,7 @@ KVS_DEVICE void add_unit(const kvs_stored stored[ROWS], const float *x, int64_t 
 template <int TYPE, int N, int ROWS, int UNROLL> static __global__ void __launch_bounds__(THREADS) matvec_float_kernel(kvs_matvec_args a) {
     kvs_matvec_job job;
     int32_t row;
+    kvs_let_next_begin();
     if (!find_rows<ROWS>(a, &job, &row)) return;
     constexpr int width = KVS_WARP * unit_values<TYPE>(); /* columns of a warp */
     weight_stream<TYPE, ROWS, UNROLL> weights;
@@ -289,13 +295,13 @@ template <int TYPE> static unsigned plan(kvs_matvec_args *a, int rows_of_warp) {
 template <int TYPE, int N> static void launch_int8(kvs_cuda *cu, kvs_matvec_args *a) {
     constexpr int rows = N == 1 ? 1 : 2, unroll = N == 1 ? 2 : 1;
     const unsigned grid = plan<TYPE>(a, rows);
-    KVS_LAUNCH(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
+    KVS_LAUNCH_EARLY(cu, (matvec_int8_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
 }
 template <int TYPE, int N> static void launch_float(kvs_cuda *cu, kvs_matvec_args *a) {
     constexpr int rows = N == 1 || !kvs_type_is_float(TYPE) ? 1 : 2;
     constexpr int unroll = N == 1 && kvs_type_is_float(TYPE) ? 2 : 1;
     const unsigned grid = plan<TYPE>(a, rows);
-    KVS_LAUNCH(cu, (matvec_float_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
+    KVS_LAUNCH_EARLY(cu, (matvec_float_kernel<TYPE, N, rows, unroll>), grid, THREADS, 0, *a);
 }
 
 template <int TYPE> struct int8_call {
@@ -329,7 +335,7 @@ template <int TYPE> struct float_call {
 
 static void prepare_activations(kvs_cuda *cu, const kvs_matvec_args *a) {
     const int64_t groups = a->n * kvs_groups(a->cols);
-    if (a->tiles.p) KVS_LAUNCH(cu, quantize_kernel, (unsigned)kvs_ceil_div(groups, WARPS), THREADS, 0, *a);
+    if (a->tiles.p) KVS_LAUNCH_EARLY(cu, quantize_kernel, (unsigned)kvs_ceil_div(groups, WARPS), THREADS, 0, *a);
     if (a->padded) KVS_LAUNCH(cu, pad_kernel, (unsigned)kvs_ceil_div(groups * KVS_GROUP, THREADS), THREADS, 0, *a);
 }
 

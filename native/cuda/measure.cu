@@ -119,7 +119,7 @@ static double run(const cuda_roofs *r, const loop *l, int64_t rounds) {
     const loop_args a = {r->buffer, r->sink, r->bytes, rounds};
     float ms = 0.0f;
     if (!kvs_cuda_check(cu, cudaEventRecord(r->from, cu->stream), "cudaEventRecord")) return 0;
-    kvs_cuda_start(cu, l->name, l->kernel, (unsigned)(cu->n_sm * BLOCKS), THREADS, 0, a);
+    kvs_cuda_start(cu, l->name, false, l->kernel, (unsigned)(cu->n_sm * BLOCKS), THREADS, 0, a);
     if (!cu->status && kvs_cuda_check(cu, cudaEventRecord(r->to, cu->stream), "cudaEventRecord") &&
         kvs_cuda_check(cu, cudaEventSynchronize(r->to), "cudaEventSynchronize"))
         kvs_cuda_check(cu, cudaEventElapsedTime(&ms, r->from, r->to), "cudaEventElapsedTime");

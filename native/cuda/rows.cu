@@ -168,6 +168,8 @@ template <int KIND> KVS_DEVICE float apply(float y, float x) {
 
 /* EACH values for each thread. */
 template <int KIND> static __global__ void each_kernel(kvs_each_args a) {
+    kvs_let_next_begin();
+    kvs_await_previous();
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * EACH;
     bool two = KIND == KVS_OP_ADD || KIND == KVS_OP_GATE;
     if (a.wide && i + EACH <= a.n) {
@@ -182,7 +184,7 @@ template <int KIND> static __global__ void each_kernel(kvs_each_args a) {
 }
 
 template <int KIND> static void launch_kind(kvs_cuda *cu, const kvs_each_args *a) {
-    KVS_LAUNCH(cu, each_kernel<KIND>, dim3((unsigned)kvs_ceil_div(a->n, THREADS * EACH)), dim3(THREADS), 0, *a);
+    KVS_LAUNCH_EARLY(cu, each_kernel<KIND>, dim3((unsigned)kvs_ceil_div(a->n, THREADS * EACH)), dim3(THREADS), 0, *a);
 }
 
 static void launch_each(kvs_cuda *cu, const kvs_each_args *a) {
@@ -331,6 +333,8 @@ static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) row_kernel(kvs_row_
     const int64_t row = (int64_t)blockIdx.x * a.cols;
     float4 v[HELD];
     bool inside[HELD];
+    kvs_let_next_begin();
+    kvs_await_previous();
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int32_t at = begin + 4 * KVS_WARP * i;
@@ -362,7 +366,7 @@ static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) row_kernel(kvs_row_
 }
 
 void kvs_row_launch(kvs_cuda *cu, const kvs_row_args *a) {
-    KVS_LAUNCH(cu, row_kernel, dim3((unsigned)a->n), dim3((unsigned)kvs_ceil_div(a->cols, RUN) * KVS_WARP), 0, *a);
+    KVS_LAUNCH_EARLY(cu, row_kernel, dim3((unsigned)a->n), dim3((unsigned)kvs_ceil_div(a->cols, RUN) * KVS_WARP), 0, *a);
 }
 
 typedef struct gate_args {
@@ -374,6 +378,8 @@ typedef struct gate_args {
 
 /* EACH values for each thread. */
 static __global__ void __launch_bounds__(THREADS) gate_kernel(gate_args a) {
+    kvs_let_next_begin();
+    kvs_await_previous();
     const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
     const bool inside = i < a.n;
     float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -389,5 +395,5 @@ static __global__ void __launch_bounds__(THREADS) gate_kernel(gate_args a) {
 
 void kvs_gate_launch(kvs_cuda *cu, const kvs_each_args *each, int32_t cols, kvs_act_tiles tiles) {
     const gate_args a = {each->y, each->x, each->n, cols, tiles};
-    KVS_LAUNCH(cu, gate_kernel, dim3((unsigned)kvs_ceil_div(each->n, THREADS * EACH)), dim3(THREADS), 0, a);
+    KVS_LAUNCH_EARLY(cu, gate_kernel, dim3((unsigned)kvs_ceil_div(each->n, THREADS * EACH)), dim3(THREADS), 0, a);
 }

@@ -280,7 +280,9 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
     cudaGraph_t captured = NULL;
     /* Relaxed: a kernel that is met for the first time is loaded now, by calls of the driver's own */
     if (!kvs_cuda_check(cu, cudaStreamBeginCapture(cu->stream, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture")) return NULL;
+    cu->capturing = cu->overlaps;
     kvs_cuda_launch_noted(cu);
+    cu->capturing = cu->behind_kernel = false;
     bool ok = kvs_cuda_check(cu, cudaStreamEndCapture(cu->stream, &captured), "cudaStreamEndCapture") && !cu->status &&
               kvs_cuda_check(cu, cudaGraphInstantiate(&graph->exec, captured, 0), "cudaGraphInstantiate");
     if (captured) cudaGraphDestroy(captured);

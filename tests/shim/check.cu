@@ -297,9 +297,44 @@ static void check_graph() {
     call(cudaFreeHost(pinned), "cudaFreeHost");
 }
 
-static const named_check checks[] = {{"places", check_places}, {"sum", check_sum},       {"shuffle", check_shuffle},   {"vote", check_vote},
-                                     {"mma", check_mma},       {"async", check_async},   {"ldmatrix", check_ldmatrix}, {"half", check_half},
-                                     {"dot", check_dot},       {"atomic", check_atomic}, {"graph", check_graph}};
+/* ---- kernels that begin early, in a graph ---- */
+
+/* y = x + by, late: each thread works for some microseconds first */
+static __global__ void slow_kernel(float *y, const float *x, const float *by, int32_t rounds) {
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    kvs_let_next_begin();
+    float early = by[i], none = 1.0f; /* nobody writes it */
+    kvs_await_previous();
+    for (int32_t k = 0; k < rounds; k++) none = fmaf(none, 0.5f, 0.5f); /* stays 1 */
+    y[i] = x[i] + early * none;
+}
+
+static void check_early() {
+    enum { BLOCKS = 300, THREADS = 256, LONG = 20, TIMES = 10 };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    std::vector<float> x = whole_numbers(BLOCKS * THREADS, 99), by = whole_numbers(BLOCKS * THREADS, 9);
+    device_array<float> a(x), b(x.size()), add(by);
+    call(cudaStreamBeginCapture(the_stream(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    LAUNCH(slow_kernel, BLOCKS, THREADS, 0, b.p, (const float *)a.p, (const float *)add.p, 1000);
+    for (int32_t i = 1; i < LONG; i++) { /* to and fro: each reads what the one in front writes, and writes what it reads */
+        float *to = i % 2 ? a.p : b.p, *from = i % 2 ? b.p : a.p;
+        LAUNCH_EARLY(slow_kernel, BLOCKS, THREADS, to, (const float *)from, (const float *)add.p, i % 3 * 1000);
+    }
+    call(cudaStreamEndCapture(the_stream(), &graph), "cudaStreamEndCapture");
+    call(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+    for (int32_t i = 0; i < TIMES; i++) call(cudaGraphLaunch(exec, the_stream()), "cudaGraphLaunch");
+    std::vector<float> got = a.get();
+    for (size_t i = 0; i < x.size(); i++)
+        expect(got[i] == x[i] + LONG * TIMES * by[i], "%zu: %g, not %g", i, got[i], x[i] + LONG * TIMES * by[i]);
+    call(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+    call(cudaGraphDestroy(graph), "cudaGraphDestroy");
+}
+
+static const named_check checks[] = {{"places", check_places},     {"sum", check_sum},     {"shuffle", check_shuffle},
+                                     {"vote", check_vote},         {"mma", check_mma},     {"async", check_async},
+                                     {"ldmatrix", check_ldmatrix}, {"half", check_half},   {"dot", check_dot},
+                                     {"atomic", check_atomic},     {"graph", check_graph}, {"early", check_early}};
 
 #ifdef KVS_SHIM
 #include "faults.h"

@@ -71,6 +71,28 @@ static inline void start(const char *name, void (*kernel)(P...), dim3 grid, dim3
 #endif
 }
 
+/* A kernel that awaits the one in front of it, and begins before that has ended */
+#define LAUNCH_EARLY(kernel, grid, block, ...) start_early(#kernel, kernel, grid, block, __VA_ARGS__)
+template <class... P, class... A> static inline void start_early(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+#ifdef KVS_SHIM
+    kvs_shim_launch(
+        name, grid, block, 0, the_stream(), [=]() { kernel(P(args)...); }, KVS_SHIM_EARLY);
+#else
+    int major = 0;
+    call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = the_stream();
+    config.attrs = &overlap;
+    config.numAttrs = major >= 9; /* others don't wait in the kernel */
+    call(cudaLaunchKernelEx(&config, kernel, P(args)...), name);
+#endif
+}
+
 static inline uint32_t next_number() {
     static uint64_t state = 88172645463325252ull;
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;

@@ -42,6 +42,31 @@ static __global__ void two_products_kernel(void) {
         kvs_mma_f16(c, a, b);
 }
 
+/* ---- kernels that begin before the one in front has ended ---- */
+
+static __global__ void store_kernel(float *x, int64_t at) { x[at] = 1.0f; }
+static __global__ void awaits_kernel(float *x) {
+    kvs_await_previous();
+    x[threadIdx.x] = 1.0f;
+}
+static __global__ void never_awaits_kernel(float *x) { x[threadIdx.x] = 1.0f; }
+static __global__ void writes_early_kernel(float *x) {
+    x[threadIdx.x] = 1.0f;
+    kvs_await_previous();
+}
+static __global__ void reads_early_kernel(float *x) {
+    const float before = x[threadIdx.x];
+    kvs_await_previous();
+    x[threadIdx.x + 32] = before;
+}
+static void begin_early(const char *name, void (*kernel)(float *)) { /* the third of a chain: it overlaps the first, too */
+    device_array<float> x(64), y(64);
+    LAUNCH(store_kernel, 1, 1, 0, x.p, 3);
+    LAUNCH_EARLY(awaits_kernel, 1, 32, y.p);
+    start_early(name, kernel, 1, 32, x.p);
+    x.get();
+}
+
 /* ---- memory ---- */
 
 static __global__ void load_kernel(const uint8_t *x, uint32_t *out) { *out = kvs_load4(x + 2) + kvs_load16(x).x; }
@@ -59,7 +84,6 @@ static __global__ void behind_kernel(void) {
     KVS_DYNAMIC_SHARED(float, x);
     x[blockDim.x] = 0.0f;
 }
-static __global__ void store_kernel(float *x, int64_t at) { x[at] = 1.0f; }
 static void write_at(int64_t at) {
     device_array<float> x(100);
     LAUNCH(store_kernel, 1, 1, 0, x.p, at);
@@ -313,6 +337,9 @@ static const named_check faults[] = {
     {"no_blocks", [] { LAUNCH(store_kernel, 0, 32, 0, nullptr, 0); }},
     {"many_blocks", [] { LAUNCH(store_kernel, dim3(1, 65536), 32, 0, nullptr, 0); }},
     {"much_shared", [] { LAUNCH(store_kernel, 1, 32, 100 * 1024, nullptr, 0); }},
+    {"never_awaits_kernel", [] { begin_early("never_awaits_kernel", never_awaits_kernel); }},
+    {"writes_early_kernel", [] { begin_early("writes_early_kernel", writes_early_kernel); }},
+    {"reads_early_kernel", [] { begin_early("reads_early_kernel", reads_early_kernel); }},
     {"race", race},
     {"unwritten", unwritten},
     {"unwritten_array", unwritten_array},

@@ -33,6 +33,7 @@ struct thread {
     int32_t line;
     std::vector<async_copy> copies;
     uint32_t groups; /* that were committed */
+    bool awaited;    /* the kernel in front */
 };
 
 struct machine { /* what the launch that runs needs */
@@ -45,6 +46,7 @@ struct machine { /* what the launch that runs needs */
     int32_t n_threads, n_warps, at; /* at: the warp that runs */
     uint32_t ready;                 /* a bit per warp that may have ready lanes */
     order how;
+    bool awaited; /* by some thread of the launch */
     uint64_t seed, random;
     std::vector<uint32_t> blocks;
 };
@@ -374,6 +376,9 @@ void kvs_shim_async_wait(uint32_t n) {
 
 /* ---- launches ---- */
 
+void kvs_shim_await(void) { ((thread *)(void *)kvs_shim_self)->awaited = m->awaited = true; }
+bool kvs_shim_awaited(void) { return ((thread *)(void *)kvs_shim_self)->awaited; }
+
 static void read_order(void) {
     const char *text = getenv("KVS_SHIM_ORDER");
     m->how = FORWARD;
@@ -418,6 +423,7 @@ static void run_block(size_t shared) {
     for (int32_t i = 0; i < m->n_threads; i++) {
         m->threads[i].copies.clear();
         m->threads[i].groups = 0;
+        m->threads[i].awaited = false;
     }
     for (int32_t w = 0; w < m->n_warps; w++) {
         int32_t lanes = KVS_MIN(m->n_threads - w * WARP, (int32_t)WARP);
@@ -447,10 +453,11 @@ static void run_blocks(dim3 grid, size_t shared) {
     }
 }
 
-static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
+static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body, int32_t begins) {
     std::lock_guard<std::mutex> hold(turn);
     kvs_shim_so_far[KERNELS]++;
-    kvs_races_launch();
+    kvs_shim_so_far[EARLY] += begins == KVS_SHIM_EARLY;
+    kvs_races_launch(begins == KVS_SHIM_EARLY);
     m->name = name;
     __atomic_store_n(&last_kernel, name, __ATOMIC_RELAXED);
     m->body = &body;
@@ -458,7 +465,9 @@ static void run_kernel(const char *name, dim3 grid, dim3 block, size_t shared, c
     m->block.shared = m->shared + 16; /* a multiple of 16, not of 32 */
     read_order();
     prepare_threads(block);
+    m->awaited = false;
     run_blocks(grid, shared);
+    if (begins != KVS_SHIM_BEHIND && !m->awaited) kvs_shim_fatal("no thread has waited for the kernel in front");
     m->name = nullptr;
 }
 
@@ -477,7 +486,8 @@ static void check_launch(const char *name, dim3 grid, dim3 block, size_t shared)
     if (shared > kvs_shim_max_shared()) kvs_shim_fatal("%s: %zu bytes of dynamic shared memory", name, shared);
 }
 
-void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body) {
+void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body,
+                     int32_t begins) {
     check_launch(name, grid, block, shared);
-    kvs_shim_do(stream, [=]() { run_kernel(name, grid, block, shared, body); });
+    kvs_shim_do(stream, [=]() { run_kernel(name, grid, block, shared, body, begins); });
 }

@@ -95,8 +95,13 @@ extern kvs_shim_place *kvs_shim_self __attribute__((visibility("hidden")));
 #define gridDim                        (kvs_shim_self->block->grid)
 #define KVS_DYNAMIC_SHARED(type, name) type *name = (type *)(void *)kvs_shim_self->block->shared
 
+/* When a kernel begins: behind all that is in front of it; the same, but it calls kvs_await_previous; before the kernel in front has ended. Here it never
+ * does, but shim_races.cpp sees what it may not read, or write, before it has waited. */
+enum kvs_shim_begin { KVS_SHIM_BEHIND, KVS_SHIM_AWAITS, KVS_SHIM_EARLY };
+
 /* Runs body() for every thread, at once, or whenever the graph runs that stream is being captured for. name: a literal. */
-void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body);
+void kvs_shim_launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body,
+                     int32_t begins = KVS_SHIM_BEHIND);
 const char *kvs_shim_last(void); /* the name of the last one that ran */
 /* Ends the process; the message begins with the kernel, the block and the thread. */
 [[noreturn]] void kvs_shim_fatal(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -291,6 +296,9 @@ KVS_DEVICE void kvs_ldmatrix_x4_turned(uint32_t r[4], const void *shared, KVS_SH
 void kvs_shim_async(void *shared, const void *global);
 void kvs_shim_async_commit(void);
 void kvs_shim_async_wait(uint32_t n);
+void kvs_shim_await(void);
+KVS_DEVICE void kvs_await_previous(void) { kvs_shim_await(); }
+KVS_DEVICE void kvs_let_next_begin(void) {}
 KVS_DEVICE void kvs_async16(void *shared, const void *global) { kvs_shim_async(shared, global); }
 KVS_DEVICE void kvs_async_commit(void) { kvs_shim_async_commit(); }
 template <int N> KVS_DEVICE void kvs_async_wait(void) { kvs_shim_async_wait(N); }

@@ -12,7 +12,7 @@ struct kvs_shim_stream {
     bool spoilt;             /* by a call that may not be captured */
 };
 
-enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, KERNELS, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
+enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, KERNELS, EARLY, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
 extern std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 cudaError_t kvs_shim_fail(cudaError_t error); /* remembers it as the last one */
@@ -27,6 +27,7 @@ bool kvs_shim_broken(void); /* by an error that stays: nothing runs any more */
 static inline bool kvs_shim_gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
 
 bool kvs_shim_on_device(const void *p);    /* in an allocated block */
+bool kvs_shim_awaited(void);               /* by the thread that runs: the kernel in front */
 void kvs_shim_finish(cudaStream_t stream); /* what waits in it is done; NULL: the default stream */
 void kvs_shim_finish_all(void);
 #endif

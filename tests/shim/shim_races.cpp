@@ -34,6 +34,7 @@ static struct {
     size_t bytes;
 } shared[2]; /* of the block that runs */
 static uint32_t launch, block, phase, warp_phases[THREADS / WARP];
+static uint32_t chain;   /* the first launch of those that may run while this one has not waited: itself, or one that did not begin early */
 bool kvs_shim_in_atomic; /* shim.h sets it */
 
 static cell *cell_of(const uint8_t *p) {
@@ -42,7 +43,10 @@ static cell *cell_of(const uint8_t *p) {
     return &there[(uintptr_t)p % PAGE];
 }
 
-void kvs_races_launch(void) { launch++; }
+void kvs_races_launch(bool early) {
+    launch++;
+    if (!early) chain = launch;
+}
 void kvs_races_block(void *p, size_t bytes, void *statics, size_t statics_bytes) {
     shared[0] = {(const uint8_t *)p, bytes};
     shared[1] = {(const uint8_t *)statics, statics_bytes};
@@ -111,11 +115,21 @@ static void look(const uint8_t *p, const visit &now, bool writes, bool of_block)
     c->written = true;
 }
 
+/* By a thread that has not waited for the kernel in front */
+static void look_early(const uint8_t *p, size_t bytes, bool writes, const void *code) {
+    if (writes) kvs_shim_fatal("writes device memory at %p (code %p) before it has waited for the kernel in front", (const void *)p, code);
+    for (size_t i = 0; i < bytes; i++)
+        if (cell_of(p + i)->write.launch >= chain)
+            kvs_shim_fatal("reads device memory at %p (code %p), which a kernel in front of it writes, before it has waited for that",
+                           (const void *)(p + i), code);
+}
+
 static void note(const void *at, size_t bytes, bool writes, const void *code) {
     if (!kvs_shim_self) return; /* the host */
     const uint8_t *p = (const uint8_t *)at;
     const bool of_block = is_shared(p);
     if (!of_block && !kvs_shim_on_device(p)) return; /* a thread's own, or the shim's */
+    if (!of_block && chain != launch && !kvs_shim_awaited()) look_early(p, bytes, writes, code);
     const int32_t thread = thread_now();
     const visit now = {launch, block, phase, warp_phases[thread / WARP], thread, kvs_shim_in_atomic, code};
     for (size_t i = 0; i < bytes; i++) look(p + i, now, writes, of_block);

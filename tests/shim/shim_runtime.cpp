@@ -22,8 +22,8 @@ static std::atomic<bool> broken; /* by an error that stays */
 std::atomic<long long> kvs_shim_so_far[COUNTS];
 
 long long kvs_shim_counted(const char *what) {
-    static const char *const names[COUNTS] = {"waits",   "to_host", "to_device", "graphs", "captures",
-                                              "kernels", "asked",   "blocks",    "pinned", "objects"};
+    static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures", "kernels",
+                                              "early", "asked",   "blocks",    "pinned", "objects"};
     for (int i = 0; i < COUNTS; i++)
         if (!strcmp(what, names[i])) return kvs_shim_so_far[i];
     return -1;
@@ -123,7 +123,7 @@ static int64_t number(const char *variable, int64_t otherwise) {
     return text && *text ? strtoll(text, nullptr, 10) : otherwise;
 }
 static int n_devices(void) { return (int)number("KVS_SHIM_DEVICES", 1); }
-static int capability(void) { return (int)number("KVS_SHIM_SM", 80); }
+static int capability(void) { return (int)number("KVS_SHIM_SM", 90); }
 size_t kvs_shim_max_shared(void) { return (capability() < 80 ? 64 : 99) * 1024; }
 static uint64_t device_memory(void) { return (uint64_t)number("KVS_SHIM_MEMORY", (int64_t)4 << 30); }
 
