@@ -98,7 +98,7 @@ def test_an_answer(models: Any, name: str, kv_type: kvs.session.KVType, rng: np.
 @pytest.mark.parametrize("n", [2, 3, 7, 16])
 def test_sessions_that_step_together(models: Any, n: int, rng: np.random.Generator, request: pytest.FixtureRequest) -> None:
     """Of different lengths, types of cache and policies."""
-    if request.node.callspec.params["pair"] == "wide" and n != 3:
+    if n not in {"wide": [3], "f32": [3, 16], "f16": [3, 16]}.get(request.node.callspec.params["pair"], [n]):
         pytest.skip("large")
     prompts = [tokens(rng, int(rng.integers(2, 20))) for _ in range(n)]
     kinds = [("f16", "f32", "q8_0")[i % 3] for i in range(n)]
