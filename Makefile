@@ -59,11 +59,13 @@ test-cuda-races test-cuda-races-long: $(VENV)/installed $(VENV)/tools ## kernels
 
 # CMAKE_ARGS=-DKVS_CUDA_ARCHS=89 compiles for one card alone, PYTEST_ARGS="-n 8" runs that many tests side by side. INSTALL=no BIN=DIR
 # installs nothing, and takes python, cmake and ninja from there
+NVCC ?= nvcc
 GPU_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/release/libkvs.so PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-library: $(if $(filter no,$(INSTALL)),,$(VENV)/installed $(VENV)/tools)
 	$(BIN)/cmake --preset release -DKVS_CUDA=ON $(CMAKE_ARGS) -G Ninja && $(BIN)/cmake --build --preset release -j $(JOBS)
 
-test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver)
+test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver), behind checks that the shim is like it
+	$(NVCC) -std=c++17 -arch=native -o build/check tests/shim/check.cu && build/check all
 	$(GPU_ENV) $(BIN)/python -m pytest $(patsubst %,tests/test_%.py,$(CUDA_TESTS) $(CUDA_LONG_TESTS) threads) tests/test_cuda_build.py \
 	    -p no:cacheprovider $(PYTEST_ARGS)
 

@@ -38,7 +38,7 @@ static bool make_room(kvs_cuda *cu, kvs_attn_args *a) {
 
 static bool make_late_room(kvs_cuda *cu, kvs_attn_args *a, int32_t n_layer) {
     const uint64_t floats = 3 * (uint64_t)n_layer * (uint64_t)a->n * (uint64_t)a->n_head;
-    if (cu->noting) a->late = (float *)(void *)kvs_cuda_scratch(cu, KVS_SCRATCH_TAPS, floats * sizeof(float));
+    if (cu->noting && cu->fuses) a->late = (float *)(void *)kvs_cuda_scratch(cu, KVS_SCRATCH_TAPS, floats * sizeof(float));
     return !cu->status;
 }
 

@@ -33,7 +33,7 @@ typedef struct kvs_attn_args {
     int32_t first_row, n_rows; /* of this launch */
     int32_t rows_at_once, piece_bytes;
     kvs_act_tiles tiles; /* decode: out as integers, too; none: not */
-    float *late;         /* decode: room for the taps of all layers, (n_layer, 3, n, n_head): fuse.cu. NULL: the step is not noted down */
+    float *late;         /* decode: room for the taps of all layers, (n_layer, 3, n, n_head): fuse.cu. NULL: it fuses nothing here */
 } kvs_attn_args;
 
 void kvs_attn_launch_decode(kvs_cuda *cu, const kvs_attn_args *a);

@@ -46,7 +46,8 @@ enum kvs_cuda_kind {
     KVS_CUDA_ATTN,
     KVS_CUDA_RECORD,
     KVS_CUDA_SMOOTH,
-    KVS_CUDA_MATVEC
+    KVS_CUDA_MATVEC,
+    KVS_CUDA_GEMM /* only known to leave caches alone */
 };
 
 typedef struct kvs_cuda_noted {

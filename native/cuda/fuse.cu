@@ -82,23 +82,17 @@ static bool fuse_gate(kvs_cuda *cu, cursor *at) {
 
 /* ---- what the next step needs, not this one ---- */
 
-/* kv_record and kv_smooth of all layers, launched together: of a layer each would be a launch that the rest of the step waits for. */
+/* kv_record and kv_smooth of all layers, launched together: of a layer each would be a launch that the rest of the step waits for. Not where an
+ * op in between may look at them, or takes part in it: targets "o", queries that PruneHal keeps. */
 typedef struct late_ops {
     kvs_record_args record; /* n_layer 0: none */
     kvs_smooth_batch smooth;
-    int32_t layer; /* the last one that is in here; -1: none is */
 } late_ops;
 
 static void launch_late(kvs_cuda *cu, late_ops *late) {
     if (late->record.n_layer) kvs_record_launch(cu, &late->record);
     kvs_smooth_launch(cu, &late->smooth);
     late->record.n_layer = 0;
-    late->layer = -1;
-}
-
-/* Before an op that reads or writes the cache of a layer */
-static void come_to_layer(kvs_cuda *cu, late_ops *late, int32_t layer) {
-    if (layer <= late->layer) launch_late(cu, late);
 }
 
 /* What attention tells goes to room of the layer's own, where it stays until all layers are recorded. */
@@ -107,10 +101,10 @@ static void put_off_record(kvs_cuda *cu, late_ops *late, const kvs_record_args *
     float *room = attn->late + 3 * width * attn->layer;
     attn->taps = {room, room + width, room + 2 * width};
     kvs_record_args *all = &late->record;
-    const bool goes_on = all->n_layer && all->layer + all->n_layer == attn->layer && all->rows == record->rows && all->n == record->n &&
+    const bool goes_on = all->layer + all->n_layer == attn->layer && all->rows == record->rows && all->n == record->n &&
                          all->entropy + (int64_t)all->n_layer * all->stride == room;
-    if (!goes_on) {
-        launch_late(cu, late);
+    if (all->n_layer && !goes_on) launch_late(cu, late);
+    if (!all->n_layer) {
         *all = *record;
         all->entropy = attn->taps.entropy;
         all->mass = attn->taps.mass;
@@ -119,12 +113,10 @@ static void put_off_record(kvs_cuda *cu, late_ops *late, const kvs_record_args *
         all->n_layer = 0;
     }
     all->n_layer++;
-    late->layer = attn->layer;
 }
 
 static void put_off_smooth(kvs_cuda *cu, late_ops *late, const kvs_smooth_args *smooth) {
     for (int32_t done = 0; !kvs_smooth_take(&late->smooth, smooth, &done);) launch_late(cu, late);
-    late->layer = KVS_MAX(late->layer, smooth->layer);
 }
 
 static const kvs_smooth_args *take_smooth(cursor *at) {
@@ -145,7 +137,7 @@ static bool note_check(kvs_keys_args *a, const kvs_finite_args *f, int32_t width
     return false;
 }
 
-static bool fuse_keys(kvs_cuda *cu, cursor *at, late_ops *late) {
+static bool fuse_keys(kvs_cuda *cu, cursor *at) {
     cursor next = *at;
     const kvs_rope_args *q = take<kvs_rope_args>(&next, KVS_CUDA_ROPE), *k = take<kvs_rope_args>(&next, KVS_CUDA_ROPE);
     if (!q || !k) return false;
@@ -160,7 +152,6 @@ static bool fuse_keys(kvs_cuda *cu, cursor *at, late_ops *late) {
     kvs_keys_args a = {*q, *put, NULL, {}};
     while (searches.op < behind)
         if (!note_check(&a, take<kvs_finite_args>(&searches, KVS_CUDA_FINITE), k->n_head * k->head_dim)) return false;
-    come_to_layer(cu, late, put->layer);
     kvs_keys_launch(cu, &a);
     *at = next;
     return true;
@@ -173,7 +164,6 @@ static bool fuse_attention(kvs_cuda *cu, cursor *at, late_ops *late) {
     const kvs_attn_args *attn = take<kvs_attn_args>(&next, KVS_CUDA_ATTN);
     if (!attn) return false;
     kvs_attn_args a = *attn;
-    come_to_layer(cu, late, a.layer);
     const kvs_record_args *record = take_if<kvs_record_args>(&next, KVS_CUDA_RECORD, [=](const kvs_record_args *r) {
         return attn->late && r->entropy == attn->taps.entropy && r->mass == attn->taps.mass && r->lse == attn->taps.lse &&
                r->layer == attn->layer && r->n == attn->n && !r->keeps_queries;
@@ -193,23 +183,18 @@ static bool fuse_attention(kvs_cuda *cu, cursor *at, late_ops *late) {
 
 /* ---- the list ---- */
 
-/* Before an op that goes alone: is it one that neither sees the cache nor what is known of its rows? */
-static bool leaves_cache_alone(int32_t kind) {
-    return kind == KVS_CUDA_NORM || kind == KVS_CUDA_EACH || kind == KVS_CUDA_FINITE || kind == KVS_CUDA_ROPE || kind == KVS_CUDA_MATVEC;
-}
+/* Layers come once and rising in a step, so that rows of a layer's cache are written and read before anything of it is put off. */
+static bool leaves_put_off_alone(int32_t kind) { return kind != KVS_CUDA_OTHER && kind != KVS_CUDA_RECORD && kind != KVS_CUDA_SMOOTH; }
 
 static void launch_alone(kvs_cuda *cu, cursor *at, late_ops *late) {
     const kvs_cuda_noted *op = at->op;
-    if (op->kind == KVS_CUDA_PUT)
-        come_to_layer(cu, late, ((const kvs_put_args *)kvs_cuda_noted_args(op))->layer);
-    else if (!leaves_cache_alone(op->kind))
-        launch_late(cu, late);
+    if (!leaves_put_off_alone(op->kind)) launch_late(cu, late);
     op->launch(cu, kvs_cuda_noted_args(op));
     at->op = kvs_cuda_noted_next(op);
 }
 
 static bool fuse(kvs_cuda *cu, cursor *at, late_ops *late) {
-    if (fuse_row(cu, at) || fuse_gate(cu, at) || fuse_keys(cu, at, late) || fuse_attention(cu, at, late)) return true;
+    if (fuse_row(cu, at) || fuse_gate(cu, at) || fuse_keys(cu, at) || fuse_attention(cu, at, late)) return true;
     const kvs_smooth_args *smooth = take_smooth(at);
     if (smooth) put_off_smooth(cu, late, smooth);
     return smooth != NULL;
@@ -218,7 +203,6 @@ static bool fuse(kvs_cuda *cu, cursor *at, late_ops *late) {
 void kvs_cuda_launch_noted(kvs_cuda *cu) {
     cursor at = {(const kvs_cuda_noted *)cu->list.bytes, (const kvs_cuda_noted *)(cu->list.bytes + cu->list.used)};
     late_ops late = {};
-    late.layer = -1;
     while (at.op < at.end && !cu->status)
         if (!cu->fuses || !fuse(cu, &at, &late)) launch_alone(cu, &at, &late);
     launch_late(cu, &late);

@@ -87,7 +87,7 @@ static bool make_halves(kvs_cuda *cu, const float *x, int32_t n, int32_t cols, g
     h.stride = a->stride;
     a->scales = h.scales;
     a->halves = h.halves;
-    kvs_cuda_op<launch_halves>(cu, &h);
+    kvs_cuda_op<launch_halves, KVS_CUDA_GEMM>(cu, &h);
     return true;
 }
 
@@ -120,6 +120,6 @@ void kvs_cuda_gemm(kvs_cuda *cu, const kvs_matmul *jobs, int32_t n_jobs, const f
             job->row_bytes = jobs[i].w->row_bytes;
             job->rows = (int32_t)jobs[i].w->rows;
         }
-        kvs_cuda_op<launch_products>(cu, &a);
+        kvs_cuda_op<launch_products, KVS_CUDA_GEMM>(cu, &a);
     }
 }

@@ -1,5 +1,5 @@
 /* check.cu - small kernels whose results are known: `check NAME` is silent and ends with 0, or says what is wrong. tests/test_shim.py runs them
- * over the shim; compiled by nvcc they say the same of a GPU (nvcc -std=c++17 tests/shim/check.cu), so that what the shim does is what a GPU does. */
+ * over the shim; compiled by nvcc they say the same of a GPU (make test-gpu begins with `check all`), so that what the shim does is what a GPU does. */
 #include "../../native/cuda/device.cuh"
 #include "check.h"
 
@@ -299,9 +299,10 @@ static void check_graph() {
 
 /* ---- kernels that begin early, in a graph ---- */
 
-/* y = x + by, late: each thread works for some microseconds first */
-static __global__ void slow_kernel(float *y, const float *x, const float *by, int32_t rounds) {
-    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+/* y = x + by, late: each thread works for some microseconds first. shift: other blocks have an element in another kernel, so that what one
+ * multiprocessor has cached another one writes. */
+static __global__ void slow_kernel(float *y, const float *x, const float *by, int32_t rounds, uint32_t shift) {
+    const uint32_t i = (blockIdx.x * blockDim.x + threadIdx.x + shift) % (gridDim.x * blockDim.x);
     kvs_let_next_begin();
     float early = by[i], none = 1.0f; /* nobody writes it */
     kvs_await_previous();
@@ -309,30 +310,37 @@ static __global__ void slow_kernel(float *y, const float *x, const float *by, in
     y[i] = x[i] + early * none;
 }
 
-static void check_early() {
-#ifdef KVS_SHIM
-    enum { BLOCKS = 3, THREADS = 64, LONG = 6, TIMES = 2 };
-#else
-    enum { BLOCKS = 3000, THREADS = 256, LONG = 20, TIMES = 10 }; /* more than a device runs at once */
-#endif
+/* to and fro: each kernel reads what the one in front writes, and writes what that reads */
+static void add_to_and_fro(int32_t blocks, int32_t threads, int32_t n_kernels, int32_t times) {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    std::vector<float> x = whole_numbers(BLOCKS * THREADS, 99), by = whole_numbers(BLOCKS * THREADS, 9);
+    std::vector<float> x = whole_numbers(blocks * threads, 99), by = whole_numbers(blocks * threads, 9);
     device_array<float> a(x), b(x.size()), add(by);
     call(cudaStreamBeginCapture(the_stream(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    LAUNCH(slow_kernel, BLOCKS, THREADS, 0, b.p, (const float *)a.p, (const float *)add.p, 1000);
-    for (int32_t i = 1; i < LONG; i++) { /* to and fro: each reads what the one in front writes, and writes what it reads */
+    LAUNCH(slow_kernel, (uint32_t)blocks, (uint32_t)threads, 0, b.p, (const float *)a.p, (const float *)add.p, 1000, 0);
+    for (int32_t i = 1; i < n_kernels; i++) {
         float *to = i % 2 ? a.p : b.p, *from = i % 2 ? b.p : a.p;
-        LAUNCH_EARLY(slow_kernel, BLOCKS, THREADS, to, (const float *)from, (const float *)add.p, i % 3 * 1000);
+        LAUNCH_EARLY(slow_kernel, (uint32_t)blocks, (uint32_t)threads, to, (const float *)from, (const float *)add.p, i % 3 * 1000,
+                     i * 5 * threads);
     }
     call(cudaStreamEndCapture(the_stream(), &graph), "cudaStreamEndCapture");
     call(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-    for (int32_t i = 0; i < TIMES; i++) call(cudaGraphLaunch(exec, the_stream()), "cudaGraphLaunch");
+    for (int32_t i = 0; i < times; i++) call(cudaGraphLaunch(exec, the_stream()), "cudaGraphLaunch");
     std::vector<float> got = a.get();
+    const float sums = (float)(n_kernels * times);
     for (size_t i = 0; i < x.size(); i++)
-        expect(got[i] == x[i] + LONG * TIMES * by[i], "%zu: %g, not %g", i, got[i], x[i] + LONG * TIMES * by[i]);
+        expect(got[i] == x[i] + sums * by[i], "%d blocks, %zu: %g, not %g", blocks, i, got[i], x[i] + sums * by[i]);
     call(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
     call(cudaGraphDestroy(graph), "cudaGraphDestroy");
+}
+
+static void check_early() {
+#ifdef KVS_SHIM
+    add_to_and_fro(3, 64, 6, 2);
+#else
+    add_to_and_fro(3000, 256, 20, 10);                                      /* more than a device runs at once */
+    for (int32_t blocks : {1, 8, 64}) add_to_and_fro(blocks, 256, 100, 10); /* many kernels of a chain are there at once */
+#endif
 }
 
 static const named_check checks[] = {{"places", check_places},     {"sum", check_sum},     {"shuffle", check_shuffle},
@@ -347,11 +355,18 @@ static const named_check checks[] = {{"places", check_places},     {"sum", check
 int main(int argc, char **argv) {
     for (const named_check &check : checks)
         if (argc == 2 && !strcmp(argv[1], check.name)) return check.run(), 0;
+    if (argc == 2 && !strcmp(argv[1], "all")) {
+        for (const named_check &check : checks) {
+            check.run();
+            printf("%s: as it should be\n", check.name);
+        }
+        return 0;
+    }
 #ifdef KVS_SHIM
     for (const named_check &fault : faults)
         if (argc == 2 && !strcmp(argv[1], fault.name)) return fault.run(), cudaDeviceSynchronize(), 0;
 #endif
-    fprintf(stderr, "check: one of");
+    fprintf(stderr, "check: all, or one of");
     for (const named_check &check : checks) fprintf(stderr, " %s", check.name);
     fprintf(stderr, "\n");
     return 2;

@@ -78,8 +78,8 @@ template <class... P, class... A> static inline void start_early(const char *nam
     kvs_shim_launch(
         name, grid, block, 0, the_stream(), [=]() { kernel(P(args)...); }, KVS_SHIM_EARLY);
 #else
-    int major = 0;
-    call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+    cudaFuncAttributes of = {};
+    call(cudaFuncGetAttributes(&of, kernel), "cudaFuncGetAttributes");
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -88,7 +88,7 @@ template <class... P, class... A> static inline void start_early(const char *nam
     config.blockDim = block;
     config.stream = the_stream();
     config.attrs = &overlap;
-    config.numAttrs = major >= 9; /* others don't wait in the kernel */
+    config.numAttrs = of.ptxVersion >= 90; /* compiled for less it does not wait */
     call(cudaLaunchKernelEx(&config, kernel, P(args)...), name);
 #endif
 }
