@@ -47,15 +47,17 @@ test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them unde
 	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-asan/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
 	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
-# Two threads at one byte and nothing that orders them, within a block and between blocks; bytes that nobody wrote
+# Two threads at one byte and nothing that orders them, within a block and between blocks; bytes that nobody wrote; kernels that read too early
 CUDA_RACES_TESTS = shim rowops kv_ops mix_op prune_ops attention_shapes
-CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_gemm sampler cuda_matvec matmul bf16 attention sampler_ids kvsmooth fuse numeric
+CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_gemm sampler cuda_matvec matmul bf16 attention sampler_ids kvsmooth numeric fuse
+RACES_OF_STEPS = "how_many and kvsmooth and not wide or put_off and 16"
+RACES_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-races/libkvs_shim.so PYTHONPATH=$(CURDIR)
 test-cuda-races: CUDA_RUN = $(CUDA_RACES_TESTS)
 test-cuda-races-long: CUDA_RUN = $(CUDA_RACES_LONG_TESTS)
 test-cuda-races test-cuda-races-long: $(VENV)/installed $(VENV)/tools ## kernels with every access to memory looked at, on the CPU; the first is part of make test
 	$(BIN)/cmake --preset cuda-races -G Ninja && $(BIN)/cmake --build --preset cuda-races -j $(JOBS)
-	KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-races/libkvs_shim.so PYTHONPATH=$(CURDIR) $(BIN)/python -m pytest \
-	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
+	$(RACES_ENV) $(BIN)/python -m pytest $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
+	$(RACES_ENV) $(BIN)/python -m pytest tests/test_fuse.py -k $(RACES_OF_STEPS) -p no:cacheprovider -n $(JOBS)
 
 # CMAKE_ARGS=-DKVS_CUDA_ARCHS=89 compiles for one card alone, PYTEST_ARGS="-n 8" runs that many tests side by side. INSTALL=no BIN=DIR
 # installs nothing, and takes python, cmake and ninja from there
