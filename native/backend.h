@@ -99,7 +99,7 @@ typedef struct kvs_step {
     kvs_fault *fault;      /* filled by end() when it gives KVS_E_NUMERIC; NULL where finite() is not called */
 } kvs_step;
 
-typedef struct kvs_smooth_job {      /* KVSmooth on one generated row of a step, methods.md A.2 steps 4 and 6 */
+typedef struct kvs_smooth_job {      /* KVSmooth on one generated row of a step: arXiv 2602.04268, eq. 5 and 13-15 */
     const kvs_smooth_params *params; /* host memory */
     kvs_kv *kv;
     int32_t row; /* in the step: where its attention output is */
@@ -123,7 +123,7 @@ typedef struct kvs_move { /* rows of one head that leave the store or come back 
     int32_t n, n_rows;     /* n_rows: of the head while they are there */
     uint8_t *rows;         /* host: (2, n, row_bytes) K, then V; NULL = nobody wants them back */
 } kvs_move;
-typedef struct kvs_mix_job { /* rows of a cache become weighted sums of them, DSCR: methods.md C.1 and C-4, C-5 */
+typedef struct kvs_mix_job { /* rows of a cache become weighted sums of them, DSCR: docs/methods.md */
     kvs_kv *kv;
     const kvs_mix *mix; /* host memory */
     int32_t row;        /* in the step: of the first of its rows, where their angles are */

@@ -204,7 +204,7 @@ int32_t kvs_token_type(const kvs_model *model, int32_t id); /* 1 normal, 2 unkno
 /* pixels (n_pictures, 3, image_size, image_size) float32, normalised -> embeddings (n_pictures, n_image, n_embd) float32 */
 int32_t kvs_encode_image(kvs_model *model, const float *pixels, int32_t n_pictures, float *embeddings, int32_t *cancel, kvs_error *err);
 
-/* ---- policy: KVSmooth, methods.md A.2 and A.5 (arXiv 2602.04268, eq. 5 and 13-15) ---- */
+/* ---- policy: KVSmooth, docs/methods.md (arXiv 2602.04268, eq. 5 and 13-15) ---- */
 enum { KVS_TARGET_K = 1, KVS_TARGET_V = 2, KVS_TARGET_O = 4 };
 typedef struct kvs_smooth_params {
     uint32_t struct_size;
@@ -230,7 +230,7 @@ typedef struct kvs_smooth_params {
     const int32_t *skip_ids; /* tokens that are never smoothed (their entropies do enter the queue) */
 } kvs_smooth_params;
 
-/* ---- policy: DSCR, methods.md C (ICLR 2026): K and V of a picture's patches become weighted sums of those of its other patches ---- */
+/* ---- policy: DSCR, docs/methods.md (ICLR 2026): K and V of a picture's patches become weighted sums of those of its other patches ---- */
 enum kvs_dscr_kernel { KVS_DSCR_SUM = 0, KVS_DSCR_PRODUCT = 1 }; /* f_d^alpha + f_s^beta | f_d^alpha f_s^beta */
 enum kvs_dscr_phase {
     KVS_DSCR_BEFORE_QUESTION = 0, /* right behind the picture's rows: what follows sees the refined ones */
@@ -250,7 +250,7 @@ typedef struct kvs_dscr_params {
     int32_t n_layers;       /* of the list below */
     const int32_t *layers;  /* 0-based, each once */
 } kvs_dscr_params;
-/* ---- policy: PruneHal, methods.md B.2 and B.5 (arXiv 2510.19183) ---- */
+/* ---- policy: PruneHal, docs/methods.md (arXiv 2510.19183) ---- */
 enum { KVS_REFERENCE_RUNNING_MEAN_RESET = 0, KVS_REFERENCE_RUNNING_MEAN, KVS_REFERENCE_LAST_PRUNE, KVS_REFERENCE_FIRST };
 enum { KVS_SCOPE_LAYER = 0, KVS_SCOPE_GLOBAL, KVS_SCOPE_KV_HEAD };
 typedef struct kvs_prune_params {

@@ -1,4 +1,4 @@
-/* policy_dscr.c - DSCR (ICLR 2026, methods.md C): K and V of a picture's patches become weighted sums of those of its other patches,
+/* policy_dscr.c - DSCR (ICLR 2026, docs/methods.md): K and V of a picture's patches become weighted sums of those of its other patches,
  * the nearer in depth and in the plane the heavier. Here are the weights, and when; the sums are the op kv_mix. */
 #include "policy.h"
 

@@ -1,4 +1,4 @@
-/* policy_prunehal.c - PruneHal (arXiv 2510.19183; methods.md B.2): when attention to the picture sags in most layers, all but the
+/* policy_prunehal.c - PruneHal (arXiv 2510.19183; docs/methods.md): when attention to the picture sags in most layers, all but the
  * best attended rows of pictures leave the cache. Here is when and which; how they leave is pruned.c and the ops kv_score, kv_gather.
  *
  * A sequence begins with the last row of the prompt that holds the newest picture (m = 1) and goes on with every generated row behind
@@ -87,7 +87,7 @@ static void reference_rows(const prunehal *s, const kvs_cache *cache, const sequ
         *from = q->reset + 1, *to = cache->n_past - 1;
 }
 
-/* mass: (n_layer, rows) history from row q->first up to the newest. Mean over the rows of pictures that were there when the row ran: A_l of methods.md B.2. */
+/* mass: (n_layer, rows) history from row q->first up to the newest. Mean over the rows of pictures that were there when the row ran: the paper's A_l. */
 static double attention_of(const kvs_cache *cache, const sequence *q, const float *mass, int32_t row, int32_t layer) {
     double rows = picture_rows(cache) - kvs_pruned_missing(&cache->pruned, row);
     return (double)mass[(int64_t)layer * (cache->n_past + 1 - q->first) + row - q->first] / rows;

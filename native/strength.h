@@ -1,4 +1,4 @@
-/* strength.h - rank and strength of KVSmooth (arXiv 2602.04268, eq. 13-14; methods.md A.2 step 4), shared by all backends. */
+/* strength.h - rank and strength of KVSmooth (arXiv 2602.04268, eq. 13-14), shared by all backends. */
 #ifndef KVS_STRENGTH_H
 #define KVS_STRENGTH_H
 #include "util.h"

@@ -109,6 +109,9 @@ class AsyncStream:
     def finish_reason(self) -> str | None:
         return self._stream.finish_reason
 
+    def __repr__(self) -> str:
+        return f"<pykvsmooth.AsyncStream of {self._stream!r}>"
+
     async def __aenter__(self) -> AsyncStream:
         return self
 

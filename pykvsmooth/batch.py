@@ -100,6 +100,9 @@ class Batch:
     def __reduce__(self) -> Any:
         refuse_pickle(self)
 
+    def __repr__(self) -> str:
+        return f"<pykvsmooth.Batch {len(self._live)} running>"
+
     # ---- inside: the lock is held ----
 
     def _next(self) -> Item | None:
@@ -232,7 +235,7 @@ class Batch:
                 pointers.append(held.enter_context(self._live[index].session._handle.use(self._flag)))
             begin = time.perf_counter()
             step(pointers, list(ids.values()), self._flag)
-            seconds = (time.perf_counter() - begin) / len(ids)
+            seconds = time.perf_counter() - begin
             for index, pointer in zip(ids, pointers, strict=True):
                 self._ready.append((index, self._live[index].after_step(pointer, seconds)))
 

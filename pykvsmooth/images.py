@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checks import choice
-from .errors import ImageError
+from .errors import ImageError, ImageLimitError
 from .limits import STANDARD, Limits
 from .prompt import MODES
 
@@ -198,11 +199,20 @@ def guard(name: str, decode: Callable[[], T], again: str = "get the picture agai
     except (ImageError, UnidentifiedImageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: too large: {error}; make it smaller first") from error
+        raise _beyond_pillow(name, str(error)) from error
     except MemoryError as error:
         raise ImageError(f"{name}: not enough memory to decode it; make it smaller first") from error
     except Exception as error:
         raise ImageError(f"{name}: damaged or cut short: {error}; {again}") from error
+
+
+def _beyond_pillow(name: str, text: str) -> ImageLimitError:
+    """Pillow has a mark of its own for the whole process, and refuses pictures of twice that before it tells their size, but in words."""
+    mark = Image.MAX_IMAGE_PIXELS or 0
+    found = re.search("([0-9]+) pixels", text)
+    pixels = int(found[1]) if found else 2 * mark + 1
+    message = f"{name}: {pixels:,} pixels are beyond what Pillow opens (PIL.Image.MAX_IMAGE_PIXELS is {mark:,}); make it smaller first"
+    return ImageLimitError(message, "image_pixels", pixels, 2 * mark)
 
 
 def _what_instead(head: bytes) -> str:

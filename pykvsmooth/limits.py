@@ -16,8 +16,9 @@ class Limits:
 
     model_bytes: of all files of a model together, mmproj included (they are mapped: it bounds what is read, not what is allocated).
     cache_bytes: of the caches of all open sessions of the model; None = the memory of the machine. image_pixels: width times height
-    of a picture or depth map, checked before it is decoded. image_bytes: of its file, stream or bytes object. prompt_chars: of one
-    message, system text or tokenized text.
+    of a picture or depth map, checked before it is decoded; Pillow warns of files beyond PIL.Image.MAX_IMAGE_PIXELS and opens none
+    beyond twice that, so that who wants more raises that, too. image_bytes: of its file, stream or bytes object. prompt_chars: of
+    one message, system text or tokenized text.
 
     TypeError, ValueError for what is no positive integer.
     """

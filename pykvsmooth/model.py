@@ -244,6 +244,9 @@ class Model:
         TypeError, ValueError for what is no text, or holds a lone surrogate; LimitError for more than limits.prompt_chars."""
         data = utf8("text", text)
         self.limits.check_text("text", text)
+        return self._tokens_of(data, add_bos, special)
+
+    def _tokens_of(self, data: bytes, add_bos: bool, special: bool) -> list[int]:
         capacity = len(data) + 8
         with self._handle as model:
             while True:
@@ -380,7 +383,7 @@ class Model:
         """Tokens that end an answer: EOS, the keys eot and eom, and control tokens of well-known names."""
         ids = {self._info.eos, *(self.metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in ("eot", "eom"))}
         for name in END_OF_TURN:
-            found = self.tokenize(name, special=True)
+            found = self._tokens_of(name.encode(), add_bos=False, special=True)  # our own text: limits are for strangers'
             if len(found) == 1 and lib.kvs_token_type(self._handle.pointer, found[0]) == 3:
                 ids.add(found[0])
         return frozenset(i for i in ids if isinstance(i, int) and i >= 0)

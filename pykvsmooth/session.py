@@ -407,7 +407,7 @@ class Session:
         return self._telemetry()[1]
 
     def visual_masses(self) -> NDArray[np.float32]:
-        """(n_generated, n_layer) float32: share of attention on rows of pictures, mean over heads (methods.md B.2), 0 without pictures.
+        """(n_generated, n_layer) float32: share of attention on rows of pictures, mean over heads (arXiv 2510.19183), 0 without pictures.
         Ends the prefill, as logits() does. BusyError, ClosedError."""
         return self._telemetry()[2]
 
@@ -421,7 +421,7 @@ class Session:
         """Brings all rows back that PruneHal has dropped. Rows that were generated meanwhile stay as they are, and the answer under way
         is not pruned any more; an answer to a prompt with a new picture is. Ctrl-C ends it, and nothing has changed.
 
-        PolicyError without reversible=True; BusyError, ClosedError.
+        Without PruneHal nothing happens. PolicyError if it was made without reversible=True; BusyError, ClosedError.
         """
         flag, err = Flag(), new_error()
         with self._handle.use(flag) as pointer:
@@ -470,7 +470,8 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the timeline, the cache and the sampler's state to a file, completely or not at all, also if Ctrl-C ends it.
 
-        Raises SessionIOError (also an OSError, with errno), OutOfMemoryError, BusyError, ClosedError, TypeError, ValueError.
+        Raises SessionFileError, which is a SessionIOError (also an OSError, with errno) where the system has failed; OutOfMemoryError,
+        BusyError, ClosedError, TypeError, ValueError.
         """
         name, flag, err = c_path("path", path), Flag(), new_error()
         with self._handle.use(flag) as pointer:
@@ -500,8 +501,8 @@ class Session:
         return session
 
     def close(self) -> None:
-        """Ends what the session does, in this thread or another, and gives the memory back. May be called again. A stream ends as
-        "cancelled", any other call of another thread as a ClosedError."""
+        """Ends what the session does, in this thread or another, and gives the memory back. May be called again. A stream that has begun
+        ends as "cancelled", one that has not, and any other call of another thread, as a ClosedError."""
         active = self._active_generation()
         if active is not None:
             active.flag.set()

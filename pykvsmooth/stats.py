@@ -53,7 +53,8 @@ class Stats:
     """Figures of one answer; also a read-only mapping (stats["decode_s"], dict(stats)).
 
     Times in seconds. prefill_tokens: rows computed for the prompt, reused_tokens: rows that were in the cache already,
-    reused_images: pictures that were not encoded again. tokens_per_s: decode_tokens / decode_s. peak_bytes: largest resident memory
+    reused_images: pictures that were not encoded again. decode_s: of the steps that this answer was in, whoever shared them: those of a
+    batch add up to more than it took. tokens_per_s: decode_tokens / decode_s, of this answer alone. peak_bytes: largest resident memory
     of the process so far. pruned: what PruneHal dropped during this answer, steps counted from its first token.
     """
 

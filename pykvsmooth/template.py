@@ -88,7 +88,7 @@ class Jinja:
         answered = [*history[:-1], {"role": "assistant", "content": _ANSWER}]
         text = self._render([*answered, self._user(message, n_images)])
         if text.count(_ANSWER) != 1:
-            raise TemplateError("the model's chat template leaves earlier answers out or repeats them; use template='vicuna' or generate()")
+            raise TemplateError("the chat template leaves earlier answers out or repeats them; use template='vicuna' or generate()")
         return text.split(_ANSWER)[1]
 
     def _user(self, message: str, n_images: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Jinja:
         try:
             return str(self._template.render(messages=messages, add_generation_prompt=True, **self._names))
         except Exception as error:  # a template is a program of the model's maker: whatever it raises is about the template
-            raise TemplateError(f"the model's chat template fails: {_reason(error)}; use template='vicuna' or template=None") from error
+            raise TemplateError(f"the chat template fails: {_reason(error)}; use template='vicuna' or template=None") from error
 
 
 _jinja = lru_cache(maxsize=8)(Jinja)  # compiling takes as long as dozens of tokens of a small model

@@ -51,6 +51,18 @@ def test_batch_equals_single_runs(model: kvs.Model, policy: kvs.KVSmooth | None,
         assert np.allclose([t.entropy for t in tokens[i]], [t.entropy for t in single.tokens], atol=1e-5, equal_nan=True)
 
 
+def test_speed_is_that_of_the_answer(model: kvs.Model) -> None:
+    """A step that four share is no quarter of a step for each of them."""
+    begin = time.perf_counter()
+    batch = model.generate_batch(["a dog"] * 4, n_ctx=300, parallel=4, max_tokens=40)
+    stats = [item.stats for _, item in batch if isinstance(item, kvs.Result)]
+    seconds = time.perf_counter() - begin
+    assert len(stats) == 4 and repr(batch) == "<pykvsmooth.Batch 0 running>"
+    for one in stats:
+        assert one.decode_tokens == 40 and one.decode_s < seconds and one.tokens_per_s == pytest.approx(40 / one.decode_s)
+    assert sum(one.decode_s for one in stats) > seconds * 0.75  # prompts take the rest
+
+
 def test_batch_draws_requests_as_it_goes(model: kvs.Model) -> None:
     drawn = []
 

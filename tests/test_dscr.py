@@ -1,4 +1,4 @@
-"""DSCR: every switch of methods.md C.4 against the reference on random pairs, weights, invariants, and life with rewind, fork and save."""
+"""DSCR: every switch against the reference on random pairs, weights, invariants, and life with rewind, fork and save."""
 
 import os
 import subprocess
@@ -536,3 +536,14 @@ def test_a_saved_session_names_what_differs(case: Case, rng: np.random.Generator
         kvs.Session.load(model, tmp_path / "s", policy=kvs.DSCR(sigma_s=0.5, **BASE))
     with pytest.raises(kvs.SessionFileError, match="saved with DSCR"):
         kvs.Session.load(model, tmp_path / "s", policy=kvs.KVSmooth(layers=[1]))
+
+
+def test_layers_of_a_shallow_model(case: Case) -> None:
+    """The paper's layers are none of a small model's: the error names what chooses by depth."""
+    model = case[0]
+    with pytest.raises(
+        kvs.PolicyError, match=r"selects none of the model's \d+ layers; give another slice or a list, or take DSCR.for_model"
+    ):
+        model.session(policy=kvs.DSCR())
+    with model.session(n_ctx=64, policy=kvs.DSCR.for_model(model)):
+        pass

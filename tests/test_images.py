@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from pykvsmooth import Limits
-from pykvsmooth.errors import ImageError
+from pykvsmooth.errors import ImageError, ImageLimitError
 from pykvsmooth.images import MEAN_COLOUR, MODES, load_image, preprocess
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
@@ -390,8 +390,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(side):
     tracemalloc.start()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(ImageError, match="make it smaller"):
+        with pytest.raises(ImageLimitError, match="make it smaller") as caught:
             load_image(bomb)
+    assert (caught.value.limit, caught.value.value) == ("image_pixels", side * side)
     assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
     assert limit == Image.MAX_IMAGE_PIXELS

@@ -1,4 +1,4 @@
-"""KVSmooth's arithmetic (methods.md A.2 and A.5) through the cache ops, against a float64 model of one layer's cache."""
+"""KVSmooth's arithmetic through the cache ops, against a float64 model of one layer's cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +176,7 @@ def test_strength_one_repeats_the_prompt_row(isas: list[str], rng: np.random.Gen
 
 
 def test_the_strengths_of_the_paper(isas: list[str]) -> None:
-    """methods.md A.3: what a full queue of 15 can give, rank by rank, for the three models."""
+    """What a full queue of 15 can give, rank by rank, for the three models."""
     steps = np.arange(15) / 15
     for isa in isas:
         for lambda_ref, low, high in ((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.7, 0.5, 0.9)):

@@ -1,4 +1,4 @@
-"""KVSmooth: every switch of methods.md A.5 against the reference on fresh random pairs, and the invariants of A.8."""
+"""KVSmooth: every switch against the reference on fresh random pairs, and invariants."""
 
 from collections.abc import Iterator
 from pathlib import Path

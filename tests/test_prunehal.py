@@ -1,4 +1,4 @@
-"""PruneHal: every option of methods.md B.5 against the reference on fresh random pairs; what pruning must not change."""
+"""PruneHal: every option against the reference on fresh random pairs; what pruning must not change."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The reference itself: against golden data of Hugging Face transformers, and against the identities of methods.md A and G."""
+"""The reference itself: against golden data of Hugging Face transformers, and against identities of the formulas."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_llama_and_kvsmooth_equal_transformers(shared_data: Path, run: str) -> N
     ],
 )
 def test_strengths_of_a_full_queue(lambda_ref: float, expected: list[float], rng: np.random.Generator) -> None:
-    """methods.md A.3: every rank 0..14, whatever the order of the older entries"""
+    """Every rank 0..14, whatever the order of the older entries"""
     for rank, lam in enumerate(expected):
         older = rng.permutation([*np.arange(rank), *np.arange(rank + 1, 15)])
         assert KVSmooth(lambda_ref=lambda_ref).strength([*older, rank], 0, 0) == pytest.approx(lam, abs=1e-12)
@@ -79,7 +79,7 @@ def test_strength_switches() -> None:
 
 
 def test_relative_mode_equals_smoothing_before_rope(rng: np.random.Generator, tmp_path: Path) -> None:
-    """methods.md A.8, 4"""
+    """Turned back to no position, smoothed rows are what smoothing before RoPE gives."""
     _, _, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), vision=False)
     session = Session(weights.text, KVSmooth(layers=[1, 2, 3], rope_mode="relative"))
     session.feed(rng.integers(3, 259, 12))

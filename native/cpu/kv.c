@@ -1,4 +1,4 @@
-/* kv.c - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix (methods.md A.2, steps 4 and 6). */
+/* kv.c - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix. */
 #include "../strength.h"
 #include "cpu.h"
 

@@ -1,4 +1,4 @@
-/* kv.cu - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix (methods.md A.2, steps 4 and 6). The strengths that
+/* kv.cu - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix. The strengths that
  * come out are ranks, and sessions go from device to device: products and sums are those of the CPU, one by one, and never an fmaf. */
 #include "kv.cuh"
 

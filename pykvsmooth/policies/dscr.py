@@ -226,7 +226,7 @@ class DSCR(Parameters):
             raise ImageError(f"depth: invert=True takes 1 / depth, and the least value is {values.min():g}; fill the holes first")
         return 1.0 / values
 
-    # ---- presets: methods.md C-1 to C-7 ----
+    # ---- presets: docs/methods.md ----
 
     @classmethod
     def paper(cls, **changes: Any) -> DSCR:

@@ -37,5 +37,8 @@ def resolve(policy: str, layers: str | Sequence[int], n_layer: int) -> list[int]
                 raise PolicyError(f"{policy}: layers: {shown(i)} is out of range; the model has {n_layer} layers, 0..{n_layer - 1}")
         chosen = sorted({i % n_layer for i in layers})
     if not chosen:
-        raise PolicyError(f"{policy}: layers {layers!r} selects none of the model's {n_layer} layers; give another slice or a list")
+        raise PolicyError(
+            f"{policy}: layers {layers!r} selects none of the model's {n_layer} layers; "
+            f"give another slice or a list, or take {policy}.for_model(model)"
+        )
     return chosen

@@ -1,4 +1,4 @@
-"""PruneHal's parameters (arXiv 2510.19183; methods.md B): what the paper leaves open is an option here, with a default."""
+"""PruneHal's parameters (arXiv 2510.19183; docs/methods.md): what the paper leaves open is an option here, with a default."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class PruneHal(Parameters):
         params.n_layers, params.layers = len(chosen), layer_list
         return params, [layer_list, count_list]
 
-    # ---- presets: hyperparameters that the paper's reviews quote (methods.md B.3) ----
+    # ---- presets: hyperparameters that the paper's reviews quote ----
 
     @classmethod
     def llava15(cls, **changes: Any) -> PruneHal:

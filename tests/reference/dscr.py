@@ -1,4 +1,4 @@
-"""DSCR (ICLR 2026, openreview FHTt9ipAra; methods.md C.1) with every switch of methods.md C.4."""
+"""DSCR (ICLR 2026, openreview FHTt9ipAra) with every switch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""KVSmooth (arXiv 2602.04268, eq. 5 and 13-15; methods.md A.2) with every switch of methods.md A.5."""
+"""KVSmooth (arXiv 2602.04268, eq. 5 and 13-15) with every switch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""LLaMA with a KV cache, one row or many at a time. Names as in methods.md: H query heads, G KV heads, D = head size."""
+"""LLaMA with a KV cache, one row or many at a time. H query heads, G KV heads, D = head size."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -329,7 +329,7 @@ class Session:
                 c.exact_o[index] = out[0]
         return out
 
-    # ---- PruneHal, methods.md B.2 ----
+    # ---- PruneHal ----
 
     def _visual(self, n: int) -> Array:
         visual = np.zeros(n, bool)

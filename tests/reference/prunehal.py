@@ -1,4 +1,4 @@
-"""PruneHal (arXiv 2510.19183; methods.md B.2) with every option of methods.md B.5."""
+"""PruneHal (arXiv 2510.19183) with every option."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
