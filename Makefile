@@ -9,7 +9,7 @@ SOURCES := $(wildcard native/*.[ch] native/cpu/*.[ch] native/cuda/* cmake/* pykv
 C_FILES := $(wildcard native/*.[ch] native/cpu/*.[ch] native/cuda/* tests/fuzz/*.[ch] tests/shim/*)
 
 help: ## print this list
-	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 37
 
 demo: $(VENV)/installed ## caption six scenes with the model in the box, plain against smoothed
 	@$(BIN)/pykvsmooth demo

@@ -95,7 +95,7 @@ def _gray_values(name: str, picture: Image.Image, limits: Limits) -> Any:
 
 def save_map(path: str | os.PathLike[str], values: NDArray[np.float32]) -> None:
     """(height, width) as a .npy file of these numbers, or as a gray PNG of 16 bits from the least value to the largest. Written whole or
-    not at all. ValueError for another suffix, OSError."""
+    not at all. ValueError for another suffix, OSError with this name."""
     name = os.fsdecode(path)
     check_suffix(name)
     part = f"{name}.{os.getpid()}.tmp"
@@ -106,6 +106,8 @@ def save_map(path: str | os.PathLike[str], values: NDArray[np.float32]) -> None:
             else:
                 _write_png(file, values)
         os.replace(part, name)
+    except OSError as error:
+        raise OSError(error.errno, f"can't be written: {error.strerror or error}", name) from error
     finally:
         if os.path.exists(part):
             os.unlink(part)

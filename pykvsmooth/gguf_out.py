@@ -115,7 +115,7 @@ def create(path: str | os.PathLike[str], architecture: str) -> Iterator[Out]:
     finally:
         with suppress(OSError):
             out.keys.close()
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # on a read-only file system also where there is no such file
             os.unlink(out.temporary)
 
 

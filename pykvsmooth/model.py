@@ -120,6 +120,7 @@ class Model:
         utf8("precision", precision)
         if precision not in _PRECISIONS:
             raise ValueError(f'precision must be "auto" or "exact", not {shown(precision)}')
+        self.precision: Precision = precision  # that was asked for; vision_precision is what came of it
         n_threads = 0 if threads is None else integer("threads", threads, 1, 1024)
         self.metadata: dict[str, Any] = gguf.read_metadata(self.path)
         found = gguf.find_mmproj(self.path, self.metadata, mmproj)

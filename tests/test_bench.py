@@ -1,6 +1,7 @@
 """pykvsmooth bench: what it counts, its statistics, the peers that fail, and the command on small models."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -532,6 +533,52 @@ def test_usage(run, tmp_path):
     assert got.code == 1 and "none.gguf" in got.err
     assert run("--help").code == 0 and "bench" in run("--help").out
     assert tuple(STAGES) == command.STAGES
+
+
+def test_the_table_without_a_peer():
+    """Remarks begin where shares end; behind llama.cpp's two columns of figures it is the same."""
+    shown = ["decode", "12.5", "tok/s", "9 .. 13", "39% f32", "a remark"]
+    widths = [8, 6, 5, 9, 12, 20]
+    assert command._aligned(shown, widths) == "decode      12.5  tok/s    9 .. 13  39% f32       a remark"
+    behind = command._aligned([*shown[:5], "7.5", "1.67 x", "a remark"], [*widths[:5], 9, 7, 20])
+    assert behind == "decode      12.5  tok/s    9 .. 13  39% f32             7.5   1.67 x  a remark"
+
+
+def test_the_columns_of_a_run(run):
+    """A long remark beside a short one: both begin in the same column, without --against, too."""
+    got = run("bench", *QUICK, "--only", "decode,policy,caption", "--max-tokens", 3)
+    rows = {line.split("  ")[0]: line for line in got.out.splitlines()}
+    assert rows["caption of 3 tokens"].index("peak") == rows["KVSmooth on / off at 24"].index("95 %: ")
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "run", lambda _: pytest.fail("it measures"))
+    (tmp_path / "folder").mkdir()
+    for path, says in (
+        (tmp_path / "folder", "folder: is no regular file and will not be replaced"),
+        ("/dev/null", "/dev/null: is no regular file and will not be replaced"),
+        (tmp_path / ("n" * 255), "nnn: can't be written: File name too long"),
+    ):
+        got = run("bench", *QUICK, "--json", path)
+        assert got.code == 1 and says in got.err and got.err.count("\n") == 1 and not got.out
+
+    monkeypatch.setattr(command, "open", lambda *_: open("/dev/full", "wb"), raising=False)  # noqa: SIM115  closed by the command
+    got = run("bench", *QUICK, "--json", tmp_path / "b.json")
+    assert got.code == 1 and "b.json: can't be written: No space left on device" in got.err and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_disk_that_is_full_in_the_end(run, tmp_path, monkeypatch):
+    """The table is there, and the file that was there before."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "b.json"
+    out.write_text("before")
+    monkeypatch.setattr(os, "replace", full)
+    got = run("bench", *QUICK, "--only", "roofs", "--json", out)
+    assert got.code == 1 and "roof: f32" in got.out and f"error: {out}: can't be written: No space left on device" in got.err
+    assert out.read_text() == "before" and os.listdir(tmp_path) == ["b.json"]
 
 
 def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(measured):

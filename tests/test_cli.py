@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,11 +188,13 @@ def test_parallel_says_the_same(run, folder):
         ["caption", "x.png", "--compare", "--heat"],
         ["caption", "x.png", "--json", "--strengths"],
         ["caption", "-", "-"],
+        ["caption", "x.png", "--out", "-"],
+        ["caption", "x.png", "--prompt", "two <image> <image>"],
     ],
 )
 def test_usage_errors(run, argv):
     got = run(*argv)
-    assert got.code == 2 and got.out == "" and "error: " in got.err
+    assert got.code == 2 and got.out == "" and "error: " in got.err and "ValueError" not in got.err
 
 
 def test_errors_are_one_line_with_the_name(run, image, tiny_pair, tmp_path):
@@ -244,9 +247,24 @@ def test_no_model_and_no_tower(run, image, monkeypatch, tiny_pair, tmp_path):
     assert got.code == 1 and "--model" in got.err and "PYKVSMOOTH_MODEL" in got.err
 
 
-def test_debug_shows_the_traceback(run, tmp_path):
-    with pytest.raises(kvs.ImageError):
-        run("caption", tmp_path / "missing.png", "--debug")
+@pytest.mark.parametrize("how", [[], ["--parallel", 2], ["--compare"]], ids=str)
+def test_debug_shows_the_traceback(run, image, tmp_path, how):
+    """And the other pictures are done, as without it."""
+    got = run("caption", tmp_path / "missing.png", image, "--debug", "--max-tokens", 2, *how)
+    assert got.code == 1 and "Traceback" in got.err and f"{image}:" in got.out
+    assert re.search(r"^error: \S*missing\.png: no such file", got.err, re.M)
+    with pytest.raises(kvs.ModelFileNotFoundError):
+        run("caption", image, "--model", tmp_path / "missing.gguf", "--debug")
+
+
+@pytest.mark.parametrize("how", [[], ["--parallel", 2], ["--compare"]], ids=str)
+def test_a_heading_is_one_line(run, folder, how):
+    names = [folder / "line\nfeed.png", folder / "\x1b[2Jerase.png"]
+    for name in names:
+        name.write_bytes((folder / "b10.png").read_bytes())
+    got = run("caption", *names, "--max-tokens", 2, *how)
+    assert got.code == 0 and ESC not in got.out + got.err
+    assert f"{folder}/line feed.png:" in got.out and f"{folder}/\\x1b[2Jerase.png:" in got.out
 
 
 # ---- captions.jsonl ----
@@ -269,6 +287,32 @@ def test_out_goes_on_where_it_stopped(run, folder, tmp_path):
     assert out.read_bytes() == again  # how many step together does not change the words
     assert run("caption", folder, "--out", out, "--max-tokens", 5, "--parallel", 3).code == 0
     assert len(out.read_text().splitlines()) == 6
+
+
+def test_what_comes_through_a_pipe_is_never_there_already(run, folder, image, tmp_path):
+    """Its name says nothing about the picture."""
+    out, pipe = tmp_path / "captions.jsonl", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for n, name in enumerate(("b10.png", "b9.jpg", "b9.jpg"), 1):
+        picture = (folder / name).read_bytes()
+        assert run("caption", "-", "--out", out, "--max-tokens", 2, stdin=picture).code == 0
+        threading.Thread(target=pipe.write_bytes, args=(picture,), daemon=True).start()
+        assert run("caption", pipe, "--out", out, "--max-tokens", 2).code == 0
+        with open(folder / name) as file:
+            assert run("caption", f"/dev/fd/{file.fileno()}", "--out", out, "--max-tokens", 2).code == 0
+        assert len(out.read_text().splitlines()) == 3 * n
+    got = run("caption", image, "-", "--out", out, "--max-tokens", 2, stdin=image.read_bytes())
+    assert "already" not in got.err
+    got = run("caption", image, "-", "--out", out, "--max-tokens", 2, stdin=image.read_bytes())
+    assert "1 of 2 pictures" in got.err and len(out.read_text().splitlines()) == 12
+
+
+def test_precision_is_a_setting(run, image, tmp_path):
+    """Files from before it was noted have lines of the default, and go on."""
+    out = tmp_path / "captions.jsonl"
+    for options in ([], ["--precision", "exact"], ["--precision", "auto"], ["--precision", "exact"]):
+        assert run("caption", image, "--out", out, "--max-tokens", 2, *options).code == 0
+    assert [json.loads(line)["settings"].get("precision") for line in out.read_text().splitlines()] == [None, "exact"]
 
 
 @pytest.mark.parametrize(
@@ -442,6 +486,14 @@ def test_compare_fits_the_terminal(screen, width, beside):
     assert "\x1b[31m" in ui.out.file.getvalue() and "\x1b[32m" in ui.out.file.getvalue()
 
 
+@pytest.mark.parametrize("how", [["--compare"], ["--strengths"]], ids=str)
+def test_a_terminal_of_no_columns_is_one_that_is_not_known(run, image, monkeypatch, how):
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = run("caption", image, "--quiet", "--max-tokens", 12, *how).out
+    monkeypatch.setenv("COLUMNS", "0")
+    assert run("caption", image, "--quiet", "--max-tokens", 12, *how).out == expected != ""
+
+
 # ---- inspect and info ----
 
 
@@ -469,7 +521,7 @@ def test_inspect_says_why_not(run, tiny_pair, tmp_path):
     other = tmp_path / "other.gguf"
     other.write_bytes(Path(tiny_pair.text).read_bytes().replace(b"llama", b"mamba"))
     got = run("inspect", other)
-    assert got.code == 0 and re.search(r"loads: no: .*mamba", got.out)
+    assert got.code == 1 and re.search(r"loads: no: .*mamba", got.out)
     cut.write_text("hello")
     got = run("inspect", cut)
     assert got.code == 1 and got.err.count("\n") == 1 and "cut.gguf" in got.err
@@ -526,6 +578,44 @@ def test_chat_goes_on_after_an_error(run, tmp_path):
     assert got.code == 1 and "missing.png: no such file" in got.err and got.out.strip()
 
 
+def test_a_system_sentence_is_the_conversations(run, tiny_pair):
+    got = run("chat", "--system", "be kind", "--max-tokens", 6, stdin=b"one\ntwo\n/reset\nthree\nfour\n")
+    assert (got.code, got.err.count("error")) == (0, 0)
+    expected = []
+    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj) as model, model.session(policy=kvs.KVSmooth.for_model(model)) as session:
+        for message, system in (("one", "be kind"), ("two", None), ("", None), ("three", "be kind"), ("four", None)):
+            if message:
+                expected.append(session.chat(message, system=system, max_tokens=6).result().text)
+            else:
+                session.reset()
+    assert got.out == "".join(map(line, expected))
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b"what is <image> this?", "1 <image> marks for 0 pictures"),
+        (b"caf\xe9", "standard input is not utf-8 text"),
+        (b'"""two\nli\xffnes"""', "standard input is not utf-8 text"),
+    ],
+)
+@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=str)
+def test_chat_goes_on_after_a_message_that_can_not_be_asked(run, message, why, debug):
+    expected = run("chat", "--max-tokens", 6, stdin=b"hello\nand now?\n").out
+    got = run("chat", "--max-tokens", 6, *debug, stdin=b"hello\n" + message + b"\nand now?\n")
+    assert got.code == 1 and got.out == expected
+    (error,) = [line for line in got.err.splitlines() if line.startswith("error: ")]
+    assert why in error and ("Traceback" in got.err) is bool(debug)
+
+
+def test_a_full_chat_is_told_of_reset(run):
+    """Where the first message is too long, that would not help."""
+    got = run("chat", "--n-ctx", 60, "--max-tokens", 40, stdin=b"hello\n" * 4 + b"/reset\nhello\n")
+    assert got.code == 1 and "context overflow" in got.err and "/reset begins a new conversation" in got.err
+    got = run("chat", "--n-ctx", 4, stdin=b"hello\n")
+    assert got.code == 1 and "context overflow" in got.err and "/reset" not in got.err
+
+
 # ---- as a process of its own ----
 
 
@@ -575,6 +665,41 @@ def test_standard_output_is_full(command, environment, image):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command("caption", image), stdout=full, stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv", [["caption", "--json", "missing.png"], ["info"], ["demo", "--scene", "99"], ["caption", "--nonsense"]], ids=str
+)
+def test_standard_error_is_closed(command, environment, image, argv):
+    """What is said there is not said elsewhere."""
+    argv = [*argv, image, "--max-tokens", "2"] if "--json" in argv else argv
+    expected = subprocess.run(command(*argv), capture_output=True, env=environment)
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command(*argv)], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (expected.returncode, b"")
+    assert [line[:9] for line in done.stdout.splitlines()] == [line[:9] for line in expected.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "how", [["caption"], ["caption", "--json"], ["caption", "--compare"], ["chat"], ["info"], ["demo"], ["--version"]], ids=str
+)
+def test_standard_output_is_closed(command, environment, image, how):
+    argv = [*how, image] if how[0] == "caption" else how
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command(*argv)], capture_output=True, env=environment, input=b"hello\n")
+    assert done.returncode == 1 and b"standard output: is closed" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_file_needs_no_standard_output(command, environment, image, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    argv = command("caption", image, "--out", out, "--max-tokens", 2)
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *argv], env=environment)
+    assert done.returncode == 0 and json.loads(out.read_text())["image"] == str(image)
+
+
+def test_the_demo_does_not_warn_of_its_own_model(command, environment):
+    for name in ("PYKVSMOOTH_MODEL", "PYKVSMOOTH_MMPROJ"):
+        environment.pop(name)
+    done = subprocess.run(command("demo", "--scene", 1, "--max-tokens", 2), capture_output=True, env=environment)
+    assert done.returncode == 0 and done.stderr.startswith(b"the model in the box; smoothed: KVSmooth(") and b"WARNING" not in done.stderr
 
 
 class Window:
@@ -649,3 +774,15 @@ def test_chat_in_a_terminal(command, environment):
     time.sleep(0.3)  # CPython's readline loses a signal that comes between its prompt and its select()
     window.type(b"\x03")
     assert window.end() == 130 and b"Traceback" not in window.shown
+
+
+def test_chat_in_a_terminal_goes_on_after_an_error(command, environment):
+    """And with status 0: a person has seen it."""
+    window = Window(command("chat", "--max-tokens", 3), environment)
+    for typed, says in ((b"an <image>\n", b"<image> marks for 0 pictures"), (b"hello\n", b"tok/s")):
+        window.read(lambda shown: shown.endswith(b"> "))
+        window.shown = b""
+        window.type(typed)
+        window.read(lambda shown, says=says: says in shown and shown.endswith(b"> "))
+    window.type(b"/quit\n")
+    assert window.end() == 0 and b"Traceback" not in window.shown

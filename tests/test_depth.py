@@ -59,6 +59,9 @@ def test_save_and_read(suffix: str, rng: np.random.Generator, tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == [f"d{suffix}"]
     with pytest.raises(ValueError, match=r"\.png"):
         depth.save_map(tmp_path / "d.jpg", values)
+    with pytest.raises(OSError, match="can't be written: No such file") as refused:
+        depth.save_map(tmp_path / "none" / "d.png", values)
+    assert refused.value.filename == str(tmp_path / "none" / "d.png")
 
 
 def bad_file(tmp_path: Path, name: str) -> Path:

@@ -84,6 +84,22 @@ def test_intervals_repeat_and_are_as_wide_as_they_should(rng):
     assert low < p < high and high - low == pytest.approx(2 * 1.96 * math.sqrt(p * (1 - p) / 400), rel=0.1)
 
 
+def test_the_order_of_captions_changes_no_digit(rng):
+    """A run's file has them as they ended, and ids may be numbers in one file and text in another."""
+    captions, truth = random_corpus(rng, 60)
+    named = [Caption(str(c.image_id), c.text, (TokenFacts(c.text, c.image_id, None),)) for c in captions]
+    mixed = [named[i] for i in rng.permutation(60)]
+    a, b = evaluate.score(captions, truth), evaluate.score(mixed, truth)
+    other = evaluate.score([Caption(c.image_id, "A zebra") for c in captions], truth)
+    assert a.intervals() == b.intervals() and evaluate.compare(a, other) == evaluate.compare(b, other)
+    assert evaluate.compare(other, a) == evaluate.compare(other, b)
+    dropped = (evaluate.drop_last(one, 0.2 * one.figures()["recall"]) for one in (a, b))
+    first, second = ({str(scored.image_id): scored.nodes for scored in one.captions} for one in dropped)
+    assert first == second
+    ordered, shuffled = evaluate.entropy_separation(named, a), evaluate.entropy_separation(mixed, b)
+    assert ordered == shuffled
+
+
 def test_comparison_is_paired(rng):
     captions, truth = random_corpus(rng, 60)
     truth = {key: nodes - {"zebra"} for key, nodes in truth.items()}
@@ -277,6 +293,18 @@ def test_usage_errors(run, argv):
     assert got.code == 2 and got.out == "" and "error: " in got.err
 
 
+def test_usage_errors_name_the_help_that_lists_the_options(run):
+    common = ["--images", "-", "--truth", "t"]
+    assert "(pykvsmooth eval run --help)" in run("run", *common).err
+    for policy, says in (
+        ("kvsmooth", "prunehal.keep: the policy 'prunehal' is not on; on are kvsmooth (pykvsmooth eval sweep --help)"),
+        ("kvsmooth,dscr", "prunehal.keep: the policy 'prunehal' is not on; on are kvsmooth, dscr (pykvsmooth eval sweep --help)"),
+    ):
+        assert says in run("sweep", "prunehal.keep=0.5", *common, "--policy", policy).err
+    got = run("sweep", "keep=0.5", *common, "--policy", "prunehal,kvsmooth")
+    assert "keep: say whose parameter it is, as in prunehal.NAME; on are prunehal, kvsmooth" in got.err
+
+
 def test_the_grid_of_a_sweep():
     assert [one["lambda_ref"] for one in evaluate.grid(["lambda_ref=0.5:0.95:0.05"])] == [
         0.5,
@@ -415,6 +443,15 @@ def test_the_pictures_of_opera(run, coco, tmp_path, monkeypatch):
     assert [str(image_id) for image_id, _ in command._pictures(args)] != ids[:3]
 
 
+def test_precision_is_a_setting_of_a_run(run, scenes, tmp_path):
+    """The tower's words may differ: captions of one precision are none of the other's, here and in `caption`."""
+    (folder, truth), out = scenes, tmp_path / "captions.jsonl"
+    for precision in ("auto", "exact", "exact", "auto"):
+        options = ("--out", out, "--max-tokens", 2, "--limit", 1, "--precision", precision)
+        assert run("run", "--images", folder, "--truth", truth, *options).code == 0
+    assert [json.loads(line)["settings"].get("precision") for line in out.read_text().splitlines()] == [None, "exact"]
+
+
 def test_run_goes_on_and_keeps_tokens(run, scenes, tmp_path):
     folder, truth = scenes
     out = tmp_path / "out.jsonl"
@@ -464,6 +501,8 @@ def test_what_stops_a_run_before_it_begins(run, scenes, tmp_path):
     assert "none: can't be read" in run("run", "--images", folder, "--truth", tmp_path / "none").err
     assert "4 pictures are not in it, the first is image s1" in run("run", "--images", folder, "--truth", short).err
     assert "have no caption in it" in run("run", "--images", folder, "--truth", truth, "--against", write(tmp_path / "a", [GOOD])).err
+    got = run("run", "--images", folder, folder / "s9.png", "--truth", truth)
+    assert got.code == 1 and "s9.png: no such file" in got.err and "truth" not in got.err
     (folder / "s1.png").write_text("no picture")
     got = run("run", "--images", folder, "--truth", truth, "--max-tokens", 2)
     assert got.code == 1 and got.out == "" and "s1.png" in got.err

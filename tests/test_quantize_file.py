@@ -247,6 +247,18 @@ def test_a_full_disk(wide: tuple[str, str], tmp_path: Path, monkeypatch: pytest.
     assert left(tmp_path) == []
 
 
+def test_a_read_only_file_system(run: Callable[..., tuple[int, str, str]], wide: tuple[str, str], tmp_path: Path, monkeypatch) -> None:
+    """It refuses to open the file, and to delete what is not there: the first of both is what is said, of the file that was asked for."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out.gguf.1.tmp")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "open_output_file", refused)
+    monkeypatch.setattr(os, "unlink", refused)
+    dst = tmp_path / "out.gguf"
+    assert run(wide[0], dst, "--type", "q8_0") == (1, "", f"error: {dst}: can't be written: Read-only file system\n")
+
+
 def test_places_that_cannot_be_written(wide: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -325,6 +337,9 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], wide: tuple[str, 
     assert code == 0 and "more tensors have rows that are no whole blocks of the type" in err
     code, _, err = run(tmp_path / "a.gguf", tmp_path / "c.gguf", "--type", "q2_k")
     assert code == 0 and "is quantized already, and errors add up" in err
+    for kind, warns in (("F32", False), ("f16", True)):  # F16 does not hold all products of a scale and a level
+        code, _, err = run(tmp_path / "a.gguf", tmp_path / f"{kind}.gguf", "--type", kind)
+        assert code == 0 and ("errors add up" in err) is warns
     assert run(wide[0], tmp_path / "d.gguf", "--type", "q8_0", "--quiet") == (0, "", "")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..errors import KVSmoothError
 from . import options
 from .escape import one_line
 from .main import INTERRUPTED
@@ -40,6 +43,7 @@ NAMES = {
     "caption": "caption of {tokens} tokens",
 }
 KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # of a CPU; the other roofs are called as they are
+TRIAL = bytes(1 << 16)  # about as much as --json writes
 
 
 def add_parser(commands: Any) -> None:
@@ -103,6 +107,8 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         raise options.UsageError(f"--json {args.json}: there is no such folder")
     if args.against and not os.path.isdir(args.against):
         raise options.UsageError(f"--against {args.against}: there is no such folder")
+    for path in filter(None, (args.json, args.plot)):
+        _check_place(path)
     names = {field.name for field in fields(Settings)} - {"caption_tokens"}
     settings = Settings(**{name: getattr(args, name) for name in names}, caption_tokens=args.max_tokens)
     bench = Bench(settings, ui.status)
@@ -139,15 +145,32 @@ def _show(args: argparse.Namespace, ui: Ui, bench: Bench) -> None:
         plot.draw(bench, args.plot)
 
 
+def _check_place(path: str) -> None:
+    """Can it be written there? Before all the measuring, not after. Bytes are tried, for a full disk takes files without any."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise KVSmoothError(f"{path}: is no regular file and will not be replaced")
+    with _part(path) as part, open(part, "wb") as file:
+        file.write(TRIAL)
+
+
 def _write(path: str, text: str) -> None:
     """Whole or not at all."""
-    part = f"{path}.part"
-    try:
+    with _part(path) as part:
         with open(part, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(part, path)
+
+
+@contextmanager
+def _part(path: str) -> Iterator[str]:
+    """The name of a file beside it, which is gone afterwards. What the system refuses meanwhile is said of path."""
+    part = f"{path}.part"
+    try:
+        yield part
+    except OSError as error:
+        raise KVSmoothError(f"{path}: can't be written: {error.strerror}") from error
     finally:
-        if os.path.exists(part):
+        with suppress(OSError):
             os.unlink(part)
 
 
@@ -165,12 +188,14 @@ def _table(ui: Ui, bench: Bench) -> None:
         widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
         ui.put("\n")
         for i, row in enumerate([titles, *rows]):
-            ui.put("  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() + "\n", "" if i else "bold")
+            ui.put(_aligned(row, widths) + "\n", "" if i else "bold")
 
 
-def _aligned(cell: str, width: int, column: int) -> str:
-    """Names, units, shares and remarks to the left, figures to the right."""
-    return cell.rjust(width) if column in (1, 3, 5, 6) else cell.ljust(width)
+def _aligned(row: list[str], widths: list[int]) -> str:
+    """Names, units, shares and remarks to the left, figures to the right: those of llama.cpp, where they are, stand before the remarks."""
+    figures = (1, 3, *range(5, len(row) - 1))
+    cells = (cell.rjust(width) if i in figures else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    return "  ".join(cells).rstrip()
 
 
 def _row(figure: Figure, bench: Bench) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from . import compare, options, render
+from .escape import one_line
 from .pictures import STDIN, expand, named, source_of
-from .records import CaptionFile, caption_file, caption_record, dumps, file_facts, token_record
+from .records import CaptionFile, caption_file, caption_record, dumps, file_facts, precision_facts, token_record
 from .terminal import Ui
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..session import Session
     from ..stats import Result, Token
 
+_log = logging.getLogger("pykvsmooth")
 DESCRIPTION = """Captions pictures. The words go to standard output as they come, all else to standard error."""
 EPILOG = """pictures: files, folders (the pictures in them, by name), globs, and - for standard input.
 
@@ -76,13 +79,12 @@ class Job:
         """All that the words of a caption depend on, but for the picture."""
         seed = {} if self.args.temperature > 0 else {"seed": None}
         files = {"model": file_facts(self.model.path), "mmproj": file_facts(self.model.mmproj)}
-        cache = {"n_ctx": self.args.n_ctx, "kv_type": self.args.kv_type}
-        return {**files, "prompt": self.args.prompt, "policy": repr(policy) if policy else "off", **self.answer, **seed, **cache}
+        place = {"n_ctx": self.args.n_ctx, "kv_type": self.args.kv_type, **precision_facts(self.args.precision)}
+        return {**files, "prompt": self.args.prompt, "policy": repr(policy) if policy else "off", **self.answer, **seed, **place}
 
     def fail(self, name: str, error: Exception) -> None:
-        if self.args.debug:
-            raise error
         self.failed += 1
+        _log.debug("where the next error comes from", exc_info=error)
         self.ui.error(options.in_options(named(name, error)))
 
     @property
@@ -101,12 +103,13 @@ class Job:
 
     def header(self, name: str, end: str = " ") -> None:
         """Whose caption comes: a title on a terminal, the begin of its line on a pipe."""
+        title = one_line(f"{name}:")  # a line feed in it would look like a caption's
         if self.ui.out.is_terminal:
             self.ui.put("\n" if self.done else "")
-            self.ui.put(self.ui.out.safe(f"{name}:"), "bold")
+            self.ui.put(title, "bold")
             self.ui.put("\n")
         else:
-            self.ui.put(f"{name}:{end}")
+            self.ui.put(f"{title}{end}")
 
     def line(self, record: dict[str, Any]) -> None:
         self.ui.put(dumps(record) + "\n")
@@ -136,6 +139,10 @@ def _check(args: argparse.Namespace) -> None:
         raise options.UsageError("- (standard input) can be given once")
     if STDIN in args.images:
         source_of(STDIN)  # says so at once if nothing can come from there
+    if args.out == STDIN:
+        raise options.UsageError("--out - would be a file of that name; --json writes the lines to standard output")
+    if (marks := args.prompt.count("<image>")) > 1:
+        raise options.UsageError(f"--prompt has {marks} <image> marks; a caption is of one picture, so one mark at most")
     if args.compare and not args.policy:
         raise options.UsageError("--compare needs a policy to compare with: --policy kvsmooth")
     for one, others in (
@@ -233,7 +240,7 @@ def _finish(job: Job, name: str, result: Result) -> None:
     if job.json:
         job.line({"type": "result", **record})
     if not job.out or len(job.names) == 1:
-        prefix = f"{name}: " if len(job.names) > 1 and not job.ui.out.is_terminal else ""
+        prefix = one_line(f"{name}: ") if len(job.names) > 1 and not job.ui.out.is_terminal else ""
         job.ui.note(prefix + render.stats_line(result.stats, result.finish_reason))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
 from typing import Any
 
-from ..errors import BusyError, ClosedError, KVSmoothError
+from ..errors import BusyError, ClosedError, ContextOverflowError, KVSmoothError
 from . import options, render
 from .terminal import Ui
 
@@ -18,6 +19,7 @@ HELP = """/image PATH  the picture that the next message is about
 \"\"\"          begins and ends a message of several lines
 Ctrl-C stops an answer; at the prompt it leaves."""
 FENCE = '"""'
+_log = logging.getLogger("pykvsmooth")
 
 
 def add_parser(commands: Any) -> None:
@@ -39,8 +41,9 @@ def add_parser(commands: Any) -> None:
 class Chat:
     def __init__(self, args: argparse.Namespace, ui: Ui, session: Any, answer: dict[str, Any]) -> None:
         self.ui, self.session, self.answer = ui, session, answer
-        self.debug = args.debug
         self.person = sys.stdin is not None and sys.stdin.isatty()
+        if hasattr(sys.stdin, "reconfigure"):  # None when the shell closed it
+            sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte takes the lines behind it along
         self.picture: Any = None
         self.pending = False  # the picture goes with the next message
         self.failed = False
@@ -68,12 +71,15 @@ class Chat:
                     self.ask(message)
             except (BusyError, ClosedError):
                 raise
-            except KVSmoothError as error:
-                if self.debug:
-                    raise
-                self.failed = True
-                self.ui.error(options.in_options(error))
+            except (KVSmoothError, ValueError) as error:  # ValueError: a message that can't be asked as it is
+                self.fail(error)
         return 1 if self.failed and not self.person else 0
+
+    def fail(self, error: Exception) -> None:
+        self.failed = True
+        _log.debug("where the next error comes from", exc_info=error)
+        full = isinstance(error, ContextOverflowError) and self.session.n_past > 0
+        self.ui.error(options.in_options(error) + ("; /reset begins a new conversation" if full else ""))
 
     def read(self) -> str | None:
         """The next message; None at the end of the input."""
@@ -102,8 +108,6 @@ class Chat:
         except KeyboardInterrupt:
             self.ui.err.write("\n" if self.person else "")
             raise
-        except UnicodeDecodeError as error:
-            raise KVSmoothError(f"standard input is not {error.encoding} text") from error
         if not line:
             if self.person:
                 self.ui.err.write("\n")
@@ -130,9 +134,12 @@ class Chat:
         return True
 
     def ask(self, message: str) -> None:
+        _check_text(message)
         image = self.picture if self.pending else None
         painter = render.Plain(self.ui)
-        stream = self.session.chat(message.strip(), image=image, **self.answer)
+        first = self.session.n_past == 0  # also after /reset, and where Ctrl-C came before the first message was read
+        answer = self.answer if first else {**self.answer, "system": None}
+        stream = self.session.chat(message.strip(), image=image, **answer)
         self.ui.status("looking at the picture" if image is not None else "reading")
         try:
             for token in stream:
@@ -147,6 +154,14 @@ class Chat:
         self.pending = self.pending and stream.stats.prefill_s == 0.0  # stopped before the picture was in the conversation
         if stream.finish_reason != "cancelled":
             self.ui.note(render.stats_line(stream.stats, stream.finish_reason or ""))
+
+
+def _check_text(message: str) -> None:
+    """KVSmoothError if bytes were typed that are no characters: Python keeps them as half ones."""
+    try:
+        message.encode()
+    except UnicodeEncodeError as error:
+        raise KVSmoothError(f"standard input is not {sys.stdin.encoding} text") from error
 
 
 def _path(text: str) -> str:

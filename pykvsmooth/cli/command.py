@@ -24,7 +24,7 @@ from . import bench, caption, chat, convert, demo, depth, evaluate, info, inspec
 from .escape import escaped, one_line
 from .main import INTERRUPTED
 from .options import UsageError, in_options
-from .terminal import Ui
+from .terminal import Ui, replace_closed_streams
 
 PIPE_CLOSED = 141
 
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str] | None) -> int:
+    replace_closed_streams()
     ui = Ui()
     log = _Log(ui)
     debug = False

@@ -46,11 +46,11 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from ..convert import convert
     from ..mixes import mix_name
 
-    for kind in (args.type, args.mmproj_type or args.type):
+    for option, kind in (("--type", args.type), ("--mmproj-type", args.mmproj_type or args.type)):
         try:
             mix_name(kind)
         except ValueError as error:
-            raise UsageError(f"--type: {error}") from error
+            raise UsageError(option + str(error).removeprefix("mix")) from error
 
     def progress(tensor: str, done: int, total: int) -> None:
         ui.status(tensor, done, total)

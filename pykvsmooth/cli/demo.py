@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -83,11 +84,14 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         raise options.UsageError("the demo compares a policy with none: --policy kvsmooth")
     chosen = [scenes[number - 1] for number in args.scene] if args.scene else scenes
     changes, answer = options.policy_changes(args, len(chosen)), options.answer_options(args)
+    boxed = args.model is None and not os.environ.get("PYKVSMOOTH_MODEL")
+    if boxed:
+        args.model = box.text_model()  # by its name, for without one the library warns that it is the one in the box
     model = options.load_model(args, ui)
     policy = options.make_policy(args, model, changes)
     label = options.policy_label(args)
     ways = {"plain": None, label: policy}
-    ui.note(f"{label}: {policy!r}")
+    ui.note(f"{'the model in the box; ' if boxed else ''}{label}: {policy!r}")
     sessions = {way: model.session(n_ctx=args.n_ctx, kv_type=args.kv_type, policy=policy) for way, policy in ways.items()}
     tallies = {way: Tally() for way in ways}
     for scene in chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ def _parser(kinds: Any, name: str, text: str, epilog: str) -> argparse.ArgumentP
     parser: argparse.ArgumentParser = kinds.add_parser(
         name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(command=f"eval {name}")  # whose --help a usage error names
     return parser
 
 
@@ -132,7 +134,7 @@ def run_chair(args: argparse.Namespace, ui: Ui) -> int:
 
 def run_run(args: argparse.Namespace, ui: Ui) -> int:
     pictures, truth = _pictures(args), _truth(args, ui)
-    _check_truth(args, pictures, truth)
+    _check_pictures(args, pictures, truth)
     if args.against:
         _against(args, [image_id for image_id, _ in pictures])  # before the hours, not after
     changes, answer = options.policy_changes(args, len(pictures)), options.answer_options(args)
@@ -151,7 +153,7 @@ def run_sweep(args: argparse.Namespace, ui: Ui) -> int:
     if args.plot:
         drawing.check(args.plot)
     pictures, truth = _pictures(args), _truth(args, ui)
-    _check_truth(args, pictures, truth)
+    _check_pictures(args, pictures, truth)
     answer = options.answer_options(args)
     model = options.load_model(args, ui)
     progress = _progress(args, ui)
@@ -261,9 +263,12 @@ def _truth(args: argparse.Namespace, ui: Ui) -> Truth:
     return truth
 
 
-def _check_truth(args: argparse.Namespace, pictures: list[Picture], truth: Truth) -> None:
+def _check_pictures(args: argparse.Namespace, pictures: list[Picture], truth: Truth) -> None:
+    """All are there, and their objects are known: before the hours, not after."""
     from .. import evaluate
 
+    if absent := [name for _, name in pictures if not os.path.exists(name)]:
+        raise evaluate.EvaluationError("no such file; check the path", absent[0])
     if missing := [image_id for image_id, _ in pictures if str(image_id) not in truth]:
         raise evaluate.EvaluationError(f"{len(missing)} pictures are not in it, the first is image {missing[0]}", args.truth or args.coco)
 

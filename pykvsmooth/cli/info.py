@@ -6,10 +6,14 @@ import argparse
 import os
 import platform
 from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 from .escape import one_line
 from .terminal import Ui, bytes_text
+
+EXTRAS = {"rich": "cli", "jinja2": "chat", "gguf": "convert", "matplotlib": "plot", "onnxruntime": "depth"}  # and what brings them
 
 
 def add_parser(commands: Any) -> None:
@@ -41,10 +45,21 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "threads", _threads()
     yield "cuda", cuda_text()
     yield "memory", _memory()
-    for variable in ("PYKVSMOOTH_MODEL", "PYKVSMOOTH_MMPROJ"):
+    for variable in ("PYKVSMOOTH_MODEL", "PYKVSMOOTH_MMPROJ", "PYKVSMOOTH_DEPTH_MODEL"):
         yield variable, _file(os.environ.get(variable))
     yield "python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.platform()})"
     yield "packages", f"numpy {numpy.__version__}, pillow {PIL.__version__}, cffi {cffi.__version__}"
+    yield "optional packages", ", ".join(_optional(name, extra) for name, extra in EXTRAS.items())
+
+
+def _optional(name: str, extra: str) -> str:
+    """Not imported: some of them take seconds."""
+    if find_spec(name) is None:
+        return f"{name} not installed (pip install 'pykvsmooth[{extra}]')"
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:  # of another distribution, such as onnxruntime-gpu
+        return f"{name} of unknown version"
 
 
 def _threads() -> str:

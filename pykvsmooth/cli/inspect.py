@@ -12,11 +12,13 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from .escape import one_line
+from .options import UsageError
 from .terminal import Ui, bytes_text
 
 VALUE_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
 FIRST = 4  # elements of an array that are shown
 LONGEST = 200  # characters of a value
+EPILOG = "Exit: 0 it loads, or that is not known (--no-load, an mmproj alone), 1 it does not load, or an error, 2 usage, 130 Ctrl-C."
 
 
 def add_parser(commands: Any) -> None:
@@ -24,10 +26,12 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="what is in a GGUF file, and does it load",
         description="Keys, tensors, sizes, and whether and why the file would load.",
+        epilog=EPILOG,
     )
     parser.add_argument("file", metavar="FILE", help="text model or mmproj, GGUF")
-    parser.add_argument("--model", metavar="FILE", help="for an mmproj: the text model to try it with (default: one beside it that fits)")
-    parser.add_argument("--no-load", action="store_true", help="read the file only, do not try to load it")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--model", metavar="FILE", help="for an mmproj: the text model to try it with (default: one beside it that fits)")
+    load.add_argument("--no-load", action="store_true", help="read the file only, do not try to load it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
 
@@ -36,12 +40,21 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from .. import gguf
 
     with gguf.open_file(args.file) as file:
-        facts = _keys(ui, args.file, file)
+        facts = gguf.keys_of(file)
+        if args.model and not _is_tower(facts):
+            raise UsageError(f"--model {args.model}: is for an mmproj, and {args.file} is none")
+        _keys(ui, args.file, file)
         _tensors(ui, file)
-    if not args.no_load:
-        ui.put("loads: ", "bold")
-        ui.put(one_line(_would_load(args, facts)) + "\n")
-    return 0
+    if args.no_load:
+        return 0
+    answer, why = _would_load(args, facts)
+    ui.put("loads: ", "bold")
+    ui.put(one_line(why) + "\n")
+    return 1 if answer is False else 0
+
+
+def _is_tower(facts: dict[str, Any]) -> bool:
+    return bool(facts.get("general.architecture") == "clip")
 
 
 def _title(ui: Ui, text: str) -> None:
@@ -59,8 +72,7 @@ def _rows(ui: Ui, rows: Sequence[tuple[str, ...]]) -> None:
 # ---- keys ----
 
 
-def _keys(ui: Ui, path: str, file: Any) -> dict[str, Any]:
-    from .. import gguf
+def _keys(ui: Ui, path: str, file: Any) -> None:
     from .._native import ffi, lib, string
 
     n = lib.kvs_gguf_n_keys(file)
@@ -70,7 +82,6 @@ def _keys(ui: Ui, path: str, file: Any) -> dict[str, Any]:
     for i, key in enumerate(keys):
         lib.kvs_gguf_key_at(file, i, key)
     _rows(ui, [(one_line(string(key.name)), _type_text(key), _value_text(file, i, key)) for i, key in enumerate(keys)])
-    return gguf.keys_of(file)
 
 
 def _type_text(key: Any) -> str:
@@ -153,13 +164,12 @@ def _totals(ui: Ui, totals: dict[str, list[int]]) -> None:
 # ---- would it load? ----
 
 
-def _would_load(args: argparse.Namespace, facts: dict[str, Any]) -> str:
-    if facts.get("general.architecture") == "clip":
-        return _load_tower(args, facts)
-    return _try(args.file, False)
+def _would_load(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[bool | None, str]:
+    """Does it (None: not known), and the sentence that says so."""
+    return _load_tower(args, facts) if _is_tower(facts) else _try(args.file, False)
 
 
-def _try(model: str, mmproj: Any) -> str:
+def _try(model: str, mmproj: Any) -> tuple[bool, str]:
     """The only test that can be trusted: loading it."""
     from ..errors import KVSmoothError
     from ..model import Model
@@ -168,12 +178,12 @@ def _try(model: str, mmproj: Any) -> str:
         with Model(model, mmproj=mmproj) as loaded:
             sight = f"; one picture is {loaded.n_image} rows" if loaded.has_vision else "; text only, give it an mmproj to see pictures"
             depth = f"{loaded.n_layer} layers, width {loaded.n_embd}, {loaded.n_vocab} tokens, trained for {loaded.n_ctx_train} rows"
-            return f"yes, in {loaded.load_s:.2f} s: {depth}{sight}; device {loaded.device} ({loaded.device_reason})"
+            return True, f"yes, in {loaded.load_s:.2f} s: {depth}{sight}; device {loaded.device} ({loaded.device_reason})"
     except KVSmoothError as error:
-        return f"no: {error}"
+        return False, f"no: {error}"
 
 
-def _load_tower(args: argparse.Namespace, facts: dict[str, Any]) -> str:
+def _load_tower(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[bool | None, str]:
     """An mmproj loads with a text model only: with the one that was named, or with one in its folder whose width fits."""
     from .. import gguf
 
@@ -183,8 +193,9 @@ def _load_tower(args: argparse.Namespace, facts: dict[str, Any]) -> str:
     texts = [args.model] if args.model else [n for n in names if not os.path.samefile(n, path) and not _misfit(gguf, path, n)]
     if not texts:
         kind = facts.get("clip.projector_type", "without a projector_type")
-        return f"not known: this is an mmproj ({kind}), and no text model in {folder} fits it; give one with --model"
-    return f"with {texts[0]}: {_try(texts[0], path)}"
+        return None, f"not known: this is an mmproj ({kind}), and no text model in {folder} fits it; give one with --model"
+    answer, why = _try(texts[0], path)
+    return answer, f"with {texts[0]}: {why}"
 
 
 def _misfit(gguf: Any, mmproj: str, text: str) -> bool:

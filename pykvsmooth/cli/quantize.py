@@ -64,7 +64,7 @@ def _in_options(message: str) -> str:
 
 
 def _notes(ui: Ui, args: argparse.Namespace, result: Quantized) -> None:
-    if result.requantized:
+    if result.requantized and args.type.lower() != "f32":  # which holds the values of every type
         ui.note(f"{args.src} is quantized already, and errors add up: F16 or F32 files make better ones")
     if result.misfits:
         first, n = result.misfits[0], len(result.misfits)

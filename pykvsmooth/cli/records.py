@@ -9,16 +9,19 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import KVSmoothError
 from .escape import escaped_json
+from .pictures import STDIN
 
 if TYPE_CHECKING:
     from ..stats import Result, Token
 
 _HEAD = b'{"image": '  # how each line of ours begins
 _LONGEST = 16 << 20  # bytes of a line
+_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/")
 
 
 def token_record(name: str, token: Token) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class CaptionFile:
             raise
 
     def has(self, name: str, settings: dict[str, Any]) -> bool:
-        return (name, dumps(settings)) in self._done
+        return _lasting(name) and (name, dumps(settings)) in self._done
 
     def add(self, record: dict[str, Any]) -> None:
         line = dumps(record).encode("utf-8", "backslashreplace") + b"\n"
@@ -149,6 +152,16 @@ def caption_file(path: str | None) -> Iterator[CaptionFile | None]:
         yield file
     finally:
         file.close()
+
+
+def _lasting(name: str) -> bool:
+    """Is the picture of that name the same one in every run? Not behind standard input, a pipe or the number of an open file."""
+    return not (name == STDIN or os.path.abspath(name).startswith(_DESCRIPTORS) or Path(name).is_fifo())
+
+
+def precision_facts(precision: str) -> dict[str, str]:
+    """--precision among the settings of a caption. Not the default, so that files from before it was noted go on."""
+    return {} if precision == "auto" else {"precision": precision}
 
 
 def file_facts(path: str | None) -> str | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import shutil
 import sys
 from typing import TextIO
 
@@ -14,14 +18,30 @@ from rich.text import Text
 from .escape import escaped, one_line
 
 
+class _Closed(io.StringIO):
+    """Stands for a standard output that the shell closed (>&-): what is written there would be lost."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "is closed", "standard output")
+
+
+def replace_closed_streams() -> None:
+    """Python has None where the shell closed a stream: rich and argparse would put errors on standard output; print() loses its text."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+
+
 class Screen(Console):
     """One of the two output streams. Whether it is a terminal is the stream's word alone: FORCE_COLOR puts no codes into a pipe."""
 
-    def __init__(self, stream: TextIO | None) -> None:
-        if stream is not None and hasattr(stream, "reconfigure"):  # None when the shell closed it
+    def __init__(self, stream: TextIO) -> None:
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        tty = stream is not None and stream.isatty()
-        super().__init__(file=stream, force_terminal=tty, markup=False, highlight=False, emoji=False)
+        super().__init__(file=stream, force_terminal=stream.isatty(), markup=False, highlight=False, emoji=False)
+        if not self.width:  # COLUMNS=0, from a terminal that does not know it
+            self.width = shutil.get_terminal_size().columns
 
     @property
     def colour(self) -> bool:

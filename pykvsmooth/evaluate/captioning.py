@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..cli.records import CaptionFile, caption_file, caption_record, dumps, file_facts  # plain JSON lines; nothing of a terminal in there
+# plain JSON lines; nothing of a terminal in there
+from ..cli.records import CaptionFile, caption_file, caption_record, dumps, file_facts, precision_facts
 from .errors import EvaluationError
 from .files import caption_of, json_lines
 from .score import Caption, ImageId, TokenFacts
@@ -72,7 +73,8 @@ def settings_of(model: Model, policy: Any, prompt: str, answer: dict[str, Any], 
     files = {"model": file_facts(model.path), "mmproj": file_facts(model.mmproj)}
     kept = {**checked, "mode": answer.get("mode", "pad"), "system": answer.get("system")}
     others = {name: value for name, value in answer.items() if name not in kept}
-    return {**files, "prompt": prompt, "policy": repr(policy) if policy else "off", **kept, **others, "n_ctx": n_ctx, "kv_type": kv_type}
+    place = {"n_ctx": n_ctx, "kv_type": kv_type, **precision_facts(model.precision)}
+    return {**files, "prompt": prompt, "policy": repr(policy) if policy else "off", **kept, **others, **place}
 
 
 _SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import EvaluationError
-from .score import Caption, Report, Scored, TokenFacts, auc, percentiles
+from .score import Caption, Report, Scored, TokenFacts, auc, by_image, percentiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def drop_last(report: Report, recall: float, seed: int = 0) -> Report:
     correct = int(report.counts[:, 4].sum())
     rng = np.random.default_rng(seed)
     while any(scored.mentions for scored in captions):
-        for i in rng.permutation(len(captions)).tolist():
+        for i in rng.permutation(by_image(report)).tolist():
             if correct <= recall * there:
                 return Report(tuple(captions))
             shorter = _without_last(captions[i])
@@ -92,7 +92,8 @@ class Separation:
 def entropy_separation(captions: Sequence[Caption], report: Report, resamples: int = 1000, seed: int = 0) -> Separation:
     """At the token that begins the mention. The captions must have tokens (EvaluationError); report is score() of the same captions."""
     by_id = {str(caption.image_id): caption for caption in captions}
-    groups = [_entropies(by_id[str(scored.image_id)], scored) for scored in report.captions]
+    ordered = [report.captions[i] for i in by_image(report)]
+    groups = [_entropies(by_id[str(scored.image_id)], scored) for scored in ordered]
     value = _pooled_auc(groups)
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(0, len(groups), len(groups)).tolist() for _ in range(resamples))

@@ -97,8 +97,8 @@ class Report:
         return dict(zip(FIGURES, _figures(self.counts.sum(0)).tolist(), strict=True))
 
     def intervals(self, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, tuple[float, float]]:
-        """Of 95 %: percentiles of the bootstrap over captions. The same seed gives the same digits."""
-        return _intervals(_figures(_resampled(self.counts, resamples, seed)))
+        """Of 95 %: percentiles of the bootstrap over captions. The same seed gives the same digits, in whatever order the captions are."""
+        return _intervals(_figures(_resampled(self.counts[by_image(self)], resamples, seed)))
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,19 @@ def score(captions: Iterable[Caption], truth: Truth, parity: bool = False) -> Re
     return Report(tuple(scored.values()))
 
 
+def by_image(report: Report) -> list[int]:
+    """The captions' places in the order of their image ids, numbers by value. What is drawn by chance is drawn from it: a file that
+    `eval run` wrote has its captions as they ended."""
+    ids = [str(scored.image_id) for scored in report.captions]
+    return sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i]))
+
+
 def compare(report: Report, other: Report, resamples: int = RESAMPLES, seed: int = SEED) -> Comparison:
     """EvaluationError unless both have the same pictures."""
-    mine = {str(scored.image_id): i for i, scored in enumerate(report.captions)}
-    theirs = {str(scored.image_id): i for i, scored in enumerate(other.captions)}
-    if alone := sorted(mine.keys() ^ theirs.keys()):
+    mine, theirs = ({str(scored.image_id) for scored in one.captions} for one in (report, other))
+    if alone := sorted(mine ^ theirs):
         raise EvaluationError(f"the runs to compare differ in {len(alone)} pictures; image {alone[0]} is in one of them only")
-    a, b = report.counts, other.counts[[theirs[key] for key in mine]]
+    a, b = (one.counts[by_image(one)] for one in (report, other))
     both = _resampled(np.concatenate((a, b), 1), resamples, seed)
     names = list(FIGURES)
     differences = _figures(a.sum(0)) - _figures(b.sum(0))

@@ -125,9 +125,8 @@ def _owner(key: str, policies: Collection[str]) -> tuple[str, str]:
     if not dot and len(policies) == 1:
         (policy,) = policies
     if policy not in policies:
-        raise EvaluationError(
-            f"{key}: say whose parameter it is, as in {next(iter(policies), 'kvsmooth')}.NAME; on are {', '.join(policies)}"
-        )
+        what = f"the policy {policy!r} is not on" if dot else f"say whose parameter it is, as in {next(iter(policies), 'kvsmooth')}.NAME"
+        raise EvaluationError(f"{key}: {what}; on are {', '.join(policies)}")
     return policy, name
 
 
