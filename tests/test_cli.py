@@ -591,6 +591,15 @@ def test_a_system_sentence_is_the_conversations(run, tiny_pair):
     assert got.out == "".join(map(line, expected))
 
 
+def test_a_depth_map_is_of_the_first_picture(run, image, tmp_path):
+    depth = str(tmp_path / "depth.png")
+    Image.new("L", Image.open(image).size, 7).save(depth)
+    talk = f"one\n/image {image}\n/reset\ntwo\n".encode()
+    got = run("chat", "--policy", "dscr", "--depth", depth, "--image", image, "--max-tokens", 2, stdin=talk)
+    assert got.code == 1 and got.err.count("error: ") == 1 and "is the map of the first picture; begin another chat" in got.err
+    assert len(got.out.splitlines()) >= 2  # about the first one, twice
+
+
 @pytest.mark.parametrize(
     ("message", "why"),
     [

@@ -286,6 +286,9 @@ def test_files_that_cannot_be_read(run, ten, tmp_path):
         ["sweep", "keep=0.5", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
         ["sweep", "dscr.gamma=0.5", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
         ["sweep", "prunehal.keep=2", "--images", "x", "--truth", "t", "--policy", "kvsmooth,prunehal"],
+        ["sweep", "window=3", "--images", "x", "--truth", "t", "--out", "-"],
+        ["run", "--images", "x", "--truth", "t", "--out", "-"],
+        ["run", "--images", "x", "--truth", "t", "--prompt", "<image> and <image>"],
     ],
 )
 def test_usage_errors(run, argv):

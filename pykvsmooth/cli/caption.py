@@ -139,10 +139,7 @@ def _check(args: argparse.Namespace) -> None:
         raise options.UsageError("- (standard input) can be given once")
     if STDIN in args.images:
         source_of(STDIN)  # says so at once if nothing can come from there
-    if args.out == STDIN:
-        raise options.UsageError("--out - would be a file of that name; --json writes the lines to standard output")
-    if (marks := args.prompt.count("<image>")) > 1:
-        raise options.UsageError(f"--prompt has {marks} <image> marks; a caption is of one picture, so one mark at most")
+    options.check_captioning(args)
     if args.compare and not args.policy:
         raise options.UsageError("--compare needs a policy to compare with: --policy kvsmooth")
     for one, others in (

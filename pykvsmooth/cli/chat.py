@@ -41,6 +41,7 @@ def add_parser(commands: Any) -> None:
 class Chat:
     def __init__(self, args: argparse.Namespace, ui: Ui, session: Any, answer: dict[str, Any]) -> None:
         self.ui, self.session, self.answer = ui, session, answer
+        self.map = args.depth if options.is_map(args.depth) else None  # of the first picture
         self.person = sys.stdin is not None and sys.stdin.isatty()
         if hasattr(sys.stdin, "reconfigure"):  # None when the shell closed it
             sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte takes the lines behind it along
@@ -52,6 +53,8 @@ class Chat:
         """Takes a picture. Decoded now, so that a bad one is known before the question, as is a model that sees none."""
         from ..images import load_image
 
+        if self.map and self.picture is not None:
+            raise KVSmoothError(f"--depth {self.map} is the map of the first picture; begin another chat, or give an ONNX model")
         self.session.model._vision_info()
         self.picture = load_image(os.path.expanduser(path))
         self.pending = True

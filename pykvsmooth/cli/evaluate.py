@@ -133,6 +133,7 @@ def run_chair(args: argparse.Namespace, ui: Ui) -> int:
 
 
 def run_run(args: argparse.Namespace, ui: Ui) -> int:
+    options.check_captioning(args)
     pictures, truth = _pictures(args), _truth(args, ui)
     _check_pictures(args, pictures, truth)
     if args.against:
@@ -148,6 +149,7 @@ def run_sweep(args: argparse.Namespace, ui: Ui) -> int:
     from .. import drawing, evaluate
     from ..evaluate import plot
 
+    options.check_captioning(args)
     changes = options.policy_changes(args, pictures=2)  # a sweep has many; a depth map is one picture's
     settings = _settings(args, changes)
     if args.plot:

@@ -167,10 +167,23 @@ def policy_changes(args: argparse.Namespace, pictures: int = 1) -> Changes:
     return changes
 
 
+def check_captioning(args: argparse.Namespace) -> None:
+    """--out and --prompt of the commands that caption."""
+    if args.out == "-":
+        raise UsageError("--out - would be a file of that name; --json writes to standard output")
+    if (marks := args.prompt.count("<image>")) > 1:
+        raise UsageError(f"--prompt has {marks} <image> marks; a caption is of one picture, so one mark at most")
+
+
+def is_map(depth: str | None) -> bool:
+    """Is --depth the map of one picture, and not a model that gives each its own?"""
+    return depth is not None and not depth.lower().endswith(".onnx")
+
+
 def _depth(path: str, pictures: int) -> Any:
     import pykvsmooth
 
-    if path.lower().endswith(".onnx"):
+    if not is_map(path):
         return pykvsmooth.OnnxDepth(path)
     if pictures > 1:
         raise UsageError(f"--depth {path}: one map for {pictures} pictures; give one picture, or an ONNX model")
