@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -60,9 +61,17 @@ def read_metadata(path: str) -> dict[str, Any]:
         return keys_of(file)
 
 
+def _of_environment(variable: str) -> str | None:
+    """The file that it names. One that is not there is said to come from it: nobody has named it in the call."""
+    name = os.environ.get(variable)
+    if name and not os.path.exists(name):
+        raise ModelFileNotFoundError(f"{name}: no such file; the environment variable {variable} names it", name, errno.ENOENT)
+    return name or None
+
+
 def model_path(path: Any) -> str:
     """The file that is meant. None: the environment variable PYKVSMOOTH_MODEL, else the checkpoint in the box, and a word about it."""
-    path = os.environ.get("PYKVSMOOTH_MODEL") or None if path is None else path
+    path = _of_environment("PYKVSMOOTH_MODEL") if path is None else path
     if path is None:
         path = box.text_model()
         if path is None:
@@ -87,7 +96,7 @@ def find_mmproj(model: str, metadata: dict[str, Any], mmproj: Any) -> Found:
     if mmproj is True:
         raise TypeError("mmproj must be a path, None or False")
     if mmproj is None:
-        mmproj = os.environ.get("PYKVSMOOTH_MMPROJ") or None
+        mmproj = _of_environment("PYKVSMOOTH_MMPROJ")
     if mmproj is not None:
         return Found(os.fsdecode(c_path("mmproj", mmproj)), "")
     folder = Path(model).parent

@@ -1,5 +1,6 @@
 """The checkpoint in the box: what Model() and a command without --model take."""
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_the_variable_and_the_argument_come_first(packed: Path, tiny_pair: Pair,
     monkeypatch.setenv("PYKVSMOOTH_MODEL", "nowhere.gguf")
     with kvs.Model(tiny_pair.text) as model:
         assert model.path == tiny_pair.text
+    with pytest.raises(
+        kvs.ModelFileNotFoundError, match=r"nowhere\.gguf: no such file; the environment variable PYKVSMOOTH_MODEL"
+    ) as caught:
+        kvs.Model()
+    assert (caught.value.filename, caught.value.errno) == ("nowhere.gguf", errno.ENOENT)
+    monkeypatch.setenv("PYKVSMOOTH_MMPROJ", "no.gguf")
+    with pytest.raises(kvs.ModelFileNotFoundError, match=r"no\.gguf: no such file; the environment variable PYKVSMOOTH_MMPROJ"):
+        kvs.Model(tiny_pair.text)
 
 
 def test_no_box(monkeypatch: pytest.MonkeyPatch) -> None:
