@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -68,6 +69,14 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(*tiny.write_pair(tmp_path_factory.mktemp("tiny"), seed=SEED))
 
 
+def endless(pair: Pair, folder: Path) -> Pair:
+    """The pair, but answers never end by themselves."""
+    path = folder / "text.gguf"
+    path.write_bytes(Path(pair.text).read_bytes())
+    tiny.endless(path)
+    return Pair(str(path), pair.mmproj, pair.weights)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
@@ -103,6 +112,22 @@ def model(tiny_pair: Pair) -> Iterator[kvs.Model]:
 @pytest.fixture(params=[None, SMOOTH], ids=["plain", "kvsmooth"])
 def policy(request: pytest.FixtureRequest) -> kvs.KVSmooth | None:
     return request.param
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Three pictures and a text file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("b10.png", "b9.jpg", "a.webp"):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def image(folder: Path) -> Path:
+    return folder / "b10.png"
 
 
 @dataclass

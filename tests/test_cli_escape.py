@@ -17,7 +17,7 @@ import pytest
 import tiny
 from gguf import GGUFReader
 from PIL import Image
-from test_cli import Window
+from test_cli_process import Window
 
 import pykvsmooth as kvs
 from pykvsmooth.cli.records import dumps

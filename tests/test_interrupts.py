@@ -19,7 +19,6 @@ import pytest
 import tiny
 from conftest import SEED
 from PIL import Image
-from test_cli import endless
 from test_errors import environment
 
 INTERRUPTS = int(os.environ.get("KVS_INTERRUPTS", 8))
@@ -35,7 +34,7 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text, mmproj, _ = tiny.write_pair(
         folder, seed=SEED, load=False, n_layer=8, n_embd=256, n_head=8, n_ff=1024, v_layer=6, v_embd=256, v_head=8, v_ff=1024, image=336
     )
-    endless(text)
+    tiny.endless(text)
     Image.fromarray(np.random.default_rng(SEED).integers(0, 256, (900, 1200, 3), np.uint8)).save(folder / "picture.png")
     options = [
         "--model",

@@ -268,3 +268,9 @@ def write_pair(
         mmproj = write_mmproj(directory / "mmproj.gguf", rng, n_embd=n_embd, type=v_type, **v_options)
     weights = Weights(load_text(text), load_clip(mmproj) if mmproj else None) if load else None
     return text, mmproj, weights
+
+
+def endless(path: str | Path) -> None:
+    """Answers of a random model never end by themselves: the logit of </s> is always 0, and some other token's is above that."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}
+    tensors["output.weight"].data[2] = 0
