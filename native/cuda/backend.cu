@@ -245,24 +245,15 @@ static const kvs_ops cuda_ops = {
     .kv_trim = kvs_cuda_kv_trim,
 };
 
-/* The architecture that kernels were compiled for: older than the device where its driver makes them of PTX. 0: not known */
-#ifdef KVS_SHIM
-static int compiled_for(const kvs_cuda *cu) { return cu->sm; }
-#else
 static __global__ void probe_kernel(void) {}
-static int compiled_for(const kvs_cuda *) {
-    cudaFuncAttributes of = {};
-    return cudaFuncGetAttributes(&of, probe_kernel) == cudaSuccess ? of.ptxVersion : 0;
-}
-#endif
 
 /* Kernels must wait where they say so (kvs_await_previous), and graphs know of it. */
-static bool can_overlap(const kvs_cuda *cu) {
-    enum { KERNELS_WAIT = 90, GRAPHS_KNOW = 12030 };
+static bool can_overlap(void) {
+    enum { GRAPHS_KNOW = 12030 };
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
-    const bool can = compiled_for(cu) >= KERNELS_WAIT && driver >= GRAPHS_KNOW && runtime >= GRAPHS_KNOW;
+    const bool can = kvs_compiled_for(probe_kernel) >= KVS_KERNELS_AWAIT && driver >= GRAPHS_KNOW && runtime >= GRAPHS_KNOW;
     cudaGetLastError();
     return can;
 }
@@ -287,7 +278,7 @@ static bool prepare(kvs_cuda *cu) {
     ok = ok && kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)).host; /* the first chunk of them is there before any step */
     cu->sm = 10 * major + minor;
     cu->fuses = !switched_off("KVS_CUDA_FUSE");
-    cu->overlaps = ok && !switched_off("KVS_CUDA_OVERLAP") && can_overlap(cu);
+    cu->overlaps = ok && !switched_off("KVS_CUDA_OVERLAP") && can_overlap();
     return ok;
 }
 

@@ -8,6 +8,7 @@
 #ifndef KVS_CUDA_H
 #define KVS_CUDA_H
 #include "device.cuh"
+#include "launch.cuh"
 
 extern "C" {
 #include "../backend.h"
@@ -192,26 +193,12 @@ static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, bool awaits, v
     if (cu->status) return;
     const bool early = awaits && cu->behind_kernel;
     cu->behind_kernel = cu->capturing;
-#ifdef KVS_SHIM
-    const int32_t begins = early ? KVS_SHIM_EARLY : awaits ? KVS_SHIM_AWAITS : KVS_SHIM_BEHIND;
-    kvs_shim_launch(
-        name, grid, block, shared, cu->stream, [=]() { kernel(P(args)...); }, begins);
-#else
+#ifndef KVS_SHIM
     if (shared > 48 * 1024 &&
         !kvs_cuda_check(cu, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name))
         return;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = cu->stream;
-    config.attrs = &overlap;
-    config.numAttrs = early;
-    kvs_cuda_check(cu, cudaLaunchKernelEx(&config, kernel, P(args)...), name);
 #endif
+    kvs_cuda_check(cu, kvs_launch_kernel(name, kernel, grid, block, shared, cu->stream, awaits, early, args...), name);
 }
 
 void kvs_cuda_begin(kvs_backend *be, const kvs_step *step); /* step.cu */

@@ -1,6 +1,6 @@
 /* check.cu - small kernels whose results are known: `check NAME` is silent and ends with 0, or says what is wrong. tests/test_shim.py runs them
  * over the shim; compiled by nvcc they say the same of a GPU (make test-gpu begins with `check all`), so that what the shim does is what a GPU does. */
-#include "../../native/cuda/device.cuh"
+#include "../../native/cuda/launch.cuh"
 #include "check.h"
 
 /* ---- where threads are ---- */

@@ -63,34 +63,14 @@ template <class T> struct device_array { /* zeros, or what stands in from; there
 #define LAUNCH(kernel, grid, block, shared, ...) start(#kernel, kernel, grid, block, shared, __VA_ARGS__)
 template <class... P, class... A>
 static inline void start(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... args) {
-#ifdef KVS_SHIM
-    kvs_shim_launch(name, grid, block, shared, the_stream(), [=]() { kernel(P(args)...); });
-#else
-    kernel<<<grid, block, shared, the_stream()>>>(P(args)...);
-    call(cudaGetLastError(), name);
-#endif
+    call(kvs_launch_kernel(name, kernel, grid, block, shared, the_stream(), false, false, args...), name);
 }
 
 /* A kernel that awaits the one in front of it, and begins before that has ended */
 #define LAUNCH_EARLY(kernel, grid, block, ...) start_early(#kernel, kernel, grid, block, __VA_ARGS__)
 template <class... P, class... A> static inline void start_early(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
-#ifdef KVS_SHIM
-    kvs_shim_launch(
-        name, grid, block, 0, the_stream(), [=]() { kernel(P(args)...); }, KVS_SHIM_EARLY);
-#else
-    cudaFuncAttributes of = {};
-    call(cudaFuncGetAttributes(&of, kernel), "cudaFuncGetAttributes");
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.stream = the_stream();
-    config.attrs = &overlap;
-    config.numAttrs = of.ptxVersion >= 90; /* compiled for less it does not wait */
-    call(cudaLaunchKernelEx(&config, kernel, P(args)...), name);
-#endif
+    const bool early = kvs_compiled_for(kernel) >= KVS_KERNELS_AWAIT;
+    call(kvs_launch_kernel(name, kernel, grid, block, 0, the_stream(), true, early, args...), name);
 }
 
 static inline uint32_t next_number() {

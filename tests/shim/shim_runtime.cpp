@@ -123,8 +123,8 @@ static int64_t number(const char *variable, int64_t otherwise) {
     return text && *text ? strtoll(text, nullptr, 10) : otherwise;
 }
 static int n_devices(void) { return (int)number("KVS_SHIM_DEVICES", 1); }
-static int capability(void) { return (int)number("KVS_SHIM_SM", 90); }
-size_t kvs_shim_max_shared(void) { return (capability() < 80 ? 64 : 99) * 1024; }
+int32_t kvs_shim_capability(void) { return (int32_t)number("KVS_SHIM_SM", 90); }
+size_t kvs_shim_max_shared(void) { return (kvs_shim_capability() < 80 ? 64 : 99) * 1024; }
 static uint64_t device_memory(void) { return (uint64_t)number("KVS_SHIM_MEMORY", (int64_t)4 << 30); }
 
 cudaError_t cudaDriverGetVersion(int *version) {
@@ -157,7 +157,7 @@ cudaError_t cudaGetDevice(int *which) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int which) {
     ENTER(true);
     if (which < 0 || which >= n_devices()) return kvs_shim_fail(cudaErrorInvalidDevice);
-    const int sm = capability();
+    const int sm = kvs_shim_capability();
     *p = {"shim on the CPU", device_memory(), 48 * 1024, kvs_shim_max_shared(), sm / 10, sm % 10, 4, 32, 1024, 0, 1 << 20};
     return cudaSuccess;
 }

@@ -5,7 +5,7 @@
  * everything at once: as on a GPU that is idle. Streams don't wait for the default stream, nor it for them (cudaStreamNonBlocking).
  *
  * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
- * capability, 80; below that a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
+ * capability, 90; below 80 a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
  * that function from then on fail with the error of that number. Without a number it is cudaErrorMemoryAllocation for those that allocate,
  * cudaErrorIllegalAddress for cudaStreamSynchronize, else cudaErrorUnknown. After cudaErrorIllegalAddress everything fails, as on a GPU.
  * Device memory begins as NaN, has 256 bytes around it that nobody may write to (looked at by cudaFree), and copies whose kind does not fit the
@@ -102,7 +102,8 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int) { return cudaSuccess; }
 
-size_t kvs_shim_max_shared(void); /* bytes of a block */
+size_t kvs_shim_max_shared(void);  /* bytes of a block */
+int32_t kvs_shim_capability(void); /* 90: of a device of 9.0 */
 /* So far in this process: waits of the host for a stream or an event ("waits"), copies to the host and from it ("to_host", "to_device"; those of
  * a graph count each time that it runs, as its "kernels" do), "graphs" launched and "captures" of new ones. Since KVS_SHIM_FAIL changed: calls of the function that
  * it names ("asked"). There now: "blocks" of devices, "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
