@@ -86,7 +86,7 @@ def test_error_is_within_the_grid(name: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("name", BY_GGUF)
 def test_error_is_below_that_of_the_usual_rounding(name: str, rng: np.random.Generator) -> None:
-    values = weights(rng, 64, 256)
+    values = weights(rng, 512, 256)
     usual = gguf.quants.dequantize(gguf.quants.quantize(values, T[name]), T[name])
     ours, theirs = (np.square(x.astype(np.float64) - values).reshape(-1, 32).sum(1) for x in (there_and_back(values, name), usual))
     assert ours.sum() < 0.97 * theirs.sum()
