@@ -30,17 +30,14 @@ KVS_INLINE vf load_weights(int32_t type, const uint8_t *row, int64_t k) {
                                   : v_load_bf16((const uint16_t *)(const void *)row + k);
 }
 
+static inline int64_t size_of(int32_t type) { return type == KVS_TYPE_F32 ? 4 : 2; }
+
 KVS_INLINE vf load_last(int32_t type, const void *row, int64_t k, int64_t n) { /* n < VW values, zeros after them */
-    int64_t size = type == KVS_TYPE_F32 ? 4 : 2;
+    int64_t size = size_of(type);
     uint8_t part[VW * 4] = {0};
     memcpy(part, (const uint8_t *)row + k * size, (size_t)(n * size));
     return load_weights(type, part, 0);
 }
-
-#ifndef KVS_PREFETCH
-#define KVS_PREFETCH 1024
-#endif
-KVS_INLINE void prefetch(const uint8_t *p) { __builtin_prefetch((const void *)p); }
 
 /* sums[x][row] of n columns; rows row_bytes apart, of activations x_step values */
 KVS_INLINE void tile(int32_t type, int nx, const uint8_t *const w[4], const float *x, int64_t x_step, int64_t n, float sums[][4]) {
@@ -49,7 +46,6 @@ KVS_INLINE void tile(int32_t type, int nx, const uint8_t *const w[4], const floa
         for (int r = 0; r < 4; r++) s[i][r] = v_zero();
     int64_t k = 0;
     for (; k + VW <= n; k += VW) {
-        if (KVS_PREFETCH && nx == 1) prefetch(w[k / VW % 4] + k * (type == KVS_TYPE_F32 ? 4 : 2) + KVS_PREFETCH);
         vf v[3];
         KVS_EACH (i, nx) v[i] = v_load(x + i * x_step + k);
         KVS_EACH (r, 4) {
@@ -105,7 +101,7 @@ static void widen(const kvs_panel *p, int64_t row, int64_t k, int64_t n, float *
 /* Rows are taken as they are (wide NULL), or from wide, which holds the panel's columns k..k + n as float32. */
 static void float_strips(const kvs_panel *p, const float *wide, int64_t k, int64_t n, const float *x, int64_t nx, float *y,
                          int64_t y_step) {
-    int64_t at = p->type == KVS_TYPE_F32 ? 4 * k : 2 * k;
+    int64_t at = size_of(p->type) * k;
     void (*times)(const strip *, const float *, int64_t, int64_t, float *, int64_t) = wide || p->type == KVS_TYPE_F32 ? strip_f32
                                                                                       : p->type == KVS_TYPE_F16       ? strip_f16
                                                                                                                       : strip_bf16;
@@ -127,14 +123,56 @@ static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y,
     }
 }
 
-/* Few activation rows: plain types are read as they lie, each four rows to their ends, so that memory sees long streams. */
+/* ---- few activation rows ---- */
+
+/* Weights are read row by row, one rising stream, and asked for ahead bytes before their use. Sums are those of strips: one vector for
+ * each panel of columns, four panels at a time. */
+KVS_INLINE void row_times(int32_t type, int nx, const kvs_panel *p, const uint8_t *row, const float *x, float *y, int64_t y_step) {
+    for (int64_t at = 0; at < p->cols; at += 4 * KVS_KC) {
+        vf s[3][4];
+        KVS_EACH (i, nx)
+            for (int j = 0; j < 4; j++) s[i][j] = v_zero();
+        KVS_EACH (j, 4) {
+            int64_t k = at + j * KVS_KC, end = KVS_MIN(k + KVS_KC, p->cols);
+            const uint8_t *w = row + k * size_of(type);
+            for (int64_t i = 0; p->ahead && i < (end - k) * size_of(type); i += 64) __builtin_prefetch(w + p->ahead + i);
+            for (; k + VW <= end; k += VW) {
+                vf u = load_weights(type, row, k);
+                KVS_EACH (i, nx) s[i][j] = v_fma(u, v_load(x + i * p->cols + k), s[i][j]);
+            }
+            if (k >= end) continue;
+            vf u = load_last(type, row + k * size_of(type), 0, end - k);
+            KVS_EACH (i, nx) s[i][j] = v_fma(u, load_last(KVS_TYPE_F32, x + i * p->cols + k, 0, end - k), s[i][j]);
+        }
+        KVS_EACH (i, nx) {
+            float sums[4];
+            lane_sums(sums, s[i][0], s[i][1], s[i][2], s[i][3]);
+            for (int64_t j = 0; j < 4 && at + j * KVS_KC < p->cols; j++) y[i * y_step] = at || j ? y[i * y_step] + sums[j] : sums[j];
+        }
+    }
+}
+
+KVS_INLINE void rows_times(int32_t type, const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step) {
+    for (int64_t r = 0; r < p->rows; r++) {
+        const uint8_t *row = p->w + r * p->row_bytes;
+        if (n == 1) row_times(type, 1, p, row, x, y + r, y_step);
+        if (n == 2) row_times(type, 2, p, row, x, y + r, y_step);
+        if (n == 3) row_times(type, 3, p, row, x, y + r, y_step);
+    }
+}
+
 static void floats(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch) {
-    bool few = n <= KVS_FEW_FLOAT, plain = p->type == KVS_TYPE_F32 || (VW > 1 && (p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16));
-    int64_t step = few ? 4 : KVS_ROWS_FLOAT;
-    for (int64_t r = 0; r < p->rows; r += step) {
+    bool plain = p->type == KVS_TYPE_F32 || (VW > 1 && (p->type == KVS_TYPE_F16 || p->type == KVS_TYPE_BF16));
+    if (plain && n <= KVS_FEW_FLOAT) {
+        if (p->type == KVS_TYPE_F32) rows_times(KVS_TYPE_F32, p, x, n, y, y_step);
+        if (p->type == KVS_TYPE_F16) rows_times(KVS_TYPE_F16, p, x, n, y, y_step);
+        if (p->type == KVS_TYPE_BF16) rows_times(KVS_TYPE_BF16, p, x, n, y, y_step);
+        return;
+    }
+    for (int64_t r = 0; r < p->rows; r += KVS_ROWS_FLOAT) {
         kvs_panel part = *p;
         part.w += r * p->row_bytes;
-        part.rows = KVS_MIN(step, p->rows - r);
+        part.rows = KVS_MIN(KVS_ROWS_FLOAT, p->rows - r);
         float_panel(&part, x, n, y + r, y_step, plain ? NULL : scratch);
     }
 }
