@@ -17,6 +17,7 @@ typedef struct cpu_roofs {
     kvs_pool *pool;
     const kvs_isa *isa;
     int64_t span;      /* bytes that one thread reads */
+    int64_t ahead;     /* kvs_isa_ahead() */
     uint8_t *pages[2]; /* mapped when they are first read: by kvs_roof, ordinary and huge */
 } cpu_roofs;
 
@@ -67,7 +68,7 @@ static void read_span(void *arg, int64_t begin, int64_t end, int32_t thread) {
     int64_t at = 0, done = 0;
     (void)thread, (void)end;
     do { /* once at least: on a busy machine the time may be over before a thread begins, and no roof is 0 */
-        all ^= r->isa->roofs->read((const uint64_t *)(span + at), PIECE_BYTES / 8);
+        all ^= r->isa->roofs->read((const uint64_t *)(span + at), PIECE_BYTES / 8, r->ahead);
         done += PIECE_BYTES;
         at = (at + PIECE_BYTES) % r->span;
     } while (kvs_now() < m->until);
@@ -137,6 +138,7 @@ int kvs_cpu_roofs_open(int32_t threads, int64_t bytes, kvs_roofs **out, kvs_erro
     }
     int64_t share = (bytes + kvs_pool_threads(r->pool) - 1) / kvs_pool_threads(r->pool);
     r->span = (share + PIECE_BYTES - 1) / PIECE_BYTES * PIECE_BYTES;
+    r->ahead = kvs_isa_ahead();
     r->base.ops = &ops;
     *out = &r->base;
     return KVS_OK;

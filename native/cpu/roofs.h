@@ -12,8 +12,8 @@ typedef struct kvs_roof_loop {
 
 typedef struct kvs_roof_loops {
     const char *isa;
-    uint64_t (*read)(const uint64_t *p, int64_t n);
-    kvs_roof_loop loops[KVS_ROOF_KINDS]; /* by kvs_roof; those of reading are empty */
+    uint64_t (*read)(const uint64_t *p, int64_t n, int64_t ahead); /* n a multiple of 64; ahead: kvs_isa_ahead() */
+    kvs_roof_loop loops[KVS_ROOF_KINDS];                           /* by kvs_roof; those of reading are empty */
 } kvs_roof_loops;
 extern const kvs_roof_loops kvs_roof_loops_base, kvs_roof_loops_avx2, kvs_roof_loops_avx512, kvs_roof_loops_amx;
 #endif
