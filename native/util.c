@@ -137,8 +137,10 @@ void *kvs_realloc(void *block, uint64_t count, uint64_t size) {
     return block ? grown : counted(grown);
 }
 
-/* A header of 64 bytes in front of the block remembers its length; length 0 means that it came from malloc. */
-enum { ALIGNMENT = 64, MMAP_FROM = 1 << 20 };
+/* A header of 64 bytes in front of the block remembers its length (0 means that it came from malloc), and as much again if the block
+ * asked for huge pages. */
+enum { ALIGNMENT = 64, MMAP_FROM = 1 << 20, HUGE_FROM = 4 << 20 };
+static uint64_t huge_bytes;
 
 void *kvs_calloc_aligned(uint64_t count, uint64_t size) {
     uint64_t bytes;
@@ -162,12 +164,26 @@ void kvs_free_aligned(void *block) {
     if (!block) return;
     void *base = (char *)block - ALIGNMENT;
     uint64_t total = *(uint64_t *)base;
+    __atomic_sub_fetch(&huge_bytes, ((uint64_t *)base)[1], __ATOMIC_RELAXED);
     uncount(base);
     if (total)
         munmap(base, (size_t)total);
     else
         free(base);
 }
+
+void *kvs_calloc_huge(uint64_t bytes) {
+    void *block = kvs_calloc_aligned(bytes, 1);
+#ifdef MADV_HUGEPAGE
+    if (!block || bytes < HUGE_FROM) return block;
+    uint64_t *base = (uint64_t *)(void *)((char *)block - ALIGNMENT);
+    if (!madvise(base, (size_t)base[0], MADV_HUGEPAGE)) base[1] = base[0]; /* a kernel without them says no */
+    __atomic_add_fetch(&huge_bytes, base[1], __ATOMIC_RELAXED);
+#endif
+    return block;
+}
+
+uint64_t kvs_huge_bytes(void) { return __atomic_load_n(&huge_bytes, __ATOMIC_RELAXED); }
 
 uint64_t kvs_hash(uint64_t seed, const void *data, uint64_t n) {
     const unsigned char *p = data;

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { PIECE = 16384 }; /* elements that are worth a thread's while */
 
@@ -14,9 +15,17 @@ static void *cpu_alloc(kvs_backend *be, uint64_t bytes) {
     return kvs_calloc_aligned(bytes, 1);
 }
 
+/* A cache on huge pages is read 1 to 4 % of a token faster, but its first rows make all of it resident, since each head has room for
+ * n_ctx rows. So only while what lies on huge pages, weights too, is at most half of the machine's memory. */
+static bool cache_may_be_huge(uint64_t bytes) {
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 && kvs_huge_bytes() + bytes <= (uint64_t)pages * (uint64_t)page / 2;
+}
+
 static void *cpu_alloc_layers(kvs_backend *be, int32_t n_layer, uint64_t bytes_per_layer) {
     uint64_t bytes;
-    return kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes) ? cpu_alloc(be, bytes) : NULL;
+    if (!kvs_mul_u64((uint64_t)n_layer, bytes_per_layer, &bytes)) return NULL;
+    return cache_may_be_huge(bytes) ? kvs_calloc_huge(bytes) : cpu_alloc(be, bytes);
 }
 
 static void cpu_end_place(kvs_backend *be) { (void)be; }

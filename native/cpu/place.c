@@ -4,8 +4,6 @@
 #include "dots.h"
 #include "stripes.h"
 
-#include <sys/mman.h>
-
 typedef struct copy {
     const kvs_weight *w;
     uint8_t *to;
@@ -13,13 +11,7 @@ typedef struct copy {
 
 void *kvs_cpu_alloc_weights(kvs_backend *be, uint64_t bytes, bool on_host) {
     (void)be, (void)on_host;
-    uint8_t *block = kvs_calloc_aligned(bytes, 1);
-#ifdef MADV_HUGEPAGE
-    const uint64_t page = 4096;
-    uint64_t skip = block ? (page - (uint64_t)(uintptr_t)block % page) % page : 0;
-    if (block && bytes > skip + page) madvise(block + skip, (size_t)((bytes - skip) / page * page), MADV_HUGEPAGE); /* a wish */
-#endif
-    return block;
+    return kvs_calloc_huge(bytes);
 }
 
 uint64_t kvs_cpu_weight_room(kvs_backend *be, const kvs_weight *w) {
