@@ -125,29 +125,47 @@ static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y,
 
 /* ---- few activation rows ---- */
 
+/* s[x][j] += the products of columns k.. of panel j, n of them in each; n % VW == 0 */
+KVS_INLINE void four_panels(int32_t type, int nx, const uint8_t *row, const float *x, int64_t x_step, int64_t n, vf s[3][4]) {
+    for (int64_t k = 0; k < n; k += VW)
+        KVS_EACH (j, 4) {
+            vf u = load_weights(type, row, j * KVS_KC + k);
+            KVS_EACH (i, nx) s[i][j] = v_fma(u, v_load(x + i * x_step + j * KVS_KC + k), s[i][j]);
+        }
+}
+
+KVS_INLINE void one_panel(int32_t type, int nx, const uint8_t *row, const float *x, int64_t x_step, int64_t n, vf s[3][4], int j) {
+    int64_t k = 0;
+    for (; k + VW <= n; k += VW) {
+        vf u = load_weights(type, row, k);
+        KVS_EACH (i, nx) s[i][j] = v_fma(u, v_load(x + i * x_step + k), s[i][j]);
+    }
+    if (k == n) return;
+    vf u = load_last(type, row + k * size_of(type), 0, n - k);
+    KVS_EACH (i, nx) s[i][j] = v_fma(u, load_last(KVS_TYPE_F32, x + i * x_step + k, 0, n - k), s[i][j]);
+}
+
 /* Weights are read row by row, one rising stream, and asked for ahead bytes before their use. Sums are those of strips: one vector for
  * each panel of columns, four panels at a time. */
 KVS_INLINE void row_times(int32_t type, int nx, const kvs_panel *p, const uint8_t *row, const float *x, float *y, int64_t y_step) {
-    for (int64_t at = 0; at < p->cols; at += 4 * KVS_KC) {
+    const int64_t cols = p->cols, size = size_of(type);
+    for (int64_t at = 0; at < cols; at += 4 * KVS_KC) {
+        int64_t n = KVS_MIN(4 * KVS_KC, cols - at);
+        const uint8_t *w = row + at * size;
         vf s[3][4];
         KVS_EACH (i, nx)
-            for (int j = 0; j < 4; j++) s[i][j] = v_zero();
-        KVS_EACH (j, 4) {
-            int64_t k = at + j * KVS_KC, end = KVS_MIN(k + KVS_KC, p->cols);
-            const uint8_t *w = row + k * size_of(type);
-            for (int64_t i = 0; p->ahead && i < (end - k) * size_of(type); i += 64) __builtin_prefetch(w + p->ahead + i);
-            for (; k + VW <= end; k += VW) {
-                vf u = load_weights(type, row, k);
-                KVS_EACH (i, nx) s[i][j] = v_fma(u, v_load(x + i * p->cols + k), s[i][j]);
-            }
-            if (k >= end) continue;
-            vf u = load_last(type, row + k * size_of(type), 0, end - k);
-            KVS_EACH (i, nx) s[i][j] = v_fma(u, load_last(KVS_TYPE_F32, x + i * p->cols + k, 0, end - k), s[i][j]);
-        }
+            KVS_EACH (j, 4) s[i][j] = v_zero();
+        for (int64_t i = 0; p->ahead && i < n * size; i += 64) __builtin_prefetch(w + p->ahead + i);
+        if (n == 4 * KVS_KC)
+            four_panels(type, nx, w, x + at, cols, KVS_KC, s);
+        else
+            KVS_EACH (j, 4)
+                if (j * KVS_KC < n)
+                    one_panel(type, nx, w + j * KVS_KC * size, x + at + j * KVS_KC, cols, KVS_MIN(KVS_KC, n - j * KVS_KC), s, j);
         KVS_EACH (i, nx) {
             float sums[4];
             lane_sums(sums, s[i][0], s[i][1], s[i][2], s[i][3]);
-            for (int64_t j = 0; j < 4 && at + j * KVS_KC < p->cols; j++) y[i * y_step] = at || j ? y[i * y_step] + sums[j] : sums[j];
+            for (int64_t j = 0; j * KVS_KC < n; j++) y[i * y_step] = at || j ? y[i * y_step] + sums[j] : sums[j];
         }
     }
 }
