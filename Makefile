@@ -21,7 +21,7 @@ bench: $(VENV)/installed ## measure speed: of the model in the box, or MODEL=F.g
 	@$(BIN)/pykvsmooth bench $(if $(MODEL),--model "$(MODEL)") $(if $(MMPROJ),--mmproj "$(MMPROJ)") $(ARGS)
 
 test: lint $(VENV)/installed inject test-cuda test-cuda-races amx-emulated ## lint, then the whole test suite
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n $(JOBS)
 
 # A library whose every allocation, lock and thread the tests can refuse
 inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails once
@@ -100,7 +100,7 @@ amx-emulated: $(VENV)/installed $(VENV)/tools ## the kernels for AMX on a machin
 	@if ! grep -qs avx512_vnni /proc/cpuinfo; then echo "amx-emulated: skipped, this CPU has no AVX-512 with VNNI"; exit 0; fi; set -ex; \
 	$(BIN)/cmake --preset amx-emulated -G Ninja; $(BIN)/cmake --build --preset amx-emulated -j $(JOBS); \
 	KVS_LIBRARY=$(CURDIR)/build/amx-emulated/libkvs.so PYTHONPATH=$(CURDIR) KVS_CPU=amx $(BIN)/python -m pytest -p no:cacheprovider \
-	    tests/test_matmul.py tests/test_bf16.py tests/test_stories.py
+	    tests/test_matmul.py tests/test_bf16.py tests/test_stories.py tests/test_isas.py tests/test_model.py
 
 soak: $(VENV)/installed ## 1,000 captions, 500 interrupts, 1,000 models: memory flat, nothing left, the end at once (a quarter of an hour)
 	KVS_SOAK=1000 KVS_INTERRUPTS=500 KVS_INTERRUPT_SECONDS=0.5 KVS_MODELS=1000 $(BIN)/pytest tests/test_soak.py tests/test_interrupts.py tests/test_processes.py -s

@@ -24,7 +24,7 @@ SHARED = HERE.parents[1] / "shared" / "data"
 
 import tiny
 from answers import SMOOTH
-from devices import DEVICE
+from devices import DEVICE, MODEL_SETS
 
 import pykvsmooth as kvs
 from pykvsmooth._native import library_path
@@ -98,8 +98,15 @@ def cpu_isas() -> list[str]:
 
 @pytest.fixture(scope="session")
 def isas(cpu_isas: list[str]) -> list[str]:
-    """Those, and "cuda" where a GPU, or tests/shim in its place, can be had: for what holds of every device."""
+    """Those, and "cuda" where a GPU, or tests/shim in its place, can be had: for what holds of every device. Tests loop over them, and
+    say nothing of those that are not here: test_isas.py does, by a skip for each."""
     return cpu_isas + _kernels("cuda")
+
+
+@pytest.fixture(scope="module", params=MODEL_SETS)
+def model_isa(request: pytest.FixtureRequest) -> str | None:
+    """Kernels for devices.open_model: each set in turn that the tests' device has."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

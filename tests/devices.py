@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+import pykvsmooth as kvs
 from pykvsmooth._native import lib
 
 DEVICE = os.environ.get("KVS_TEST_DEVICE", "cpu")
@@ -18,3 +19,14 @@ def kernel_set(isa: str) -> object:
 
 
 KERNEL_SETS = [kernel_set(isa) for isa in ("base", "avx2", "avx512", "amx")]
+MODEL_SETS = KERNEL_SETS if DEVICE == "cpu" else [pytest.param(None, id=DEVICE)]  # those of the device that models of tests run on
+
+
+def open_model(path: object, isa: str | None, device: str = DEVICE, **options: object) -> kvs.Model:
+    """A model that computes by these kernels; None: by those of its device."""
+    with pytest.MonkeyPatch.context() as patch:
+        if isa:
+            patch.setenv("KVS_CPU", isa)
+        model = kvs.Model(path, device=device, **options)
+    assert isa is None or f"kernels: {isa} (" in model.device_reason, model.device_reason
+    return model

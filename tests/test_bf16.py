@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from devices import NO_AMX
+from devices import DEVICE, NO_AMX, open_model
 from test_matmul import ALL_SETS, FEW, block_of, check, matmul, pointer
 from test_quant import TYPES, expected, random_blocks
 from twins import picture, pixels
 
 import pykvsmooth as kvs
 from pykvsmooth._native import lib
+from pykvsmooth.bench.roofs import Roofs
+from pykvsmooth.machine import cpu_text
 
 BF16, NONE = 1, 2  # kvs_rounding of backend.h
 ULP = 2.0**-24  # half of the distance of 1 to the next float32: what an addition may lose
@@ -102,12 +104,14 @@ def test_float32_when_asked_for(isa: str, name: str, rng: np.random.Generator) -
         assert (asked.tobytes() == y.tobytes()) == (name == "F32" or not lib.kvs_test_bf16(isa.encode()))
 
 
-def test_who_has_bf16() -> None:
-    from pykvsmooth.machine import cpu_text
-
+def test_who_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not lib.kvs_test_bf16(b"base") and not lib.kvs_test_bf16(b"avx2") and not lib.kvs_test_bf16(b"no such kernels")
     if "avx512bf16" not in cpu_text():
         assert not lib.kvs_test_bf16(b"avx512") and not lib.kvs_test_bf16(b"amx")
+    elif cpu_text().startswith("AMD ") and lib.kvs_test_isa(b"avx512"):  # fast there, where the build knows the instruction at all
+        monkeypatch.setenv("KVS_CPU", "avx512")
+        with Roofs(1, 1) as roofs:
+            assert bool(lib.kvs_test_bf16(b"avx512")) == ("bf16" in roofs.kinds)
 
 
 # ---- attention ----
@@ -179,16 +183,18 @@ AUTO_ERROR, AUTO_COSINE = 0.05, 0.995
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_precision_of_pictures(tower: str, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_precision_of_pictures(tower: str, model_isa: str | None, rng: np.random.Generator, tmp_path: Path) -> None:
+    """On every kernel set: "auto" is bf16 exactly where that is fast, and then not what "exact" is, to the bit."""
     kind = "f16" if tower == "deep" else tower
     text, mmproj, weights = tiny.write_pair(tmp_path, seed=int(rng.integers(1 << 30)), n_layer=1, v_type=kind, **TOWERS[tower])
     image = picture(rng, weights.clip.image_size)
-    truth, rows = weights.clip.encode(pixels(image)), {}
+    truth, rows, used = weights.clip.encode(pixels(image)), {}, {}
     for precision in ("auto", "exact"):
-        with kvs.Model(text, mmproj=mmproj, precision=precision) as model:
-            rows[precision] = model.encode_image(image).astype(np.float64)
-            fast = model.vision_precision == "bf16"
-    assert not fast
+        with open_model(text, model_isa, mmproj=mmproj, precision=precision) as model:
+            rows[precision], used[precision] = model.encode_image(image).astype(np.float64), model.vision_precision
+    fast = bool(lib.kvs_test_bf16((model_isa or DEVICE).encode()))
+    assert used == {"auto": "bf16" if fast else "f32", "exact": "f32"}
+    assert (rows["auto"].tobytes() == rows["exact"].tobytes()) == (not fast)
     assert np.abs(rows["exact"] - truth).max() <= 1e-3
     error = np.linalg.norm(rows["auto"] - truth) / np.linalg.norm(truth)
     cosine = (rows["auto"] * truth).sum(-1) / np.linalg.norm(rows["auto"], axis=-1) / np.linalg.norm(truth, axis=-1)

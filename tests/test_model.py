@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from devices import DEVICE, KERNEL_SETS
+from devices import DEVICE, KERNEL_SETS, open_model
 from reference import Text
 from test_quant import SIZES
 from test_reference import GOLDEN, half_split
@@ -27,8 +27,8 @@ def golden(shared_data: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, An
 
 
 @pytest.fixture(scope="module", params=["mmproj-f32.gguf", "mmproj-legacy-f32.gguf"])
-def golden_model(golden: tuple, request: pytest.FixtureRequest) -> Iterator[kvs.Model]:
-    with kvs.Model(golden[0] / "text-f32.gguf", mmproj=golden[0] / request.param, device=DEVICE) as model:
+def golden_model(golden: tuple, model_isa: str | None, request: pytest.FixtureRequest) -> Iterator[kvs.Model]:
+    with open_model(golden[0] / "text-f32.gguf", model_isa, mmproj=golden[0] / request.param) as model:
         yield model
 
 

@@ -1,4 +1,5 @@
-"""stories260K, a real trained model: the exact text that llama2.c's own test expects, also across save and load, rewind and fork."""
+"""stories260K, a real trained model: the exact text that llama2.c's own test expects, also across save and load, rewind and fork, on every
+kernel set that is here."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import DEVICE
+from devices import open_model
 
 import pykvsmooth as kvs
 
@@ -44,8 +45,8 @@ def path(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(path: Path) -> Iterator[kvs.Model]:
-    with kvs.Model(path, device=DEVICE) as model:
+def model(path: Path, model_isa: str | None) -> Iterator[kvs.Model]:
+    with open_model(path, model_isa) as model:
         yield model
 
 
@@ -63,12 +64,15 @@ def test_the_expected_text(model: kvs.Model, expected: tuple[list[int], str]) ->
     assert model.detokenize(ids) == text
 
 
-def test_after_save_and_a_new_process(path: Path, model: kvs.Model, expected: tuple[list[int], str], tmp_path: Path) -> None:
+def test_after_save_and_a_new_process(
+    path: Path, model_isa: str | None, model: kvs.Model, expected: tuple[list[int], str], tmp_path: Path
+) -> None:
     ids, text = expected
     with begin(model) as session:
         head = greedy(session, 83)
         session.save(tmp_path / "half")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    environment |= {"KVS_CPU": model_isa} if model_isa else {}
     arguments = [sys.executable, "-c", CONTINUE, str(path), str(tmp_path / "half"), str(len(ids) - 83)]
     tail = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
     assert model.detokenize(head + [int(i) for i in tail.split()]) == text
@@ -110,10 +114,11 @@ def test_as_a_stream(model: kvs.Model, expected: tuple[list[int], str]) -> None:
         assert "".join(token.text for token in stream) == text
 
 
-def test_q8_0_weights_stay_close(path: Path, model: kvs.Model, expected: tuple[list[int], str]) -> None:
+def test_q8_0_weights_stay_close(path: Path, model_isa: str | None, model: kvs.Model, expected: tuple[list[int], str]) -> None:
     """Forced along the text, the quantized file chooses the same token where the margin is not tiny."""
     ids, _ = expected
-    with kvs.Model(path.with_name("stories260K-Q8_0.gguf"), device=DEVICE) as quantized, begin(model) as exact, begin(quantized) as rounded:
+    rounded_file = path.with_name("stories260K-Q8_0.gguf")
+    with open_model(rounded_file, model_isa) as quantized, begin(model) as exact, begin(quantized) as rounded:
         errors, scale = [], []
         for token in ids[:100]:
             a, b = exact.logits(), rounded.logits()
