@@ -4,22 +4,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-void kvs_device_fail(kvs_backend *be, const char *format, ...) {
+void kvs_device_fail(kvs_backend *be, bool for_good, const char *format, ...) {
     int32_t expected = 0;
     while (be->device) be = be->device;
-    if (!__atomic_compare_exchange_n(&be->failed, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+    if (!__atomic_compare_exchange_n(&be->failed, &expected, KVS_FAILING, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
     va_list args;
     va_start(args, format);
     vsnprintf(be->failure, sizeof be->failure, format, args);
     va_end(args);
-    __atomic_store_n(&be->failed, 2, __ATOMIC_RELEASE);
+    __atomic_store_n(&be->failed, for_good ? KVS_FAILED_FOR_GOOD : KVS_FAILED, __ATOMIC_RELEASE);
 }
 
 int kvs_device_check(const kvs_backend *be, kvs_error *err) {
     while (be->device) be = be->device;
     int32_t failed = __atomic_load_n(&be->failed, __ATOMIC_ACQUIRE);
     if (!failed) return KVS_OK;
-    return kvs_fail(err, KVS_E_DEVICE, "%s failed: %s; load the model again", be->name, failed == 2 ? be->failure : "see the first error");
+    return kvs_fail(err, KVS_E_DEVICE, "%s failed: %s; %s", be->name, failed > KVS_FAILING ? be->failure : "see the first error",
+                    failed == KVS_FAILED_FOR_GOOD ? "restart the process, or load the model with device=\"cpu\"" : "load the model again");
 }
 
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what) {

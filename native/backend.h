@@ -16,6 +16,12 @@ enum { KVS_MAX_HEAD_DIM = 512 }; /* loaders refuse more: kernels have room for s
 
 typedef struct kvs_ops kvs_ops;
 
+enum kvs_failed {                     /* of a device */
+                  KVS_FAILING = 1,    /* somebody is writing down why */
+                  KVS_FAILED,         /* models may be loaded again */
+                  KVS_FAILED_FOR_GOOD /* not by this process */
+};
+
 typedef struct kvs_backend { /* a device of this process; each device's own struct begins with it */
     const kvs_ops *ops;
     char name[32];                    /* "cpu", "cuda:0" */
@@ -26,7 +32,7 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     bool whole_arrays;                /* alloc_layers is asked for all layers, also for those that are the CPU's */
     struct kvs_backend *device;       /* whose failure is this one's: of a backend over others; or NULL */
     int32_t failed;                   /* atomic; not 0: what it holds, and gave since then, is not to be used: kvs_device_check */
-    char failure[160];                /* why, once failed is 2 */
+    char failure[256];                /* why, once failed is more than KVS_FAILING */
     int32_t threads, threads_missing; /* missing: of the default, they could not be started */
 } kvs_backend;
 
@@ -238,8 +244,8 @@ int kvs_cpu_open(int32_t threads, kvs_backend **out, kvs_error *err);
 int kvs_cpu_open_isa(const char *name, int32_t threads, kvs_backend **out, kvs_error *err);
 /* backend.c. KVS_E_DEVICE once the device has failed: after copies, which return nothing, and whatever else came from there. */
 int kvs_device_check(const kvs_backend *be, kvs_error *err);
-/* The device is not used again: the first failure of them all is what is told. Any thread. */
-void kvs_device_fail(kvs_backend *be, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* The device is not used again: the first failure of them all is what is told. for_good: nor can another model of this process. Any thread. */
+void kvs_device_fail(kvs_backend *be, bool for_good, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* KVS_E_MEMORY, with what the device has left if that is known. */
 int kvs_fail_room(kvs_backend *be, kvs_error *err, uint64_t needed, const char *what);
 int32_t kvs_cuda_index(const char *device);                          /* of "cuda" or "cuda:N", N below 100; else -1 */

@@ -15,7 +15,8 @@ static int open_cpu_instead(const kvs_model_params *p, kvs_model *model, const c
     if (status) return status;
     char kernels[sizeof model->be->reason];
     memcpy(kernels, model->be->reason, sizeof kernels);
-    snprintf(model->be->reason, sizeof model->be->reason, "%.140s; %.80s", why, kernels);
+    int n = snprintf(model->be->reason, sizeof model->be->reason, "%.160s; ", why);
+    snprintf(model->be->reason + n, sizeof model->be->reason - (size_t)n, "%.80s", kernels);
     return KVS_OK;
 }
 
@@ -45,8 +46,8 @@ static int open_auto(const kvs_model_params *p, kvs_model *model, kvs_error *err
         kvs_fail(err, status, "gpu_layers: %d layers on a GPU can't be had: %.200s; leave gpu_layers away", p->gpu_layers, no_gpu.message);
         return with_bytes(err, &no_gpu, status);
     }
-    char why[160];
-    snprintf(why, sizeof why, "no GPU: %.140s", no_gpu.message);
+    char why[168];
+    snprintf(why, sizeof why, "no GPU: %.159s", no_gpu.message);
     return open_cpu_instead(p, model, why, err);
 }
 

@@ -80,7 +80,7 @@ static void move_layer(kvs_cache *cache, const kvs_move *moves, int32_t n, bool 
     if (!back) be->ops->kv_trim(be, &cache->kv, moves->layer, moves->n_rows - moves->n);
     /* Nothing in it should fail. If it does, rows are not where the cache thinks they are, and nobody may go on with them. */
     kvs_error why = {.struct_size = sizeof why};
-    if (be->ops->end(be, &why)) kvs_device_fail(be, "rows of pictures could not be moved: %.100s", why.message);
+    if (be->ops->end(be, &why)) kvs_device_fail(be, false, "rows of pictures could not be moved: %.100s", why.message);
 }
 
 /* Rows out, or back in, as the timeline is now. false: cancelled, and they are where they were. */

@@ -133,7 +133,8 @@ class Model:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._end_ids = self._find_end_ids()
         self.load_s = time.perf_counter() - begin
-        level = logging.WARNING if re.match("cuda:[0-9]+ is not used", self.device_reason) else logging.INFO
+        gone = re.match("cuda:[0-9]+ is not used|no GPU: CUDA can't be used until", self.device_reason)
+        level = logging.WARNING if gone else logging.INFO
         _log.log(level, "%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
         if os.environ.get("KVS_CHECK") == "1" and not self.n_gpu_layers and self.device == "cpu":
             _log.warning("%s: KVS_CHECK=1 compares a GPU with the CPU; on the CPU there is nothing to compare", self.path)

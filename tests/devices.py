@@ -1,11 +1,13 @@
 """The device that tests of models and sessions run on: the CPU, or what KVS_TEST_DEVICE names (make test-cuda says "cuda")."""
 
+import ctypes
 import os
+from collections.abc import Iterator
 
 import pytest
 
 import pykvsmooth as kvs
-from pykvsmooth._native import lib
+from pykvsmooth._native import lib, library_path
 
 DEVICE = os.environ.get("KVS_TEST_DEVICE", "cpu")
 
@@ -30,3 +32,14 @@ def open_model(path: object, isa: str | None, device: str = DEVICE, **options: o
         model = kvs.Model(path, device=device, **options)
     assert isa is None or f"kernels: {isa} (" in model.device_reason, model.device_reason
     return model
+
+
+def revive() -> None:
+    """After an error that stays the shim is broken until the process ends, as a GPU is; then it goes on as a new process would find it."""
+    ctypes.CDLL(str(library_path)).kvs_shim_revive()
+
+
+@pytest.fixture
+def revived() -> Iterator[None]:
+    yield
+    revive()

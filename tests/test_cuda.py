@@ -200,21 +200,6 @@ def test_a_copy_that_finds_no_memory(call: str, tiny_pair, tmp_path: Path, monke
     assert failed
 
 
-@pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")
-def test_a_device_that_has_failed(tiny_pair, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of that model is to be trusted any more; the process, and models on the CPU, go on."""
-    with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda") as model, model.session(n_ctx=64) as session:
-        session.feed([1, 2, 3])
-        monkeypatch.setenv("KVS_SHIM_FAIL", "cudaStreamSynchronize:1")
-        with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: cudaStreamSynchronize.*cudaErrorIllegalAddress"):
-            session.feed([4], generated=True)
-        monkeypatch.delenv("KVS_SHIM_FAIL")
-        for what in (lambda: session.feed([4], generated=True), lambda: session.kv(0), lambda: model.encode_image(picture(rng))):
-            with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: .*load the model again"):
-                what()
-    assert caption(tiny_pair, picture(rng), "cpu")
-
-
 def test_threads_and_models_share_a_device(tiny_pair, rng: np.random.Generator) -> None:
     image = picture(rng)
     expected = caption(tiny_pair, image)

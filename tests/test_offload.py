@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from devices import revived  # noqa: F401
 from test_numeric import PARTS, tensor
 from twins import feed_with_flag, picture, step_together, tokens
 
@@ -388,6 +389,7 @@ def test_sessions_that_do_not_fit(pair: tuple[str, str], monkeypatch: pytest.Mon
 
 
 @needs_shim
+@pytest.mark.usefixtures("revived")
 @pytest.mark.parametrize("layers", [2, N_LAYER])
 def test_a_device_that_fails_ends_the_model(layers: int, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with load(pair, layers) as model, model.session(n_ctx=64) as session:
@@ -397,7 +399,7 @@ def test_a_device_that_fails_ends_the_model(layers: int, pair: tuple[str, str], 
             for _ in range(4):
                 session.feed([7], generated=True)
         monkeypatch.delenv("KVS_SHIM_FAIL")
-        with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: .*; load the model again"):
+        with pytest.raises(kvs.DeviceError, match=r"cuda:0 failed: .*; restart the process, or load the model with device=\"cpu\""):
             session.feed([7], generated=True)
 
 

@@ -157,10 +157,12 @@ static int cuda_end(kvs_backend *be, kvs_error *err) {
 #define KVS_CUDA_ARCHS "shim"
 #endif
 
+#define GONE "CUDA can't be used until this process is restarted: "
+
 /* NULL: devices are there, *n of them. Else why not. */
 static const char *count_devices(int *n) {
     int driver = 0, runtime = 0;
-    static thread_local char reason[128];
+    static thread_local char reason[192];
     *n = 0;
     cudaError_t error = cudaGetDeviceCount(n);
     cudaGetLastError();
@@ -173,7 +175,7 @@ static const char *count_devices(int *n) {
         snprintf(reason, sizeof reason, "the NVIDIA driver knows CUDA %d.%d, and this build needs %d.0", driver / 1000, driver % 1000 / 10,
                  runtime / 1000);
     else
-        snprintf(reason, sizeof reason, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+        snprintf(reason, sizeof reason, "%s%s (%s)", kvs_cuda_lasts(error) ? GONE : "", cudaGetErrorString(error), cudaGetErrorName(error));
     return reason;
 }
 
@@ -258,9 +260,9 @@ static bool can_overlap(void) {
     return can;
 }
 
-static bool switched_off(const char *name) {
+static bool is_set(const char *name, const char *to) {
     const char *value = getenv(name);
-    return value && !strcmp(value, "0");
+    return value && !strcmp(value, to);
 }
 
 static bool prepare(kvs_cuda *cu) {
@@ -277,8 +279,9 @@ static bool prepare(kvs_cuda *cu) {
         ok = kvs_cuda_check(cu, cudaEventCreateWithFlags(&cu->marks[i], cudaEventDisableTiming), "cudaEventCreateWithFlags");
     ok = ok && kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)).host; /* the first chunk of them is there before any step */
     cu->sm = 10 * major + minor;
-    cu->fuses = !switched_off("KVS_CUDA_FUSE");
-    cu->overlaps = ok && !switched_off("KVS_CUDA_OVERLAP") && can_overlap();
+    cu->fuses = !is_set("KVS_CUDA_FUSE", "0");
+    cu->overlaps = ok && !is_set("KVS_CUDA_OVERLAP", "0") && can_overlap();
+    cu->waits = is_set("KVS_CUDA_SYNC", "1");
     return ok;
 }
 
@@ -307,7 +310,7 @@ int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
     describe(cu);
     int status = KVS_OK;
     if (!ok && kvs_cuda_failed(cu))
-        status = kvs_fail(err, KVS_E_DEVICE, "%s", cu->base.failure);
+        status = kvs_fail(err, KVS_E_DEVICE, "%s%s", cu->base.failed == KVS_FAILED_FOR_GOOD ? GONE : "", cu->base.failure);
     else if (!ok)
         status = kvs_fail(err, KVS_E_MEMORY, "out of memory on cuda:%d", (int)index);
     else if (cu->sm < 75)

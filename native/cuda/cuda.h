@@ -89,6 +89,7 @@ enum { KVS_CUDA_GRAPHS = 8 };
 typedef struct kvs_cuda_graph {
     kvs_cuda_list list; /* what it does */
     cudaGraphExec_t exec;
+    const char *last_kernel;
     uint64_t last_use;
 } kvs_cuda_graph;
 
@@ -105,6 +106,8 @@ struct kvs_cuda {
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
     bool fuses;                           /* neighbours in one launch, where fuse.cu can */
     bool overlaps;                        /* kernels of a graph may begin early */
+    bool waits;                           /* for each kernel, so that one that fails is named: KVS_CUDA_SYNC */
+    const char *last_kernel;              /* atomic; that was launched */
     cudaStream_t stream;
     /* between begin and end */
     const kvs_step *step;
@@ -178,8 +181,10 @@ uint8_t *kvs_cuda_scratch(kvs_cuda *cu, int32_t which, uint64_t bytes); /* NULL:
 void kvs_cuda_flush(kvs_cuda *cu);
 void kvs_cuda_wait(kvs_cuda *cu); /* flush, then until all is done */
 
-/* kvs_device_fail, with the error in words */
+bool kvs_cuda_lasts(cudaError_t error); /* the process can't use CUDA any more */
+/* kvs_device_fail, with the error in words. One that lasts is of some kernel before, and is seen where the host asks next: the last one is named. */
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what);
+void kvs_cuda_launched(kvs_cuda *cu, const char *kernel); /* a literal */
 /* true if the call went well; else the step has failed, and "what" is named. Errors that stick make the model unusable. */
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what);
 
@@ -198,7 +203,8 @@ static inline void kvs_cuda_start(kvs_cuda *cu, const char *name, bool awaits, v
         !kvs_cuda_check(cu, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name))
         return;
 #endif
-    kvs_cuda_check(cu, kvs_launch_kernel(name, kernel, grid, block, shared, cu->stream, awaits, early, args...), name);
+    if (kvs_cuda_check(cu, kvs_launch_kernel(name, kernel, grid, block, shared, cu->stream, awaits, early, args...), name))
+        kvs_cuda_launched(cu, name);
 }
 
 void kvs_cuda_begin(kvs_backend *be, const kvs_step *step); /* step.cu */

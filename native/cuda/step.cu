@@ -6,8 +6,38 @@
 
 enum { CHUNK_BYTES = 1 << 18, REPORT_BYTES = 1 << 14, ALIGN = 256, MARK_EVERY = 4 };
 
+/* Those of which CUDA says "the process must be terminated and relaunched"; by number, since not every CUDA 12 knows all names. */
+bool kvs_cuda_lasts(cudaError_t error) {
+    switch ((int)error) {
+    case 214: /* an uncorrectable error of memory */
+    case 226:
+    case cudaErrorIllegalAddress:
+    case 702: /* a kernel took too long */
+    case 710: /* an assertion */
+    case 714:
+    case 715:
+    case 716:
+    case 717:
+    case 718:
+    case cudaErrorLaunchFailure:
+    case 721:
+    case 810:
+    case 911: return true;
+    default: return false;
+    }
+}
+
 void kvs_cuda_fail(kvs_cuda *cu, cudaError_t error, const char *what) {
-    kvs_device_fail(&cu->base, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+    const bool lasts = kvs_cuda_lasts(error);
+    const char *kernel = lasts && !cu->waits ? __atomic_load_n(&cu->last_kernel, __ATOMIC_RELAXED) : NULL;
+    char hint[160] = "";
+    if (kernel) snprintf(hint, sizeof hint, "; this model's last kernel was %.60s, KVS_CUDA_SYNC=1 names the one that failed", kernel);
+    kvs_device_fail(&cu->base, lasts, "%.70s: %s (%s)%s", what, cudaGetErrorString(error), cudaGetErrorName(error), hint);
+}
+
+void kvs_cuda_launched(kvs_cuda *cu, const char *kernel) {
+    if (cu->waits) kvs_cuda_check(cu, cudaStreamSynchronize(cu->stream), kernel);
+    __atomic_store_n(&cu->last_kernel, kernel, __ATOMIC_RELAXED);
 }
 
 bool kvs_cuda_check(kvs_cuda *cu, cudaError_t error, const char *what) {
@@ -286,6 +316,7 @@ static kvs_cuda_graph *capture(kvs_cuda *cu) {
     bool ok = kvs_cuda_check(cu, cudaStreamEndCapture(cu->stream, &captured), "cudaStreamEndCapture") && !cu->status &&
               kvs_cuda_check(cu, cudaGraphInstantiate(&graph->exec, captured, 0), "cudaGraphInstantiate");
     if (captured) cudaGraphDestroy(captured);
+    graph->last_kernel = cu->last_kernel;
     if (!ok) {
         graph->exec = NULL;
         return NULL;
@@ -300,11 +331,15 @@ static void run_noted(kvs_cuda *cu) {
     if (!cu->list.used || kvs_cuda_stopped(cu)) return;
     send_staged(cu);
     if (cu->status) return; /* the graph would run on rows of an earlier step */
+    if (cu->waits) {        /* the kernels of the graph, one by one */
+        kvs_cuda_launch_noted(cu);
+        return;
+    }
     kvs_cuda_graph *graph = known_graph(cu);
     if (!graph) graph = capture(cu);
     if (!graph) return;
     graph->last_use = cu->n_steps;
-    kvs_cuda_check(cu, cudaGraphLaunch(graph->exec, cu->stream), "cudaGraphLaunch");
+    if (kvs_cuda_check(cu, cudaGraphLaunch(graph->exec, cu->stream), "cudaGraphLaunch")) kvs_cuda_launched(cu, graph->last_kernel);
 }
 
 void kvs_cuda_free_steps(kvs_cuda *cu) {

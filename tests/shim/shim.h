@@ -292,7 +292,7 @@ KVS_DEVICE void kvs_ldmatrix_x4_turned(uint32_t r[4], const void *shared, KVS_SH
 }
 
 /* What is to be copied is NaN from the call on, and copied when it is waited for: both who reads too early and who still reads
- * what stood there before will see it. */
+ * what stood there before will see it. On a device before 8.0 it is copied at once. */
 void kvs_shim_async(void *shared, const void *global);
 void kvs_shim_async_commit(void);
 void kvs_shim_async_wait(uint32_t n);

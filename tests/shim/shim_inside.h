@@ -10,6 +10,7 @@ struct kvs_shim_stream {
     kvs_shim_queue *queue;
     kvs_shim_graph *capture; /* what is being captured, or NULL */
     bool spoilt;             /* by a call that may not be captured */
+    int device;              /* of the thread that made it */
 };
 
 enum kvs_shim_count { WAITS, TO_HOST, TO_DEVICE, GRAPHS, CAPTURES, KERNELS, EARLY, ASKED, BLOCKS, PINNED, OBJECTS, COUNTS };
@@ -22,10 +23,11 @@ cudaError_t kvs_shim_enter(const char *name,
 #define ENTER(safe)                                                                                                                        \
     if (cudaError_t error = kvs_shim_enter(__func__, safe)) return error
 
-bool kvs_shim_broken(void); /* by an error that stays: nothing runs any more */
-/* Broken devices give back what they have, too, if with an error: the process goes on with a device that is well again. */
-static inline bool kvs_shim_gives_back(cudaError_t error) { return !error || error == cudaErrorIllegalAddress; }
+cudaError_t kvs_shim_broken(void); /* by an error that stays: nothing runs any more */
+/* Broken devices give back what they have, too, if with an error: so tests can see that nobody forgets to ask. */
+static inline bool kvs_shim_gives_back(cudaError_t error) { return !error || error == kvs_shim_broken(); }
 
+int kvs_shim_device(void);                 /* this host thread's */
 bool kvs_shim_on_device(const void *p);    /* in an allocated block */
 bool kvs_shim_awaited(void);               /* by the thread that runs: the kernel in front */
 void kvs_shim_finish(cudaStream_t stream); /* what waits in it is done; NULL: the default stream */

@@ -15,18 +15,20 @@
 static std::mutex lock; /* of all that is static here */
 static thread_local cudaError_t last;
 static thread_local int device;
-static std::atomic<bool> broken; /* by an error that stays */
+static std::atomic<cudaError_t> broken; /* by an error that stays, whatever KVS_SHIM_FAIL says then */
 
 /* ---- counting ---- */
 
 std::atomic<long long> kvs_shim_so_far[COUNTS];
+
+static uint64_t total_allocated(void);
 
 long long kvs_shim_counted(const char *what) {
     static const char *const names[COUNTS] = {"waits", "to_host", "to_device", "graphs", "captures", "kernels",
                                               "early", "asked",   "blocks",    "pinned", "objects"};
     for (int i = 0; i < COUNTS; i++)
         if (!strcmp(what, names[i])) return kvs_shim_so_far[i];
-    return -1;
+    return strcmp(what, "bytes") ? -1 : (long long)total_allocated();
 }
 
 static void count_copy(cudaMemcpyKind kind) {
@@ -50,6 +52,8 @@ static const struct {
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {cudaErrorAssert, "cudaErrorAssert", "device-side assert triggered"},
+    {cudaErrorMisalignedAddress, "cudaErrorMisalignedAddress", "misaligned address"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
     {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"},
@@ -89,32 +93,42 @@ static failure parse_failure(const std::string &text) {
     failure asked = {text.substr(0, first), first == text.npos ? 1 : atol(text.c_str() + first + 1), cudaErrorUnknown};
     if (second != text.npos)
         asked.error = (cudaError_t)atol(text.c_str() + second + 1);
-    else if (asked.name == "cudaStreamSynchronize")
+    else if (asked.name == "cudaStreamSynchronize" || asked.name.find("cuda"))
         asked.error = cudaErrorIllegalAddress;
     else if (asked.name == "cudaMalloc" || asked.name == "cudaMallocHost")
         asked.error = cudaErrorMemoryAllocation;
     return asked;
 }
 
-/* What KVS_SHIM_FAIL says of this call. */
+static bool stays(cudaError_t error) {
+    return error == cudaErrorIllegalAddress || error == cudaErrorAssert || error == cudaErrorMisalignedAddress ||
+           error == cudaErrorLaunchFailure;
+}
+
+static std::string said; /* by KVS_SHIM_FAIL */
+static failure asked;    /* what that means */
+
+/* What it says of this call, or of this kernel that begins. */
 cudaError_t kvs_shim_asked(const char *name) {
-    static std::string said;
-    static failure asked;
     const char *text = getenv("KVS_SHIM_FAIL");
     std::lock_guard<std::mutex> hold(lock);
     if (said != (text ? text : "")) {
         said = text ? text : "";
         asked = parse_failure(said);
         kvs_shim_so_far[ASKED] = 0;
-        broken = false;
     }
-    if (broken) return cudaErrorIllegalAddress;
+    if (broken) return broken;
     if (said.empty() || asked.name != name || ++kvs_shim_so_far[ASKED] != asked.n) return cudaSuccess;
-    broken = asked.error == cudaErrorIllegalAddress;
+    if (stays(asked.error)) broken = asked.error;
     return asked.error;
 }
 
-bool kvs_shim_broken(void) { return broken; }
+cudaError_t kvs_shim_broken(void) { return broken; }
+void kvs_shim_revive(void) {
+    std::lock_guard<std::mutex> hold(lock);
+    broken = last = cudaSuccess;
+    said.clear(); /* counts begin anew */
+}
 
 /* ---- devices ---- */
 
@@ -122,24 +136,29 @@ static int64_t number(const char *variable, int64_t otherwise) {
     const char *text = getenv(variable);
     return text && *text ? strtoll(text, nullptr, 10) : otherwise;
 }
+static int driver_version(void) { return (int)number("KVS_SHIM_DRIVER", 13000); }
 static int n_devices(void) { return (int)number("KVS_SHIM_DEVICES", 1); }
 int32_t kvs_shim_capability(void) { return (int32_t)number("KVS_SHIM_SM", 90); }
 size_t kvs_shim_max_shared(void) { return (kvs_shim_capability() < 80 ? 64 : 99) * 1024; }
 static uint64_t device_memory(void) { return (uint64_t)number("KVS_SHIM_MEMORY", (int64_t)4 << 30); }
 
+int kvs_shim_device(void) { return device; }
+
 cudaError_t cudaDriverGetVersion(int *version) {
     ENTER(true);
-    *version = 13000;
+    *version = driver_version();
     return cudaSuccess;
 }
+enum { RUNTIME = 13000 };
 cudaError_t cudaRuntimeGetVersion(int *version) {
     ENTER(true);
-    *version = 13000;
+    *version = RUNTIME;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int *n) {
     *n = 0;
     ENTER(true);
+    if (driver_version() / 1000 < RUNTIME / 1000) return kvs_shim_fail(cudaErrorInsufficientDriver);
     *n = n_devices();
     return *n ? cudaSuccess : kvs_shim_fail(cudaErrorNoDevice);
 }
@@ -184,7 +203,7 @@ cudaError_t cudaDeviceSynchronize(void) {
     ENTER(false);
     kvs_shim_so_far[WAITS]++;
     kvs_shim_finish_all();
-    return cudaSuccess;
+    return kvs_shim_fail(broken);
 }
 
 /* ---- memory ---- */
@@ -344,7 +363,7 @@ static cudaError_t copy_later(lines l, cudaMemcpyKind kind, cudaStream_t stream)
         kvs_shim_do(stream, [=]() { copy_lines(l, kind); });
         if (kind == cudaMemcpyDeviceToHost && !is_pinned(l.to) && !capturing) kvs_shim_finish(stream);
     }
-    return cudaSuccess;
+    return kvs_shim_fail(broken); /* what came before it in the stream may have failed by now */
 }
 
 /* Only what comes from the device has arrived for sure, and other streams than the default one are not waited for. */
@@ -354,7 +373,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind 
     kvs_shim_finish(nullptr);
     cudaError_t error = copy_later({(uint8_t *)to, (const uint8_t *)from, bytes, bytes, bytes, 1}, kind, nullptr);
     if (kind == cudaMemcpyDeviceToHost) kvs_shim_finish(nullptr);
-    return error;
+    return error ? error : kvs_shim_fail(broken);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     ENTER(stream && stream->capture);

@@ -4,10 +4,13 @@
  * writes to pinned memory that is still to be copied, or reads a result that nobody waited for, gets wrong numbers. KVS_SHIM_STREAMS=early does
  * everything at once: as on a GPU that is idle. Streams don't wait for the default stream, nor it for them (cudaStreamNonBlocking).
  *
- * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of a device, 4 GiB), KVS_SHIM_SM (compute
- * capability, 90; below 80 a block has 64 KiB of shared memory at most, else 99), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of
- * that function from then on fail with the error of that number. Without a number it is cudaErrorMemoryAllocation for those that allocate,
- * cudaErrorIllegalAddress for cudaStreamSynchronize, else cudaErrorUnknown. After cudaErrorIllegalAddress everything fails, as on a GPU.
+ * From the environment, looked at when it matters: KVS_SHIM_DEVICES (1), KVS_SHIM_MEMORY (bytes of all devices together, 4 GiB), KVS_SHIM_SM
+ * (compute capability, 90; below 80 a block has 64 KiB of shared memory at most, else 99), KVS_SHIM_DRIVER (13000: the CUDA that the driver knows;
+ * 0: there is none), and KVS_SHIM_FAIL=name:n:error, which makes the n-th call of that function from then on fail with the error of that number.
+ * Without a number it is cudaErrorMemoryAllocation for those that allocate, cudaErrorIllegalAddress for cudaStreamSynchronize, else
+ * cudaErrorUnknown. A kernel's name makes its n-th run fail, when its turn comes, with cudaErrorIllegalAddress: who waits for it, or calls
+ * anything behind it, is told. After that error, and those like it, everything fails until the process ends, as on a GPU, whatever
+ * KVS_SHIM_FAIL says then; kvs_shim_revive, which no GPU has, is for tests that would otherwise need a process each.
  * Device memory begins as NaN, has 256 bytes around it that nobody may write to (looked at by cudaFree), and copies whose kind does not fit the
  * addresses are refused. */
 #ifndef KVS_SHIM_RUNTIME_H
@@ -26,6 +29,8 @@ enum cudaError_t {
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
+    cudaErrorAssert = 710,
+    cudaErrorMisalignedAddress = 716,
     cudaErrorLaunchFailure = 719,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureInvalidated = 901,
@@ -106,9 +111,10 @@ size_t kvs_shim_max_shared(void);  /* bytes of a block */
 int32_t kvs_shim_capability(void); /* 90: of a device of 9.0 */
 /* So far in this process: waits of the host for a stream or an event ("waits"), copies to the host and from it ("to_host", "to_device"; those of
  * a graph count each time that it runs, as its "kernels" do), "graphs" launched and "captures" of new ones. Since KVS_SHIM_FAIL changed: calls of the function that
- * it names ("asked"). There now: "blocks" of devices, "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
+ * it names ("asked"). There now: "blocks" of devices, their "bytes", "pinned" blocks, "objects" (streams, events, graphs). -1 for another word. For tests,
  * which find it by its name in the library. */
 extern "C" __attribute__((visibility("default"))) long long kvs_shim_counted(const char *what);
+extern "C" __attribute__((visibility("default"))) void kvs_shim_revive(void);
 /* When stream's turn comes, or as a part of the graph that it is captured for. */
 void kvs_shim_do(cudaStream_t stream, std::function<void()> work);
 #endif

@@ -111,6 +111,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     if (flags != cudaStreamNonBlocking) return kvs_shim_fail(cudaErrorInvalidValue); /* the others wait for the default stream */
     *stream = made(new kvs_shim_stream());
     (*stream)->queue = new kvs_shim_queue();
+    (*stream)->device = kvs_shim_device();
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -131,7 +132,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
         return kvs_shim_fail(cudaErrorStreamCaptureUnsupported);
     }
     kvs_shim_finish(stream);
-    return cudaSuccess;
+    return kvs_shim_fail(kvs_shim_broken());
 }
 
 /* ---- events ---- */
@@ -164,7 +165,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     std::lock_guard<std::recursive_mutex> hold(turn);
     moment *at = event->at.get();
     while (at->done < at->asked && do_first(at->queue)) {} /* what comes after it in the stream need not be done */
-    return cudaSuccess;
+    return kvs_shim_fail(kvs_shim_broken());
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
     ENTER(true);
