@@ -135,6 +135,12 @@ void kvs_model_get_info(const kvs_model *model, kvs_model_info *info) {
         .threads = model->be->threads,
         .threads_missing = model->be->threads_missing,
         .weight_bytes = model->weight_bytes,
+        .plan_weights = model->plan.weights,
+        .plan_cache = model->plan.cache,
+        .plan_work = model->plan.work,
+        .plan_reserve = model->plan.reserve,
+        .plan_free = model->plan.free,
+        .plan_rows = model->plan.rows,
         .identity = model->identity,
         .mmproj_identity = model->mmproj_identity,
     };

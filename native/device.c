@@ -97,6 +97,7 @@ static int add_cpu(const kvs_model_params *p, kvs_model *model, const kvs_split 
 }
 
 int kvs_device_share(const kvs_model_params *p, kvs_model *model, kvs_error *err) {
+    model->plan = kvs_plan_host(model);
     if (model->be->host_memory) return KVS_OK;
     kvs_split split;
     kvs_error why = {.struct_size = sizeof why};
@@ -107,6 +108,7 @@ int kvs_device_share(const kvs_model_params *p, kvs_model *model, kvs_error *err
         return status;
     }
     kvs_split_apply(model, &split);
+    model->plan = split.plan;
     if (!kvs_split_whole(model, &split)) return add_cpu(p, model, &split, err);
     char reason[sizeof model->be->reason];
     kvs_split_tell(model, &split, model->be->name, model->be->reason, "", reason, sizeof reason);

@@ -184,6 +184,10 @@ typedef struct kvs_model_info {
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;
+    /* Bytes of the device that were reckoned with before anything was allocated there: weights, a cache of plan_rows rows in F16, work buffers,
+     * what the device takes for itself; and what was free (0: not known, as on the CPU). Where a GPU and the CPU share layers: the GPU's. */
+    uint64_t plan_weights, plan_cache, plan_work, plan_reserve, plan_free;
+    int32_t plan_rows;
     uint64_t identity; /* hash of hyperparameters, tensor table and a sample of the weights; what a saved session is tied to */
     uint64_t mmproj_identity;
     char device[32];

@@ -78,6 +78,11 @@ typedef struct kvs_placing {
     uint8_t *room; /* [dev] of the next, in a block that the model owns */
 } kvs_placing;
 
+typedef struct kvs_plan {                         /* bytes of the device that are reckoned with before anything is allocated: split.c */
+    int32_t rows;                                 /* of the cache, in F16 */
+    uint64_t weights, cache, work, reserve, free; /* reserve: the driver's, graphs'; free: 0 where nobody knows */
+} kvs_plan;
+
 struct kvs_model {
     kvs_gguf *parts[KVS_MAX_PARTS]; /* of the text model */
     int32_t n_parts;
@@ -94,6 +99,7 @@ struct kvs_model {
      * an order of its own: a model that is only looked at costs no memory, and one whose first prompt waits is there at once. */
     kvs_placing at_load, at_pass;
     kvs_backend *be;
+    kvs_plan plan;
     kvs_work work;
     kvs_turns turns;                      /* one pass at a time: backend step and work buffers */
     float inv_freq[KVS_MAX_HEAD_DIM / 2]; /* of text.rope, where the host finds it */

@@ -13,6 +13,7 @@ enum {
 typedef struct costs { /* bytes of the device */
     uint64_t *layers;  /* (n_layer) weights and cache */
     uint64_t fixed, tower, embd;
+    uint64_t layer_cache, work, tower_work; /* what of them is no weights: of each layer, of fixed, of tower */
 } costs;
 
 /* The driver, graphs, and ops take this for themselves; of a small device, an eighth. */
@@ -22,23 +23,34 @@ static uint64_t usable(uint64_t free_bytes) { return KVS_MAX(free_bytes / SHARE 
 
 static uint64_t with_reserve(uint64_t bytes) { return KVS_MIN(bytes + RESERVE, bytes / (SHARE - 1) * SHARE + SHARE); }
 
+static int32_t cache_rows(const kvs_text *t) { return KVS_MIN(t->n_ctx_train, (int32_t)SESSION_ROWS); }
+
 static uint64_t layer_cache(const kvs_text *t) {
-    uint64_t rows = (uint64_t)KVS_MIN(t->n_ctx_train, (int32_t)SESSION_ROWS);
+    uint64_t rows = (uint64_t)cache_rows(t);
     uint64_t row = 2 * (uint64_t)t->n_head_kv * (uint64_t)kvs_kv_row_bytes(KVS_TYPE_F16, t->head_dim);
     return rows * (row + 3 * sizeof(float));
 }
 
+static uint64_t text_work(const kvs_model *m) {
+    return kvs_work_bytes(m, m->has_vision ? KVS_MAX(m->vision.n_image, (int32_t)KVS_BLOCK_ROWS) : KVS_BLOCK_ROWS, BATCH_ROWS);
+}
+
+static uint64_t tower_work(const kvs_model *m) { return m->has_vision ? kvs_vision_work_bytes(m) : 0; }
+
+kvs_plan kvs_plan_host(const kvs_model *m) {
+    return (kvs_plan){.rows = cache_rows(&m->text),
+                      .weights = m->weight_bytes,
+                      .cache = (uint64_t)m->text.n_layer * layer_cache(&m->text),
+                      .work = text_work(m) + tower_work(m)};
+}
+
 static bool add_up(const kvs_model *m, costs *c) {
     const kvs_text *t = &m->text;
-    *c = (costs){.layers = kvs_calloc((uint64_t)t->n_layer, sizeof *c->layers)};
+    *c = (costs){.layers = kvs_calloc((uint64_t)t->n_layer, sizeof *c->layers), .layer_cache = layer_cache(t)};
     if (!c->layers) return false;
-    for (int32_t i = 0; i < t->n_layer; i++) c->layers[i] = layer_cache(t);
-    int32_t rows = KVS_BLOCK_ROWS;
-    if (m->has_vision) {
-        rows = KVS_MAX(rows, m->vision.n_image);
-        c->tower = kvs_vision_work_bytes(m);
-    }
-    c->fixed = kvs_work_bytes(m, rows, BATCH_ROWS);
+    for (int32_t i = 0; i < t->n_layer; i++) c->layers[i] = c->layer_cache;
+    c->tower = c->tower_work = tower_work(m);
+    c->fixed = c->work = text_work(m);
     for (int32_t i = 0; i < m->n_bound; i++) {
         const kvs_bound *b = &m->bound[i];
         uint64_t room = m->be->ops->weight_room(m->be, b->w);
@@ -54,13 +66,27 @@ static uint64_t last_layers(const kvs_text *t, const costs *c, int32_t n) {
     return bytes;
 }
 
-static int fail(const kvs_model *m, const kvs_split *s, uint64_t needed, int32_t n, kvs_error *err) {
-    char what[160];
-    snprintf(what, sizeof what, "%d of %d layers, the output, a cache of %d rows and working space", n, m->text.n_layer,
-             KVS_MIN(m->text.n_ctx_train, (int32_t)SESSION_ROWS));
-    kvs_fail(err, KVS_E_MEMORY, "out of memory on %s, %.1f MiB are free: %.1f MiB needed for %s; %s", m->be->name,
-             (double)s->free / 1048576.0, (double)needed / 1048576.0, what, n > 1 ? "ask for fewer gpu_layers" : "use the device \"cpu\"");
-    if (err) err->needed = needed, err->available = s->free;
+/* used: without the reserve */
+static kvs_plan plan_of(const kvs_model *m, const costs *c, const kvs_split *s, int32_t n_layer, bool tower, uint64_t used) {
+    kvs_plan plan = {.rows = cache_rows(&m->text),
+                     .cache = (uint64_t)n_layer * c->layer_cache,
+                     .work = c->work + (tower ? c->tower_work : 0),
+                     .reserve = with_reserve(used) - used,
+                     .free = s->free == UINT64_MAX ? 0 : s->free};
+    plan.weights = used - plan.cache - plan.work;
+    return plan;
+}
+
+static int fail(const kvs_model *m, const kvs_plan *p, int32_t n, kvs_error *err) {
+    const double mib = 1048576.0;
+    const uint64_t needed = p->weights + p->cache + p->work + p->reserve;
+    kvs_fail(
+        err, KVS_E_MEMORY,
+        "out of memory on %s, %.1f MiB are free: %.1f MiB needed for %d of %d layers and the output: %.1f for weights, %.1f for a cache "
+        "of %d rows, %.1f of working space, %.1f for the device itself; %s",
+        m->be->name, (double)p->free / mib, (double)needed / mib, n, m->text.n_layer, (double)p->weights / mib, (double)p->cache / mib,
+        p->rows, (double)p->work / mib, (double)p->reserve / mib, n > 1 ? "ask for fewer gpu_layers" : "use the device \"cpu\"");
+    if (err) err->needed = needed, err->available = p->free;
     return KVS_E_MEMORY;
 }
 
@@ -88,12 +114,16 @@ int kvs_split_choose(const kvs_model *m, int32_t gpu_layers, kvs_split *s, kvs_e
     bool given = gpu_layers != KVS_GPU_LAYERS_AUTO;
     int32_t least = !given ? 1 : KVS_MAX(KVS_MIN(gpu_layers, t->n_layer), 0);
     uint64_t needed = c.fixed + last_layers(t, &c, least);
-    int status = needed > room ? fail(m, s, with_reserve(needed), least, err) : KVS_OK;
-    if (!status) {
+    int status = KVS_OK;
+    if (needed > room) {
+        s->plan = plan_of(m, &c, s, least, false, needed);
+        status = fail(m, &s->plan, least, err);
+    } else {
         s->n_layer = given ? least : choose_layers(t, &c, room);
         s->used = c.fixed + last_layers(t, &c, s->n_layer);
         s->tower = take(s, c.tower, room);
         s->embd = s->n_layer == t->n_layer && take(s, c.embd, room);
+        s->plan = plan_of(m, &c, s, s->n_layer, s->tower, s->used);
         s->used = with_reserve(s->used);
     }
     free(c.layers);

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .policies.kvsmooth import KVSmooth
     from .policies.prunehal import PruneHal
     from .session import Session
-    from .stats import Pruning, Result, Stats, Token
+    from .stats import MemoryPlan, Pruning, Result, Stats, Token
     from .stream import Stream
     from .template import VICUNA_SYSTEM, TemplateError
 
@@ -74,6 +74,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "MemoryLimitError",
+    "MemoryPlan",
     "Model",
     "ModelFileError",
     "ModelFileNotFoundError",
@@ -105,6 +106,7 @@ _HOMES = {
     "Batch": "batch",
     "KVSmooth": "policies.kvsmooth",
     "Limits": "limits",
+    "MemoryPlan": "stats",
     "Model": "model",
     "DepthModelError": "depth_onnx",
     "OnnxDepth": "depth_onnx",

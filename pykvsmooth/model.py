@@ -22,6 +22,7 @@ from .checks import c_path, integer, integers, shown, utf8
 from .handles import ModelHandle, refuse_pickle
 from .limits import Limits
 from .prompt import Picture, read_picture
+from .stats import MemoryPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -218,6 +219,13 @@ class Model:
     def weight_bytes(self) -> int:
         """Size of the weights as the files hold them, the tower's included; see Model for what of it a process shares."""
         return int(self._info.weight_bytes)
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """What was reckoned with before anything was allocated on the device. Where a GPU and the CPU share the layers: the GPU's part."""
+        info = self._info
+        weights, cache, work = int(info.plan_weights), int(info.plan_cache), int(info.plan_work)
+        return MemoryPlan(weights, cache, work, int(info.plan_reserve), int(info.plan_free), int(info.plan_rows))
 
     @property
     def bos_id(self) -> int | None:

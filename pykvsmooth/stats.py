@@ -1,4 +1,4 @@
-"""What a stream gives: tokens, the result, and the figures."""
+"""What a stream gives: tokens, the result, and the figures; what a model takes of its device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 def peak_bytes() -> int:
     """The largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of a device that are reckoned with before anything is allocated there. weights: on the CPU the files', which are mapped. cache:
+    of a session of n_ctx rows in F16. work: buffers of a pass. reserve: for the device itself, driver and graphs. free: what there was of
+    it; 0 where that is not known, as on the CPU."""
+
+    weights: int
+    cache: int
+    work: int
+    reserve: int
+    free: int
+    n_ctx: int
+
+    @property
+    def needed(self) -> int:
+        """The sum of the first four."""
+        return self.weights + self.cache + self.work + self.reserve
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Layers shared by a GPU and the CPU: equal numbers wherever the cut is, what fits is known beforehand, and KVS_CHECK, which compares both.
 
-Without a GPU only the errors are looked at. Limits of memory are those of tests/shim, whose device has as much as KVS_SHIM_MEMORY says.
+Without a GPU only the errors are looked at. Limits of memory are those of tests/shim, whose device has as much as KVS_SHIM_MEMORY says;
+on a GPU a ballast leaves 3 GiB to a model that wants more.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from device_memory import SHIM, ballast, free_bytes
 from devices import revived  # noqa: F401
 from test_numeric import PARTS, tensor
 from twins import feed_with_flag, picture, step_together, tokens
@@ -23,7 +25,6 @@ from pykvsmooth import _native
 from pykvsmooth.machine import cuda_text
 
 HAS_GPU = "; available" in cuda_text()
-SHIM = cuda_text().startswith("archs shim")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
 needs_shim = pytest.mark.skipif(not SHIM, reason="the GPU's memory has no limit to set")
 N_LAYER = 4
@@ -292,6 +293,11 @@ def needed(error: kvs.OutOfMemoryError) -> int:
     free, wanted = re.search(r"([0-9.]+) MiB are free: ([0-9.]+) MiB needed", str(error)).groups()  # type: ignore[union-attr]
     assert float(free) == pytest.approx(error.free / 2**20, abs=0.06) and float(wanted) == pytest.approx(error.needed / 2**20, abs=0.06)
     assert error.needed > error.free > 0
+    if "layers and the output" in str(error):
+        number = "([0-9.]+)"
+        told = f": {number} for weights, {number} for a cache of [0-9]+ rows, {number} of working space, {number} for the device itself;"
+        parts = re.search(told, str(error))
+        assert parts and sum(map(float, parts.groups())) == pytest.approx(error.needed / 2**20, abs=0.21)
     return error.needed
 
 
@@ -313,6 +319,9 @@ def test_a_limit_gives_a_split_that_fits(
                 assert model.device == "cuda:0" and f"{model.n_gpu_layers} of {N_LAYER} layers on cuda:0 (" in model.device_reason
                 assert (f"{n} layer" in model.device_reason.split(")", 1)[1]) == (n > 0)
                 assert re.search(r"; [0-9.]+ of [0-9.]+ MiB\)", model.device_reason)
+                plan = model.memory_plan
+                assert f"; {plan.needed / 2**20:.1f} of {plan.free / 2**20:.1f} MiB)" in model.device_reason
+                assert plan.needed <= plan.free and plan.cache * N_LAYER == cpu.memory_plan.cache * model.n_gpu_layers
                 for one in (session, other):
                     one.feed(ids)
                     one.feed_image(picture(np.random.default_rng(1)))
@@ -322,6 +331,47 @@ def test_a_limit_gives_a_split_that_fits(
             needed(error)
     counts = list(found.values())
     assert counts == sorted(counts) and counts[0] >= 1 and set(counts) >= {1, 2, 3, N_LAYER}
+
+
+@pytest.fixture(scope="module")
+def too_much(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    """A model of 14 layers, and what is left to it: about what ten of them take, and their cache."""
+    wide: dict[str, Any] = {"n_embd": 128, "n_head": 4, "n_ff": 512, "n_ctx_train": 512}
+    if not SHIM:
+        wide = {"n_embd": 2048, "n_head": 16, "n_ff": 8192, "n_ctx_train": 4096}  # 3.5 GiB
+    wide |= {"n_layer": 14, "n_head_kv": wide["n_head"]}
+    text, _, _ = tiny.write_pair(tmp_path_factory.mktemp("too_much"), seed=3, vision=False, load=False, **wide)
+    return text, 15 << 20 if SHIM else 3 << 30
+
+
+@needs_gpu
+def test_beside_a_ballast(too_much: tuple[str, int], rng: np.random.Generator) -> None:
+    """What was reckoned with beforehand is what it takes, at most; what does not fit is told, and the numbers are those of the CPU."""
+    text, leave = too_much
+    load((text, None), 0).close()  # what the driver keeps of a process is its own
+    before = free_bytes()
+    with ballast(leave), load((text, None), device="cpu") as other:
+        free = free_bytes()
+        assert abs(free - leave) <= 4 << 20
+        with load((text, None)) as model:
+            plan = model.memory_plan
+            assert 1 <= model.n_gpu_layers < model.n_layer and plan.needed <= plan.free and abs(plan.free - free) <= free // 8
+            assert plan.needed + (plan.weights + plan.cache) / model.n_gpu_layers > plan.free - plan.reserve  # one more would not fit
+            ids = tokens(rng, 200)
+            with model.session(n_ctx=plan.n_ctx) as session, other.session(n_ctx=plan.n_ctx) as expected:
+                for one in (session, expected):
+                    one.feed(ids)
+                    one.feed(ids[:3], generated=True)
+                near(session.logits(), expected.logits(), 1e-2)
+                assert 0.9 * (plan.weights + plan.cache) < free - free_bytes() <= plan.needed
+                with pytest.raises(kvs.OutOfMemoryError, match="needed for the KV cache"):
+                    model.session(n_ctx=64 * plan.n_ctx)
+                session.feed([7], generated=True)  # and the rest goes on
+        for layers in (model.n_layer, 1000):
+            with pytest.raises(kvs.OutOfMemoryError, match=f"{model.n_layer} of {model.n_layer} layers") as caught:
+                load((text, None), layers)
+            assert needed(caught.value) > leave
+    assert abs(free_bytes() - before) <= (0 if SHIM else 64 << 20)
 
 
 @needs_shim

@@ -1,6 +1,6 @@
 """A server's life: other pictures, options, policies and caches for each caption; some are cancelled, some fail, some are chats. Memory is
-flat, and no file, thread or mapping is left; eight threads do it over one model. make soak: 1,000 captions; KVS_SOAK_SECONDS: of the
-threads, for a build with ThreadSanitizer. The tests run a few.
+flat, that of a GPU, too, and no file, thread or mapping is left; eight threads do it over one model. make soak: 1,000 captions;
+KVS_SOAK_SECONDS: of the threads, for a build with ThreadSanitizer. The tests run a few.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Pair
+from device_memory import SHIM, used_bytes
 from devices import DEVICE
 
 import pykvsmooth as kvs
@@ -25,6 +26,7 @@ import pykvsmooth as kvs
 CAPTIONS = int(os.environ.get("KVS_SOAK", 40))
 SECONDS = float(os.environ.get("KVS_SOAK_SECONDS", 2))
 PICTURES = 100
+KEPT = 256 << 20  # bytes of a GPU: kernels that are loaded when they are first met
 WORDS = "the a of in on man dog cat red blue big small table street car tree".split()
 GRID = {"layers": "1:", "coord_norm": "patch"}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
@@ -40,6 +42,12 @@ def left() -> tuple[int, int, int]:
     return threading.active_count(), len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(".gguf")
 
 
+def device_bytes() -> int:
+    """In use there: working space of passes grows with the longest one, sessions give theirs back."""
+    gc.collect()
+    return used_bytes() if DEVICE == "cuda" else 0
+
+
 class Life:
     """What users do, drawn at random."""
 
@@ -47,6 +55,7 @@ class Life:
         self.model, self.rng, self.folder = model, rng, folder
         self.pictures = [rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), np.uint8) for _ in range(PICTURES)]
         self.done: Counter[str] = Counter()
+        self.empty = 0  # bytes of the device, without the model
 
     def one(self, *choices: Any) -> Any:
         return choices[self.rng.integers(len(choices))]
@@ -146,18 +155,23 @@ class Life:
 
 @pytest.fixture
 def life(tiny_pair: Pair, rng: np.random.Generator, tmp_path: Path) -> Iterator[Life]:
+    kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE).close()  # what a driver keeps of a process is there now
+    empty = device_bytes()
     with kvs.Model(tiny_pair.text, mmproj=tiny_pair.mmproj, device=DEVICE, threads=2) as model:
         model._end_ids = frozenset()
-        yield Life(model, rng, tmp_path)
+        life = Life(model, rng, tmp_path)
+        life.empty = empty
+        yield life
 
 
 def test_nothing_grows(life: Life) -> None:
     life.caption()
-    before, sizes, began = left(), [], time.monotonic()
+    before, sizes, on_device, began = left(), [], [], time.monotonic()
     for i in range(CAPTIONS):
         life.any()
         if i >= CAPTIONS // 4 and (i + 1) % max(1, CAPTIONS // 20) == 0:
             sizes.append(resident())
+            on_device.append(device_bytes())
     del i
     after, took = left(), time.monotonic() - began
     first, last = np.mean(sizes[:4]), np.mean(sizes[-4:])
@@ -165,6 +179,12 @@ def test_nothing_grows(life: Life) -> None:
     print(f"resident {first / 1048576:.2f} -> {last / 1048576:.2f} MiB ({100 * (last / first - 1):+.2f} %), {before} -> {after}")
     assert after == before
     assert CAPTIONS < 200 or last < 1.01 * first, sizes
+    first, last = np.mean(on_device[:4]), np.mean(on_device[-4:])
+    print(f"of the device {first / 1048576:.2f} -> {last / 1048576:.2f} MiB")
+    assert CAPTIONS < 200 or last <= 1.01 * first, on_device
+    life.model.close()
+    gc.collect()
+    assert device_bytes() - life.empty <= (0 if SHIM else KEPT)
 
 
 def test_eight_threads(life: Life, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from .escape import one_line
-from .options import UsageError
+from .options import UsageError, add_place
 from .terminal import Ui, bytes_text
 
 VALUE_TYPES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
@@ -25,13 +25,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="what is in a GGUF file, and does it load",
-        description="Keys, tensors, sizes, and whether and why the file would load.",
+        description="Keys, tensors, sizes, whether and why the file would load, and what memory of the device that takes.",
         epilog=EPILOG,
     )
     parser.add_argument("file", metavar="FILE", help="text model or mmproj, GGUF")
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--model", metavar="FILE", help="for an mmproj: the text model to try it with (default: one beside it that fits)")
     load.add_argument("--no-load", action="store_true", help="read the file only, do not try to load it")
+    add_place(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
 
@@ -39,6 +40,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> int:
     from .. import gguf
 
+    if args.no_load and (args.device, args.gpu_layers) != ("auto", "auto"):
+        raise UsageError("--device, --gpu-layers: say where it is loaded, not allowed with --no-load")
     with gguf.open_file(args.file) as file:
         facts = gguf.keys_of(file)
         if args.model and not _is_tower(facts):
@@ -166,21 +169,37 @@ def _totals(ui: Ui, totals: dict[str, list[int]]) -> None:
 
 def _would_load(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[bool | None, str]:
     """Does it (None: not known), and the sentence that says so."""
-    return _load_tower(args, facts) if _is_tower(facts) else _try(args.file, False)
+    return _load_tower(args, facts) if _is_tower(facts) else _try(args, args.file, False)
 
 
-def _try(model: str, mmproj: Any) -> tuple[bool, str]:
+def _try(args: argparse.Namespace, model: str, mmproj: Any) -> tuple[bool, str]:
     """The only test that can be trusted: loading it."""
     from ..errors import KVSmoothError
     from ..model import Model
 
     try:
-        with Model(model, mmproj=mmproj) as loaded:
+        with Model(model, mmproj=mmproj, device=args.device, gpu_layers=args.gpu_layers) as loaded:
             sight = f"; one picture is {loaded.n_image} rows" if loaded.has_vision else "; text only, give it an mmproj to see pictures"
             depth = f"{loaded.n_layer} layers, width {loaded.n_embd}, {loaded.n_vocab} tokens, trained for {loaded.n_ctx_train} rows"
-            return True, f"yes, in {loaded.load_s:.2f} s: {depth}{sight}; device {loaded.device} ({loaded.device_reason})"
+            where = f"device {loaded.device} ({loaded.device_reason}); {_memory(loaded)}"
+            return True, f"yes, in {loaded.load_s:.2f} s: {depth}{sight}; {where}"
     except KVSmoothError as error:
         return False, f"no: {error}"
+
+
+def _memory(model: Any) -> str:
+    from ..machine import available_bytes
+
+    plan = model.memory_plan
+    parts = [
+        f"{bytes_text(plan.weights)} weights",
+        f"{bytes_text(plan.cache)} cache of {plan.n_ctx} rows",
+        f"{bytes_text(plan.work)} working space",
+    ]
+    if plan.reserve:
+        parts.append(f"{bytes_text(plan.reserve)} for the device itself")
+    free = f"{bytes_text(plan.free)} were free" if plan.free else f"{bytes_text(available_bytes())} are available"
+    return f"memory {bytes_text(plan.needed)} ({', '.join(parts)}), {free}"
 
 
 def _load_tower(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[bool | None, str]:
@@ -194,7 +213,7 @@ def _load_tower(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[bool |
     if not texts:
         kind = facts.get("clip.projector_type", "without a projector_type")
         return None, f"not known: this is an mmproj ({kind}), and no text model in {folder} fits it; give one with --model"
-    answer, why = _try(texts[0], path)
+    answer, why = _try(args, texts[0], path)
     return answer, f"with {texts[0]}: {why}"
 
 
