@@ -107,7 +107,7 @@ static void get_vision_info(const kvs_model *model, kvs_model_info *info) {
     info->patch_size = v->patch_size;
     info->n_image = v->n_image;
     info->n_vision_layer = v->n_layer;
-    info->vision_bf16 = v->rounding == KVS_ROUND_BF16 && model->be->has_bf16;
+    info->vision_rounding = v->rounding != KVS_ROUND_BF16 || !model->be->has_bf16 ? 0 : model->be->has_f16 ? 2 : 1;
     memcpy(info->image_mean, v->mean, sizeof info->image_mean);
     memcpy(info->image_std, v->std, sizeof info->image_std);
 }

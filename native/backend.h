@@ -26,7 +26,8 @@ typedef struct kvs_backend { /* a device of this process; each device's own stru
     const kvs_ops *ops;
     char name[32];                    /* "cpu", "cuda:0" */
     char reason[224];                 /* why this one, and which kernels */
-    bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here */
+    bool has_bf16;                    /* KVS_ROUND_BF16 is not just float32 here, */
+    bool has_f16;                     /* and to halves, which keep more bits */
     bool host_memory;                 /* [dev] pointers are plain ones: weights can be read where the file is mapped */
     int32_t host_layers;              /* where a device and the CPU share a model: its first so many layers are the CPU's */
     bool whole_arrays;                /* alloc_layers is asked for all layers, also for those that are the CPU's */

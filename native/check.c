@@ -437,6 +437,7 @@ int kvs_check_open(kvs_backend *device, kvs_backend *cpu, kvs_backend **out, kvs
     c->base.ops = &check_ops;
     c->base.device = device;
     c->base.has_bf16 = device->has_bf16;
+    c->base.has_f16 = device->has_f16;
     c->base.whole_arrays = true;
     memcpy(c->base.name, device->name, sizeof c->base.name);
     snprintf(c->base.reason, sizeof c->base.reason, "checked by the CPU; %.190s", device->reason);

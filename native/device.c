@@ -92,6 +92,7 @@ static int add_cpu(const kvs_model_params *p, kvs_model *model, const kvs_split 
     }
     kvs_split_tell(model, split, model->be->name, model->be->reason, cpu->reason, both->reason, sizeof both->reason);
     both->has_bf16 = split->tower ? model->be->has_bf16 : cpu->has_bf16;
+    both->has_f16 = split->tower ? model->be->has_f16 : cpu->has_f16;
     model->be = both;
     return KVS_OK;
 }

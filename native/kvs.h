@@ -152,7 +152,7 @@ const char *kvs_gguf_string(const kvs_gguf *file, int64_t i, int64_t j, int64_t 
 typedef struct kvs_model kvs_model;
 /* Of the vision tower; sums are float32 always. The text model does not heed it. */
 enum kvs_precision {
-    KVS_PRECISION_AUTO = 0, /* operands of products in bf16 where weights are not F32 and the CPU multiplies bf16 faster, else float32 */
+    KVS_PRECISION_AUTO = 0, /* unless weights are F32: operands in bf16 on CPUs that multiply it faster, in halves on GPUs */
     KVS_PRECISION_EXACT     /* float32 */
 };
 /* Layers of the text model that a GPU computes, the last so many; the CPU computes those before. The output is the GPU's, and the vision
@@ -180,7 +180,7 @@ typedef struct kvs_model_info {
     int32_t has_vision, image_size, patch_size, n_image, n_vision_layer; /* n_image: rows of one encoded picture */
     int32_t bos, eos, unk, pad, add_bos, add_space_prefix;               /* ids; -1 = none */
     int32_t n_gpu_layers;                                                /* of n_layer, on a GPU */
-    int32_t vision_bf16;                                                 /* 1: the tower rounds operands to bf16 (kvs_precision) */
+    int32_t vision_rounding; /* the tower rounds operands to: 0 float32, 1 bf16, 2 halves (kvs_precision) */
     float image_mean[3], image_std[3];
     int32_t threads, threads_missing; /* missing: of the default number, the system did not let them start */
     uint64_t weight_bytes;

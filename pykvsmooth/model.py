@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pykvsmooth")
 Precision = Literal["auto", "exact"]
 _PRECISIONS = {"auto": lib.KVS_PRECISION_AUTO, "exact": lib.KVS_PRECISION_EXACT}
+_ROUNDINGS: tuple[Literal["f32", "bf16", "f16"], ...] = ("f32", "bf16", "f16")
 IMAGE_CACHE_BYTES = 64 << 20
 IMAGE_CACHE_PICTURES = 8  # few, because long-lived small arrays would cut the heap to pieces
 END_OF_TURN = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
@@ -88,13 +89,17 @@ class Model:
     not one layer fits "cuda" is an OutOfMemoryError (needed, free), and "auto" the CPU (device_reason).
     threads: 1..1024; None takes the processors that affinity and cgroup quota allow. progress(fraction) is called while loading;
     returning False cancels the load. limits: what files, caches, pictures and prompts may cost; None = Limits(). precision, of the vision
-    tower: "auto" multiplies in bf16 where the CPU is fast at it (AMD since Zen 4) and the tower's weights are not F32 (rows of pictures are
-    then within about 1 % of "exact"), "exact" in float32 everywhere.
+    tower: "auto" rounds operands of products to bf16 where the CPU is fast at it (AMD since Zen 4, Intel with AMX) and to f16 on a GPU,
+    unless the tower's weights are F32 (rows of pictures are then within about 1 % of "exact"); "exact" computes in float32 everywhere.
 
-    The files are mapped: they load at once. The first prompt copies the text model's quantized matrices into the order that the kernels
-    read, as many bytes again, and gives the file's pages back; F32, F16 and BF16 are read from the file, and processes share their memory.
-    So files must stay as they are while the model is in use; put another file in place of one by renaming. One that shrinks or is written
-    to ends the call that noticed, and every later one, in a ModelFormatError; the session is as it was before.
+    The CUDA backend has not run on a GPU yet: its kernels are tested on the CPU. "auto" takes a GPU that it finds, and a warning in the log
+    says so; device="cpu" is what is tested.
+
+    The files are mapped. On the CPU they load at once: the first prompt copies the text model's quantized matrices into the order that the
+    kernels read, as many bytes again, and gives the file's pages back; F32, F16 and BF16 are read from the file, and processes share their
+    memory. A GPU gets all weights of its layers while the model loads. Files must stay as they are while the model is in use; put another
+    file in place of one by renaming. One that shrinks or is written to ends the call that noticed, and every later one, in a
+    ModelFormatError; the session is as it was before.
 
     Many threads may share a Model; each makes its own session. Use as a context manager, or call close().
 
@@ -137,6 +142,8 @@ class Model:
         gone = re.match("cuda:[0-9]+ is not used|no GPU: CUDA can't be used until", self.device_reason)
         level = logging.WARNING if gone else logging.INFO
         _log.log(level, "%s: device %s (%s), loaded in %.2f s", self.path, self.device, self.device_reason, self.load_s)
+        if device == "auto" and self.device != "cpu":
+            _log.warning('%s: the CUDA backend has not run on a GPU yet, only its tests on CPUs; device="cpu" is the tested one', self.path)
         if os.environ.get("KVS_CHECK") == "1" and not self.n_gpu_layers and self.device == "cpu":
             _log.warning("%s: KVS_CHECK=1 compares a GPU with the CPU; on the CPU there is nothing to compare", self.path)
         if self._info.threads_missing:
@@ -206,9 +213,10 @@ class Model:
         return bool(self._info.has_vision)
 
     @property
-    def vision_precision(self) -> Literal["f32", "bf16"]:
-        """What the vision tower rounds operands of products to: "bf16", or "f32" for precision="exact", F32 weights, other processors."""
-        return "bf16" if self._info.vision_bf16 else "f32"
+    def vision_precision(self) -> Literal["f32", "bf16", "f16"]:
+        """What the vision tower rounds operands of products to: "bf16", on a GPU "f16"; "f32" for precision="exact", F32 weights, other
+        processors."""
+        return _ROUNDINGS[int(self._info.vision_rounding)]
 
     @property
     def threads(self) -> int:
@@ -359,6 +367,9 @@ class Model:
         requests: an iterable of prompts or of dicts with the arguments of Session.generate; options are defaults for all of them.
         Gives (index, Token) as tokens come and (index, Result) at the end of each. on_error "yield": a request that
         fails gives (index, the exception) and the others go on.
+
+        On the CPU an answer does not depend on parallel. On a GPU it may, from a token on that was a close call: steps of up to 8 requests
+        and steps of more round activations in two ways (to int8 for quantized weights, and to f16).
         """
         from .batch import Batch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from answers import SMOOTH
 from test_sampler import draw_on
 
@@ -97,6 +98,20 @@ def test_smoothed_on_both_devices(tiny_pair, rng: np.random.Generator) -> None:
     assert (
         np.mean(np.isclose(strength_a, strength_b, rtol=0, atol=1e-6, equal_nan=True)) > 0.98
     )  # two entropies may be equal to the last bit
+
+
+def test_precision_of_the_tower(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Tensor cores multiply halves, whatever the CPU would round to; also where another part of the model is the CPU's."""
+    image = picture(rng)
+    for v_type, auto in (("f16", "f16"), ("q8_0", "f16"), ("f32", "f32")):
+        text, mmproj, _ = tiny.write_pair(tmp_path / v_type, seed=3, n_layer=2, load=False, v_type=v_type)
+        rows = {}
+        for precision, layers, said in (("auto", "auto", auto), ("auto", 1, auto), ("exact", "auto", "f32")):
+            with kvs.Model(text, mmproj=mmproj, device="cuda", gpu_layers=layers, precision=precision) as model:
+                assert model.vision_precision == said
+                rows[precision] = model.encode_image(image)
+        assert np.linalg.norm(rows["auto"] - rows["exact"]) <= 0.02 * np.linalg.norm(rows["exact"])
+        assert (rows["auto"] == rows["exact"]).all() == (auto == "f32")
 
 
 SAMPLING: list[dict[str, Any]] = [

@@ -305,7 +305,7 @@ int kvs_cuda_open(int32_t index, kvs_backend **out, kvs_error *err) {
     if (!cu) return kvs_fail_memory(err, sizeof *cu, "the CUDA backend");
     cu->device = index;
     cu->base.ops = &cuda_ops;
-    cu->base.has_bf16 = true;
+    cu->base.has_bf16 = cu->base.has_f16 = true;
     bool ok = prepare(cu);
     describe(cu);
     int status = KVS_OK;

@@ -36,14 +36,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "exact"),
         default="auto",
-        help="of the vision tower: auto (bf16 where this CPU is fast at it and the weights are not F32) or exact (float32)",
+        help="of the vision tower: auto (bf16 where this CPU is fast at it, f16 on a GPU, unless the weights are F32) or exact (float32)",
     )
     group.add_argument("--n-ctx", type=_rows, default=2048, metavar="N", help="rows of context: prompt, picture and answer (default: 2048)")
     group.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="type of the KV cache (default: f16)")
 
 
 def add_place(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", type=_device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="D",
+        help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one; not yet run on one, cpu is what is tested)",
+    )
     group.add_argument(
         "--gpu-layers",
         type=_layers,
