@@ -1,6 +1,7 @@
 """Machines with two GPUs, with a GPU or a driver that is too old, and with one of 7.5, the oldest that will do. Over tests/shim, which is
 what it is told to be. What the shim can't show of 7.5: the PTX that device.cuh has for it, which only test_cuda_build.py compiles."""
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -65,6 +66,15 @@ def test_the_second_device(layers: Any, tiny_pair) -> None:
             np.testing.assert_array_equal(first.encode_image(image), second.encode_image(image))
     with kvs.Model(tiny_pair.text, mmproj=False) as model:
         assert model.device == "cuda:0"
+
+
+def test_what_auto_takes_is_said_to_be_new(tiny_pair, caplog: pytest.LogCaptureFixture) -> None:
+    """Until the backend has run on a GPU; who asks for one by name knows."""
+    for device, said in (("auto", [logging.WARNING]), ("cuda", []), ("cpu", [])):
+        caplog.clear()
+        with kvs.Model(tiny_pair.text, mmproj=False, device=device) as model:
+            assert (model.device == "cuda:0") == (device != "cpu")
+            assert [record.levelno for record in caplog.records if "has not run on a GPU yet" in record.getMessage()] == said
 
 
 @pytest.mark.usefixtures("two")

@@ -6,7 +6,8 @@
 
 enum { CHUNK_BYTES = 1 << 18, REPORT_BYTES = 1 << 14, ALIGN = 256, MARK_EVERY = 4 };
 
-/* Those of which CUDA says "the process must be terminated and relaunched"; by number, since not every CUDA 12 knows all names. */
+/* Those of which CUDA says "the process must be terminated and relaunched", and 214, of which it says nothing, but the context has lost memory. By
+ * number, since not every CUDA 12 knows all names. */
 bool kvs_cuda_lasts(cudaError_t error) {
     switch ((int)error) {
     case 214: /* an uncorrectable error of memory */
