@@ -38,19 +38,19 @@ static void input_rows(kvs_model *model, const kvs_pass *pass) {
     const kvs_ops *ops = model->be->ops;
     int64_t width = model->text.n_embd;
     int32_t row = 0;
-    for (int32_t s = 0; s < pass->n_spans; s++) {
-        const kvs_span *span = &pass->spans[s];
-        for (int32_t i = 0; i < span->n;) {
-            bool image = span->ids[i] < 0;
+    for (int32_t s = 0; s < pass->n_spans;) {
+        const int32_t *ids = pass->spans[s].ids;
+        int32_t n = 0; /* ids of sessions that step together follow each other */
+        for (; s < pass->n_spans && pass->spans[s].ids == ids + n; s++) n += pass->spans[s].n;
+        for (int32_t i = 0; i < n;) {
+            bool image = ids[i] < 0;
             int32_t run = 1;
-            while (i + run < span->n && (span->ids[i + run] < 0) == image &&
-                   (!image || pass->embd[row + run] == pass->embd[row] + run * width))
-                run++;
+            while (i + run < n && (ids[i + run] < 0) == image && (!image || pass->embd[row + run] == pass->embd[row] + run * width)) run++;
             float *x = model->work.x + row * width;
             if (image)
                 ops->upload(model->be, x, pass->embd[row], (uint64_t)run * (uint64_t)width * sizeof(float));
             else
-                ops->rows(model->be, x, &model->text.token_embd, span->ids + i, run);
+                ops->rows(model->be, x, &model->text.token_embd, ids + i, run);
             i += run;
             row += run;
         }

@@ -6,7 +6,7 @@ enum { SCRATCH_BYTES = 64 << 20, ROWS_PER_SESSION = 8, MAX_ROWS_AT_ONCE = 1024 }
 /* Steps of few rows, and of many sessions with few rows each, which would leave most of a block's rows idle */
 static bool row_by_row(const kvs_step *step) {
     int32_t sessions = 1;
-    if (step->n <= KVS_GRAPH_ROWS) return true;
+    if (step->n <= KVS_GRAPH_PROMPT_ROWS) return true;
     for (int32_t i = 1; i < step->n; i++) sessions += step->rows[i].kv != step->rows[i - 1].kv;
     return step->n < ROWS_PER_SESSION * sessions;
 }

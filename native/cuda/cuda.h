@@ -14,7 +14,8 @@ extern "C" {
 #include "../backend.h"
 }
 
-enum { KVS_GRAPH_ROWS = 16 }; /* steps of more rows are not worth a graph */
+/* Steps of more rows are not worth a graph: of a prompt, whose length is another one each time, and of sessions that step together, a row each */
+enum { KVS_GRAPH_PROMPT_ROWS = 16, KVS_GRAPH_ROWS = 64 };
 
 typedef struct kvs_cuda kvs_cuda;
 typedef void (*kvs_cuda_launch)(kvs_cuda *cu, const void *args);
@@ -71,7 +72,7 @@ typedef struct kvs_cuda_delivery { /* from a report to the caller's memory, if t
     uint64_t bytes;
 } kvs_cuda_delivery;
 
-enum { KVS_CUDA_ONCE = 64 };
+enum { KVS_CUDA_ONCE = KVS_GRAPH_ROWS }; /* each session of a step that becomes a graph has one */
 
 typedef struct kvs_cuda_once { /* what every layer of a step needs and is staged once: see kvs_cuda_once_slot */
     const void *host;

@@ -127,7 +127,7 @@ KVS_DEVICE void turn_check_put(const kvs_keys_args &a, int32_t i, int32_t head, 
 }
 
 /* One block for each row: its warps take heads of q, then those of K and of V. */
-static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(kvs_keys_args a) {
+static __global__ void __launch_bounds__(KVS_WARP *KVS_WARP) keys_kernel(const __grid_constant__ kvs_keys_args a) {
     __shared__ int32_t first_bad[2]; /* of the row's K and V: the first value beyond its limit */
     const int32_t i = (int32_t)blockIdx.x, lane = threadIdx.x % KVS_WARP, dims = a.q.head_dim, n_rot = a.q.n_rot;
     const float *angles = a.q.table + (int64_t)i * n_rot;
@@ -388,22 +388,24 @@ KVS_DEVICE void smooth_outputs(const smoother &s, float *out) {
     }
 }
 
-/* One block for each KV head (along x) of each job (along y). Each finds the strength for itself. */
+/* One block for each KV head (along x) of each job (along y) of each of its layers (along z). Each finds the strength for itself. */
 static __global__ void smooth_kernel(const __grid_constant__ kvs_smooth_batch a) {
     __shared__ float lines[KVS_WARP], turn[KVS_MAX_HEAD_DIM];
     const kvs_smooth_job_at at = a.jobs[blockIdx.y];
+    const int32_t layer = at.layer + (int32_t)blockIdx.z;
+    if (layer >= at.layer + at.n_layer) return;
     const staged_job *job = (const staged_job *)at.job;
     const kvs_kv *kv = job->kv;
     const int32_t *queue = (const int32_t *)(job + 1);
     int32_t head = blockIdx.x, target = job->params.target, group = kv->n_group > 1 ? head : 0;
-    smoother s = {job, kv, queue, queue + at.room, turn, 0, at.layer, head, 0.0f};
+    smoother s = {job, kv, queue, queue + at.room, turn, 0, layer, head, 0.0f};
     kvs_let_next_begin();
     kvs_await_previous();
     if (job->prev >= 0) {
         s.lambda = find_strength(s, group, lines);
         s.n_rot = set_turn(a, job, turn);
         __syncthreads();
-        if (!threadIdx.x && head == group) kv->strength[kvs_kv_history(kv, at.layer, job->index) + group] = s.lambda;
+        if (!threadIdx.x && head == group) kv->strength[kvs_kv_history(kv, layer, job->index) + group] = s.lambda;
         bool mixes = s.lambda != 0.0f; /* else not a bit may change */
         if (mixes && (target & KVS_TARGET_K) && kv->exact_k) smooth_rows(s, kv->k, kv->exact_k, s.n_rot);
         if (mixes && (target & KVS_TARGET_V) && kv->exact_v) smooth_rows(s, kv->v, kv->exact_v, 0);
@@ -418,14 +420,22 @@ bool kvs_smooth_take(kvs_smooth_batch *batch, const kvs_smooth_args *a, int32_t 
     batch->inv_freq = a->inv_freq;
     batch->n_rot = a->n_rot;
     batch->heads = a->heads;
-    for (; *done < a->n_jobs && batch->n_jobs < KVS_SMOOTH_JOBS; (*done)++)
-        batch->jobs[batch->n_jobs++] = {a->jobs + (int64_t)*done * a->stride, a->room, a->layer};
-    return *done == a->n_jobs;
+    for (; *done < a->n_jobs; (*done)++) {
+        const uint8_t *job = a->jobs + (int64_t)*done * a->stride;
+        kvs_smooth_job_at *at = batch->jobs, *end = at + batch->n_jobs;
+        while (at < end && (at->job != job || at->layer + at->n_layer != a->layer)) at++;
+        if (at == batch->jobs + KVS_SMOOTH_JOBS) return false;
+        if (at == end) *at = {job, a->room, a->layer, 0}, batch->n_jobs++;
+        at->n_layer++;
+        batch->n_layer = KVS_MAX(batch->n_layer, at->n_layer);
+    }
+    return true;
 }
 
 void kvs_smooth_launch(kvs_cuda *cu, kvs_smooth_batch *batch) {
-    if (batch->n_jobs) KVS_LAUNCH_EARLY(cu, smooth_kernel, dim3((unsigned)batch->heads, (unsigned)batch->n_jobs), dim3(THREADS), 0, *batch);
-    batch->n_jobs = 0;
+    const dim3 grid((unsigned)batch->heads, (unsigned)batch->n_jobs, (unsigned)batch->n_layer);
+    if (batch->n_jobs) KVS_LAUNCH_EARLY(cu, smooth_kernel, grid, dim3(THREADS), 0, *batch);
+    batch->n_jobs = batch->n_layer = 0;
 }
 
 static void launch_smooth(kvs_cuda *cu, const kvs_smooth_args *a) {

@@ -4,6 +4,7 @@
 #include "device.cuh"
 
 enum { KVS_KERNELS_AWAIT = 90 }; /* compiled for less, kvs_await_previous does nothing */
+enum { KVS_KERNEL_ARGS = 4096 }; /* bytes that a kernel's arguments may have; CUDA 12.0 takes no more */
 
 /* The architecture that a kernel was compiled for: older than the device where its driver makes it of PTX. 0: not known */
 template <class... P> static inline int32_t kvs_compiled_for(void (*kernel)(P...)) {

@@ -84,6 +84,7 @@ typedef struct kvs_keys_args {
     kvs_cuda_fault *fault;
     kvs_row_check checks[KVS_GRAPH_ROWS][2]; /* of K and of V */
 } kvs_keys_args;
+static_assert(sizeof(kvs_keys_args) <= KVS_KERNEL_ARGS, "arguments of a kernel");
 
 void kvs_keys_launch(kvs_cuda *cu, const kvs_keys_args *a);
 
@@ -105,18 +106,19 @@ typedef struct kvs_smooth_args {
     int32_t writes_out; /* some job has the outputs for its target */
 } kvs_smooth_args;
 
-/* Jobs of any layers, none of which needs what another does */
+/* Jobs of any layers, none of which needs what another does; one of layers that follow each other is one entry */
 enum { KVS_SMOOTH_JOBS = 128 };
 typedef struct kvs_smooth_job_at {
     const uint8_t *job;
-    int32_t room, layer;
+    int32_t room, layer, n_layer;
 } kvs_smooth_job_at;
 typedef struct kvs_smooth_batch {
     kvs_smooth_job_at jobs[KVS_SMOOTH_JOBS];
     float *out;
     const float *inv_freq;
-    int32_t n_jobs, n_rot, heads;
+    int32_t n_jobs, n_layer, n_rot, heads; /* n_layer: the most that a job has */
 } kvs_smooth_batch;
+static_assert(sizeof(kvs_smooth_batch) <= KVS_KERNEL_ARGS, "arguments of a kernel");
 
 /* Takes jobs of a, from *done on, into batch while there is room; true: all are in. */
 bool kvs_smooth_take(kvs_smooth_batch *batch, const kvs_smooth_args *a, int32_t *done);

@@ -367,12 +367,19 @@ static void reset_fault(kvs_cuda *cu) {
         kvs_cuda_check(cu, cudaMemsetAsync(cu->fault.device, 0xff, sizeof(kvs_cuda_fault), cu->stream), "cudaMemsetAsync");
 }
 
+static bool worth_a_graph(const kvs_step *step) {
+    if (step->n <= KVS_GRAPH_PROMPT_ROWS) return step->n > 0;
+    for (int32_t i = 1; i < step->n; i++)
+        if (step->rows[i].kv == step->rows[i - 1].kv) return false;
+    return step->n <= KVS_GRAPH_ROWS;
+}
+
 void kvs_cuda_begin(kvs_backend *be, const kvs_step *step) {
     kvs_cuda *cu = (kvs_cuda *)be;
     cu->step = step;
     cu->cancel = step->cancel;
     cu->status = kvs_cuda_failed(cu) ? KVS_E_DEVICE : KVS_OK;
-    cu->noting = step->n > 0 && step->n <= KVS_GRAPH_ROWS;
+    cu->noting = worth_a_graph(step);
     cu->list.used = 0;
     cu->n_kvs = 0;
     cu->n_once = 0;
