@@ -393,6 +393,9 @@ int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double
 int32_t kvs_test_isa(const char *isa); /* 1 if these kernels can be run here: base, avx2, avx512, amx; cuda: those of the first GPU */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
                         int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */
+/* The tiles, 128 or 64, or 0 for slices, that a GPU of n_sm multiprocessors takes for n rows by matrices of rows (n_jobs, up to 4); less
+ * than 0: this build has no CUDA backend. */
+int32_t kvs_test_tile(int32_t n_sm, int32_t n, const int32_t *rows, int32_t n_jobs);
 int32_t kvs_test_norm(const char *isa, const float *x, const float *w, const float *b, float eps, int32_t n, int32_t cols,
                       float *y); /* b NULL: RMS */
 int32_t kvs_test_rope(const char *isa, float *x, const int32_t *pos, int32_t n, int32_t n_head, int32_t head_dim, const float *inv_freq,

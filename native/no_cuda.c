@@ -2,6 +2,11 @@
 #include "backend.h"
 #include "measure.h"
 
+int32_t kvs_test_tile(int32_t n_sm, int32_t n, const int32_t *rows, int32_t n_jobs) {
+    (void)n_sm, (void)n, (void)rows, (void)n_jobs;
+    return -1;
+}
+
 int32_t kvs_cuda_info(char *text, int32_t size) {
     return snprintf(text, (size_t)size, "archs none; unavailable: this build has no CUDA backend");
 }

@@ -47,23 +47,54 @@ def test_against_numpy(name: str, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_tiles(name: str, rng: np.random.Generator) -> None:
-    """Over the shim, whose GPU is small, kernels with tiles of 128 x 128; rows that are even, odd and no multiple of anything."""
-    cols = cols_of(name, rng, 800)
-    for rows in (129, 254, 256):
-        x = rng.standard_normal((int(rng.integers(129, 140)), cols)).astype(np.float32)
-        check(name, random_blocks(rng, name, rows, cols), x, rng.standard_normal(rows).astype(np.float32), INT8)
+def test_tiles(name: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """Tiles of 128 x 128, of 64 x 64, and slices; rows that are even, odd and no multiple of anything. Which tile it was can't be seen."""
+    for rows in (129, int(rng.integers(130, 254)), 256):
+        cols = cols_of(name, rng, 800)
+        x, w = rng.standard_normal((int(rng.integers(65, 140)), cols)).astype(np.float32), random_blocks(rng, name, rows, cols)
+        bias, found = rng.standard_normal(rows).astype(np.float32), {}
+        for tile in ("128", "64", "0") if rows == 129 else ("128", "64"):
+            monkeypatch.setenv("KVS_CUDA_TILE", tile)
+            found[tile] = check(name, w, x, bias, INT8)
+        assert found["128"].tobytes() == found["64"].tobytes()
+
+
+# 7B's o, down and v; gate and up; q, k, v of the tower, its o and fc2, its fc1; the rest of 640 rows, and half of them; few
+CARDS = (36, 82, 128, 132)
+CHOSEN: list[tuple[int, list[int], tuple[int, ...]]] = [
+    (512, [4096], (128, 128, 128, 128)),
+    (512, [11008, 11008], (128, 128, 128, 128)),
+    (577, [1024, 1024, 1024], (128, 64, 128, 128)),
+    (577, [1024], (64, 64, 64, 64)),
+    (577, [4096], (128, 128, 64, 64)),
+    (128, [4096], (128, 64, 64, 64)),
+    (320, [4096], (64, 64, 64, 64)),
+    (65, [256], (0, 0, 0, 0)),
+    (64, [32000], (0, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("n", "rows", "sizes"), CHOSEN)
+def test_which_tile_a_card_takes(n: int, rows: list[int], sizes: tuple[int, ...]) -> None:
+    assert tuple(lib.kvs_test_tile(n_sm, n, rows, len(rows)) for n_sm in CARDS) == sizes
+
+
+def test_no_card_has_slices_for_a_prompt() -> None:
+    assert all(lib.kvs_test_tile(n_sm, 512, [4096], 1) > 0 for n_sm in range(8, 200))
+    assert lib.kvs_test_tile(0, 512, [4096], 1) < 0 and lib.kvs_test_tile(36, 512, [1] * 5, 5) < 0
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
-def test_every_tail(name: str, rng: np.random.Generator) -> None:
+def test_every_tail(name: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     for cols in (*range(1, 36), 63, 64, 65, 95, 96, 97, 127, 511, 1025):
         w, x = random_blocks(rng, name, 5, cols), rng.standard_normal((9, cols)).astype(np.float32)
         check(name, w, x, None, INT8)
         check(name, w, x, None, NONE)
     for cols in (1, 31, 33, 67):
         w, x = random_blocks(rng, name, 131, cols), rng.standard_normal((129, cols)).astype(np.float32)
-        check(name, w, x, None, INT8)
+        for tile in ("128", "64"):
+            monkeypatch.setenv("KVS_CUDA_TILE", tile)
+            check(name, w, x, None, INT8)
 
 
 def test_as_many_tiles_as_a_gpu_wants(rng: np.random.Generator) -> None:
@@ -80,9 +111,10 @@ def test_wide_rows(name: str, rng: np.random.Generator) -> None:
         check(name, w, x, None, INT8)
 
 
-@pytest.mark.parametrize("rows, n", [(18, 12), (18, 40), (140, 132)])
+@pytest.mark.parametrize("rows, n, tile", [(18, 12, ""), (18, 40, ""), (140, 132, "128"), (140, 132, "64")])
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_K", "Q6_K"])
-def test_unusual_activations(name: str, rows: int, n: int, rng: np.random.Generator) -> None:
+def test_unusual_activations(name: str, rows: int, n: int, tile: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.setenv("KVS_CUDA_TILE", tile)
     w, x = random_blocks(rng, name, rows, 256), rng.standard_normal((n, 256)).astype(np.float32)
     kept = x[8:].copy()
     x[0] = 0

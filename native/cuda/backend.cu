@@ -265,6 +265,12 @@ static bool is_set(const char *name, const char *to) {
     return value && !strcmp(value, to);
 }
 
+static int32_t wanted_tile(void) {
+    const char *value = getenv("KVS_CUDA_TILE");
+    if (!value) return KVS_CUDA_ANY_TILE;
+    return !strcmp(value, "128") ? 128 : !strcmp(value, "64") ? 64 : !strcmp(value, "0") ? 0 : KVS_CUDA_ANY_TILE;
+}
+
 static bool prepare(kvs_cuda *cu) {
     int major = 0, minor = 0;
     const int device = cu->device;
@@ -280,6 +286,7 @@ static bool prepare(kvs_cuda *cu) {
     ok = ok && kvs_cuda_reserve_report(cu, sizeof(kvs_cuda_fault)).host; /* the first chunk of them is there before any step */
     cu->sm = 10 * major + minor;
     cu->fuses = !is_set("KVS_CUDA_FUSE", "0");
+    cu->tile = wanted_tile();
     cu->overlaps = ok && !is_set("KVS_CUDA_OVERLAP", "0") && can_overlap();
     cu->waits = is_set("KVS_CUDA_SYNC", "1");
     return ok;

@@ -102,6 +102,8 @@ typedef struct kvs_cuda_scratch_block {
     uint64_t bytes;
 } kvs_cuda_scratch_block;
 
+enum { KVS_CUDA_ANY_TILE = -1 };
+
 struct kvs_cuda {
     kvs_backend base;                     /* first: a kvs_backend * to it is a kvs_cuda * */
     int32_t device, sm, n_sm, max_shared; /* sm: 90 for 9.0; max_shared: bytes of a block that asks for them */
@@ -109,6 +111,7 @@ struct kvs_cuda {
     bool overlaps;                        /* kernels of a graph may begin early */
     bool waits;                           /* for each kernel, so that one that fails is named: KVS_CUDA_SYNC */
     const char *last_kernel;              /* atomic; that was launched */
+    int32_t tile;                         /* of products of many rows: KVS_CUDA_ANY_TILE, or what gemm.cu is to take, 128, 64 or 0 */
     cudaStream_t stream;
     /* between begin and end */
     const kvs_step *step;

@@ -60,12 +60,32 @@ static void launch_halves(kvs_cuda *cu, const halves_args *a) {
     KVS_LAUNCH_EARLY(cu, gemm_halves_kernel, (unsigned)a->n, HALVES_THREADS, 0, *a);
 }
 
-/* Blocks of 128 x 128 decode a weight once for 128 rows of x, and read the least; but there must be as many as the GPU has multiprocessors. */
+/* Size of tiles, 0: slices. Tiles of 128 decode a weight once for 128 rows of x, and read the least; but where there are too few of them
+ * for all multiprocessors, or some of these have one more to do, smaller ones end sooner. Up to 64 rows slices decode a weight once, too,
+ * and begin early. What rows cost is from counts in the machine code for 9.0 (decoding, reads of shared memory), and for slices, each warp
+ * of which reads x for itself, from the L2 cache's bandwidth. It is a guess that nobody has measured; KVS_CUDA_TILE is there for that. */
+static int32_t tile_size(const gemm_args *a, int32_t n_sm) {
+    if (a->n <= 64) return 0;
+    const int64_t large = gemm_time(a, n_sm, 128, 128, 16, 32), small = gemm_time(a, n_sm, 64, 64, 16, 32);
+    if (gemm_time(a, n_sm, 64, 32, 48, 32) < KVS_MIN(large, small)) return 0;
+    return large <= small ? 128 : 64;
+}
+
+int32_t kvs_test_tile(int32_t n_sm, int32_t n, const int32_t *rows, int32_t n_jobs) {
+    KVS_ARGS(gemm_args, a);
+    if (n_sm < 1 || n_jobs > GEMM_JOBS) return -KVS_E_ARGUMENT;
+    a.n = n;
+    a.n_jobs = n_jobs;
+    for (int32_t i = 0; i < n_jobs; i++) a.jobs[i].rows = rows[i];
+    return tile_size(&a, n_sm);
+}
+
 static void launch_products(kvs_cuda *cu, const gemm_args *a) {
+    const int32_t size = cu->tile == KVS_CUDA_ANY_TILE ? tile_size(a, cu->n_sm) : cu->tile;
     if (!a->halves)
         gemm_float(cu, a);
-    else if (a->n > 64 && gemm_tiles(a, 128, 128) >= cu->n_sm)
-        gemm_tile(cu, a);
+    else if (size)
+        gemm_tile(cu, a, size);
     else
         gemm_slice(cu, a);
 }

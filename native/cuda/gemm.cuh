@@ -33,9 +33,9 @@ typedef struct gemm_args {  /* jobs of one type */
 
 enum { GEMM_STRIDE = 64 }; /* stride is a multiple of it */
 
-/* By kernel: gemm_tile.cu for so many products that all of the GPU has blocks of 128 x 128 of them, gemm_slice.cu for fewer, gemm_float.cu for
+/* By kernel: gemm_tile.cu for many products (size: 128 or 64, rows of x and of weights in a block), gemm_slice.cu for few, gemm_float.cu for
  * float32. They launch. */
-void gemm_tile(kvs_cuda *cu, const gemm_args *a);
+void gemm_tile(kvs_cuda *cu, const gemm_args *a, int32_t size);
 void gemm_slice(kvs_cuda *cu, const gemm_args *a);
 void gemm_float(kvs_cuda *cu, const gemm_args *a);
 
@@ -44,6 +44,12 @@ static inline int64_t gemm_tiles(const gemm_args *a, int32_t tile_n, int32_t til
     int64_t tiles = 0;
     for (int32_t i = 0; i < a->n_jobs; i++) tiles += kvs_ceil_div(a->jobs[i].rows, tile_rows);
     return tiles * kvs_ceil_div(a->n, tile_n);
+}
+
+/* How long that takes, to compare: on the multiprocessor with the most blocks, products of a column, and what rows of x and of weights cost
+ * beside them, as so many. */
+static inline int64_t gemm_time(const gemm_args *a, int32_t n_sm, int32_t tile_n, int32_t tile_rows, int32_t per_x, int32_t per_row) {
+    return kvs_ceil_div(gemm_tiles(a, tile_n, tile_rows), n_sm) * (tile_n * tile_rows + per_x * tile_n + per_row * tile_rows);
 }
 
 /* CALL<TYPE>::run(arguments...) for a type that tensor cores multiply */

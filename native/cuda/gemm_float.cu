@@ -175,7 +175,8 @@ template <int TYPE, int SIZE> static void launch_float(kvs_cuda *cu, const gemm_
 template <int TYPE> struct float_launch {
     static void run(kvs_cuda *cu, const gemm_args *a) {
         if constexpr (TYPE == KVS_TYPE_F32) { /* the rest is rare */
-            if (gemm_tiles(a, 128, 128) >= cu->n_sm) {
+            const bool large = gemm_time(a, cu->n_sm, 128, 128, 16, 16) <= gemm_time(a, cu->n_sm, 64, 64, 16, 16);
+            if (cu->tile == 128 || (cu->tile == KVS_CUDA_ANY_TILE && large)) {
                 launch_float<TYPE, 128>(cu, a);
                 return;
             }
