@@ -203,8 +203,9 @@ struct kvs_ops {
     /* What the history has of the step's rows in some layers: means over groups of entropy and of strength, and mass. told: host, for each row
      * NULL or room for (3, kv->n_layer), of which these layers' are there once end() has given KVS_OK. */
     void (*kv_tell)(kvs_backend *be, kvs_range layers, float *const *told);
-    /* One id from logits (n_vocab), as sampler.c has it; *out is host memory, and there once end() has given KVS_OK */
-    void (*sample)(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
+    /* One id from each of n rows of logits (n_vocab), as sampler.c has it; logits: host, (n) of [dev] rows; draws: host, (n) until end;
+     * out: host, (n), and there once end() has given KVS_OK */
+    void (*sample)(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n);
     /* pruning, between begin and end: attention of the newest row on each row of a picture, span by span, mean (or maximum) over the
      * query heads of a KV head: scores [dev] (n_kv_head, rows of spans) */
     void (*kv_score)(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);

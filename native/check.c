@@ -191,7 +191,7 @@ static void check_begin(kvs_backend *be, const kvs_step *step) {
     c->status = c->device_step.rows ? KVS_OK : KVS_E_MEMORY;
     if (c->status) c->device_step.n = 0;
     c->told_layers.n = 0;
-    c->drawn = NULL;
+    c->n_drawn = 0;
     c->cpu->ops->begin(c->cpu, &c->cpu_step);
     c->device->ops->begin(c->device, &c->device_step);
 }
@@ -374,6 +374,7 @@ static void check_close(kvs_backend *be) {
     free(c->smooth_jobs);
     free(c->told);
     free(c->told_here);
+    free(c->drawn_here);
     free(c);
 }
 

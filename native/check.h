@@ -36,10 +36,9 @@ typedef struct kvs_check {
     /* What the device gives at the end, and the CPU has given */
     float **told, *told_here; /* (step->n) where it goes; (step->n, 3, n_layer) */
     kvs_range told_layers;    /* none: nothing was told */
-    const kvs_drawn *drawn;   /* where it goes; NULL: nothing was drawn */
-    kvs_drawn
-        drawn_here[3]; /* with the random number, and with one a little less, a little more: a sum that is rounded may pass it or not */
-    int32_t n_vocab, greedy;
+    const kvs_drawn *drawn;   /* (n_drawn) where they go; n_drawn 0: nothing was drawn */
+    kvs_drawn *drawn_here; /* (n_drawn, 3) with the random number, a little less, a little more: a sum that is rounded may pass it or not */
+    int32_t n_drawn, n_vocab;
 } kvs_check;
 
 /* Of the largest value in a row. Exact: rows that are only moved or rounded in the same way. Float: products and functions in float32. */
@@ -60,7 +59,7 @@ void kvs_check_fail(kvs_check *check, const char *format, ...) __attribute__((fo
 
 /* check_end.c: both are compared by kvs_check_ended, once all has gone well */
 void kvs_check_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
-void kvs_check_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
+void kvs_check_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n);
 void kvs_check_ended(kvs_check *check);
 
 /* check_kv.c */

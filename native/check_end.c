@@ -32,20 +32,35 @@ void kvs_check_kv_tell(kvs_backend *be, kvs_range layers, float *const *told) {
     free(here);
 }
 
-void kvs_check_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
-    kvs_check *c = (kvs_check *)be;
+/* Greedy doesn't look at the random number: its three are the same. */
+static void draw_here(kvs_check *c, const float *logits, const kvs_draw *draw, kvs_drawn *out) {
     const double beside[] = {0, -KVS_CHECK_FLOAT, KVS_CHECK_FLOAT};
-    const float *there = kvs_check_there(c, logits);
-    if (!kvs_check_enter(c)) return;
-    c->drawn = out;
-    c->n_vocab = n_vocab;
-    c->greedy = draw->params->temperature == 0;
-    c->device->ops->sample(c->device, there, n_vocab, draw, out);
     for (int i = 0; i < 3; i++) {
         kvs_draw here = *draw;
         here.uniform = KVS_MIN(KVS_MAX(draw->uniform + beside[i], 0), 1 - 0x1p-53);
-        c->cpu->ops->sample(c->cpu, logits, n_vocab, &here, &c->drawn_here[i]);
+        c->cpu->ops->sample(c->cpu, &logits, c->n_vocab, &here, &out[i], 1);
     }
+}
+
+void kvs_check_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n) {
+    kvs_check *c = (kvs_check *)be;
+    if (!kvs_check_enter(c)) return;
+    kvs_drawn *here = kvs_realloc(c->drawn_here, 3 * (uint64_t)n, sizeof *here);
+    if (here) c->drawn_here = here;
+    const float **there = here ? kvs_calloc((uint64_t)n, sizeof *there) : NULL;
+    if (!there) {
+        c->status = KVS_E_MEMORY;
+        return;
+    }
+    for (int32_t i = 0; i < n; i++) there[i] = kvs_check_there(c, logits[i]);
+    if (kvs_check_enter(c)) {
+        c->drawn = out;
+        c->n_drawn = n;
+        c->n_vocab = n_vocab;
+        c->device->ops->sample(c->device, there, n_vocab, draws, out, n);
+        for (int32_t i = 0; i < n; i++) draw_here(c, logits[i], &draws[i], &here[3 * (int64_t)i]);
+    }
+    free((void *)there);
 }
 
 /* Between steps both sides hold the same. */
@@ -61,17 +76,17 @@ static void compare_told(kvs_check *c) {
 
 static bool near(float a, float b) { return fabsf(a - b) <= KVS_CHECK_FLOAT * KVS_MAX(1.0f, fabsf(b)); }
 
-static void compare_drawn(kvs_check *c) {
-    const kvs_sample *there = &c->drawn->sample, *here = NULL;
-    if (c->drawn->n_bad != c->drawn_here->n_bad || c->drawn->first_bad != c->drawn_here->first_bad)
+static void compare_drawn(kvs_check *c, const kvs_drawn *drawn, const kvs_drawn *drawn_here) {
+    const kvs_sample *there = &drawn->sample, *here = NULL;
+    if (drawn->n_bad != drawn_here->n_bad || drawn->first_bad != drawn_here->first_bad)
         kvs_check_fail(c, "sample: %s finds %d logits that are not finite, the first at %d, and the CPU %d, the first at %d",
-                       c->device->name, c->drawn->n_bad, c->drawn->first_bad, c->drawn_here->n_bad, c->drawn_here->first_bad);
-    if (c->drawn->n_bad || c->status) return;
-    for (int i = 0; i < (c->greedy ? 1 : 3) && !here; i++)
-        if (c->drawn_here[i].sample.id == there->id) here = &c->drawn_here[i].sample;
+                       c->device->name, drawn->n_bad, drawn->first_bad, drawn_here->n_bad, drawn_here->first_bad);
+    if (drawn->n_bad || c->status) return;
+    for (int i = 0; i < 3 && !here; i++)
+        if (drawn_here[i].sample.id == there->id) here = &drawn_here[i].sample;
     if (!here || there->n_top != here->n_top) {
         kvs_check_fail(c, "sample: id %d of %d and %d best ones on %s, id %d and %d on the CPU", there->id, c->n_vocab, there->n_top,
-                       c->device->name, c->drawn_here->sample.id, c->drawn_here->sample.n_top);
+                       c->device->name, drawn_here->sample.id, drawn_here->sample.n_top);
         return;
     }
     if (!near(there->logprob, here->logprob))
@@ -85,5 +100,5 @@ static void compare_drawn(kvs_check *c) {
 
 void kvs_check_ended(kvs_check *c) {
     if (c->told_layers.n) compare_told(c);
-    if (c->drawn) compare_drawn(c);
+    for (int32_t i = 0; i < c->n_drawn; i++) compare_drawn(c, &c->drawn[i], &c->drawn_here[3 * (int64_t)i]);
 }

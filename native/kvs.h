@@ -35,7 +35,7 @@ extern "C" {
 
 /* [cffi] everything between the two marks is what the Python package parses: no preprocessor lines here, please */
 
-enum { KVS_ABI_VERSION = 7 };
+enum { KVS_ABI_VERSION = 8 };
 
 enum kvs_status {
     KVS_OK = 0,
@@ -325,6 +325,9 @@ int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int3
 int32_t kvs_session_end_prefill(kvs_session *session, int32_t *cancel, kvs_error *err);
 int32_t kvs_session_logits(kvs_session *session, float *logits, int32_t *cancel, kvs_error *err); /* (n_vocab) of the last row */
 int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, int32_t *cancel, kvs_error *err);
+/* The same for each of n different sessions of one model, at once. All or nothing: on failure no session has used up a random number. */
+int32_t kvs_sessions_sample(kvs_session *const *sessions, const kvs_sampling *const *params, int32_t n, kvs_sample *const *out,
+                            int32_t *cancel, kvs_error *err);
 int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err);
 int32_t kvs_session_n_ctx(const kvs_session *session);
 int32_t kvs_session_kv_type(const kvs_session *session);
@@ -440,7 +443,7 @@ int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, floa
 int32_t kvs_test_mix(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows, int32_t first,
                      int32_t n, const float *w, float gamma, int32_t target, int32_t rope_pre, int32_t n_rot, const float *inv_freq,
                      const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out, float *exact_k, float *exact_v);
-/* draws ids from one row of logits; last: the whole sample of the last draw. KVS_E_NUMERIC: its id is that of the first logit that is not
+/* draws ids from one row of logits, the first alone, the others up to 64 at once; last: the whole sample of the last draw. KVS_E_NUMERIC: its id is that of the first logit that is not
  * finite, its n_top their number */
 int32_t kvs_test_sample(const char *isa, const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen,
                         const kvs_sampling *params, uint64_t seed, int32_t draws, int32_t *ids, kvs_sample *last);

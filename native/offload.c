@@ -375,12 +375,17 @@ static void offload_scatter(kvs_backend *be, float *const *y, const float *x, in
     }
 }
 
-static void offload_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
+/* Each row where it is, neighbours that lie on one side at once: logits that a file had are on the host. */
+static void offload_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n) {
+    enum { RUN = 64 };
+    const float *there[RUN];
     offload *o = (offload *)be;
-    if (!enter(o, side_of_value(o, logits))) return;
-    kvs_backend *c = child(o, o->side);
-    logits = use(o, logits, n_vocab, KVS_READ);
-    if (!o->status) c->ops->sample(c, logits, n_vocab, draw, out);
+    for (int32_t first = 0, run; first < n && enter(o, side_of_value(o, logits[first])); first += run) {
+        kvs_backend *c = child(o, o->side);
+        for (run = 0; run < RUN && first + run < n && side_of_value(o, logits[first + run]) == o->side; run++)
+            there[run] = use(o, logits[first + run], n_vocab, KVS_READ);
+        if (!o->status) c->ops->sample(c, there, n_vocab, draws + first, out + first, run);
+    }
 }
 
 static void offload_finite(kvs_backend *be, const float *x, int32_t n, int32_t cols, float limit, int32_t place) {

@@ -464,7 +464,12 @@ static int step(kvs_session *const *sessions, const int32_t *ids, int32_t n, con
     return status;
 }
 
-int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err) {
+static void leave_all(kvs_session *const *sessions, int32_t n) {
+    while (n > 0) kvs_session_leave(sessions[--n]);
+}
+
+/* All of them, or none. Nobody waits for a session, so two threads may name the same ones in any order. */
+static int enter_all(kvs_session *const *sessions, int32_t n, kvs_error *err) {
     if (n < 1 || n > MAX_BATCH) return bad_argument(err, "n", "must be in 1..256");
     int32_t entered = 0;
     int status = KVS_OK;
@@ -474,8 +479,15 @@ int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int3
         else
             status = kvs_session_enter(sessions[entered], err); /* the same session twice is busy, too */
     }
-    if (!status) status = step(sessions, ids, n, cancel, err);
-    while (entered > 0) kvs_session_leave(sessions[--entered]);
+    if (status) leave_all(sessions, entered);
+    return status;
+}
+
+int32_t kvs_sessions_step(kvs_session *const *sessions, const int32_t *ids, int32_t n, int32_t *cancel, kvs_error *err) {
+    int status = enter_all(sessions, n, err);
+    if (status) return status;
+    status = step(sessions, ids, n, cancel, err);
+    leave_all(sessions, n);
     return status;
 }
 
@@ -526,43 +538,60 @@ int32_t kvs_session_logits(kvs_session *session, float *logits, int32_t *cancel,
     return status;
 }
 
-/* Where logits are in memory of the host no device is needed, and other sessions' passes go on. */
-static int draw(kvs_session *s, const kvs_draw *how, kvs_drawn *out, const int32_t *cancel, kvs_error *err) {
-    kvs_backend *be = s->model->be;
-    if (be->host_memory) return kvs_sampler_draw(s->logits, s->model->text.n_vocab, how, out, err);
-    int status = kvs_model_lock(s->model, cancel, err);
+/* Where logits are in memory of the host one of them needs no threads, and other sessions' passes go on. */
+static int draw(kvs_session *const *sessions, const kvs_draw *how, int32_t n, kvs_drawn *out, const int32_t *cancel, kvs_error *err) {
+    const float *logits[MAX_BATCH];
+    kvs_model *model = sessions[0]->model;
+    kvs_backend *be = model->be;
+    for (int32_t i = 0; i < n; i++) logits[i] = sessions[i]->logits;
+    if (be->host_memory && n == 1) return kvs_sampler_draw(logits[0], model->text.n_vocab, how, out, err);
+    int status = kvs_model_lock(model, cancel, err);
     if (status) return status;
     kvs_step step = {.cancel = cancel};
     be->ops->begin(be, &step);
-    be->ops->sample(be, s->logits, s->model->text.n_vocab, how, out);
+    be->ops->sample(be, logits, model->text.n_vocab, how, out, n);
     status = be->ops->end(be, err);
-    kvs_model_unlock(s->model);
+    kvs_model_unlock(model);
     return status;
 }
 
-/* A random number is used up if all goes well. */
-static int sample(kvs_session *s, const kvs_sampling *params, kvs_sample *out, const int32_t *cancel, kvs_error *err) {
-    int status = ensure_logits(s, cancel, err);
-    if (!status) status = kvs_sampling_check(params, err);
+/* Random numbers are used up if all goes well. */
+static int sample(kvs_session *const *sessions, const kvs_sampling *const *params, int32_t n, kvs_sample *const *out, const int32_t *cancel,
+                  kvs_error *err) {
+    kvs_rng rngs[MAX_BATCH];
+    kvs_draw how[MAX_BATCH];
+    kvs_drawn drawn[MAX_BATCH];
+    for (int32_t i = 0; i < n; i++) {
+        kvs_session *s = sessions[i];
+        int status = ensure_logits(s, cancel, err);
+        if (!status) status = kvs_sampling_check(params[i], err);
+        if (status) return status;
+        rngs[i] = s->rng;
+        how[i] = (kvs_draw){params[i], s->cache.ids, s->cache.n_past, params[i]->temperature > 0 ? kvs_rng_uniform(&rngs[i]) : 0};
+    }
+    int status = draw(sessions, how, n, drawn, cancel, err);
+    for (int32_t i = 0; i < n && !status; i++)
+        if (drawn[i].n_bad) status = kvs_logits_fail(drawn[i].n_bad, sessions[i]->model->text.n_vocab, drawn[i].first_bad, err);
+    for (int32_t i = 0; i < n && !status; i++) {
+        sessions[i]->rng = rngs[i];
+        *out[i] = drawn[i].sample;
+    }
+    return status;
+}
+
+int32_t kvs_sessions_sample(kvs_session *const *sessions, const kvs_sampling *const *params, int32_t n, kvs_sample *const *out,
+                            int32_t *cancel, kvs_error *err) {
+    int status = enter_all(sessions, n, err);
     if (status) return status;
-    kvs_rng rng = s->rng;
-    kvs_draw how = {params, s->cache.ids, s->cache.n_past, params->temperature > 0 ? kvs_rng_uniform(&rng) : 0};
-    kvs_drawn drawn;
-    status = draw(s, &how, &drawn, cancel, err);
-    if (!status && drawn.n_bad) status = kvs_logits_fail(drawn.n_bad, s->model->text.n_vocab, drawn.first_bad, err);
-    if (status) return status;
-    s->rng = rng;
-    *out = drawn.sample;
-    return KVS_OK;
+    for (int32_t i = 0; i < n && !status; i++)
+        if (params[i]->struct_size != sizeof **params) status = bad_argument(err, "struct_size", "kvs_sampling of another version");
+    if (!status) status = sample(sessions, params, n, out, cancel, err);
+    leave_all(sessions, n);
+    return status;
 }
 
 int32_t kvs_session_sample(kvs_session *session, const kvs_sampling *params, kvs_sample *out, int32_t *cancel, kvs_error *err) {
-    if (params->struct_size != sizeof *params) return bad_argument(err, "struct_size", "kvs_sampling of another version");
-    int status = kvs_session_enter(session, err);
-    if (status) return status;
-    status = sample(session, params, out, cancel, err);
-    kvs_session_leave(session);
-    return status;
+    return kvs_sessions_sample(&session, &params, 1, &out, cancel, err);
 }
 
 int32_t kvs_session_reseed(kvs_session *session, uint64_t seed, kvs_error *err) {

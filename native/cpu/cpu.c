@@ -194,9 +194,30 @@ static void cpu_scatter(kvs_backend *be, float *const *y, const float *x, int32_
     for (int32_t i = 0; i < n; i++) memcpy(y[i], x + (int64_t)i * cols, (size_t)cols * sizeof *x);
 }
 
-static void cpu_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
+typedef struct sample_args {
+    const float *const *logits;
+    const kvs_draw *draws;
+    kvs_drawn *out;
+    int32_t n_vocab;
+    int32_t status; /* atomic */
+} sample_args;
+
+static void sample_rows(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    sample_args *a = arg;
+    (void)thread;
+    for (int64_t i = begin; i < end; i++) {
+        int status = kvs_sampler_draw(a->logits[i], a->n_vocab, &a->draws[i], &a->out[i], NULL);
+        if (status) __atomic_store_n(&a->status, status, __ATOMIC_RELAXED);
+    }
+}
+
+static void cpu_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n) {
+    enum { LIKE = 8 }; /* an exponential in double is like so many elements */
     kvs_cpu *cpu = (kvs_cpu *)be;
-    if (!kvs_cpu_stopped(cpu)) cpu->status = kvs_sampler_draw(logits, n_vocab, draw, out, NULL);
+    if (kvs_cpu_stopped(cpu)) return;
+    sample_args args = {logits, draws, out, n_vocab, KVS_OK};
+    kvs_cpu_loop(cpu, sample_rows, &args, n, KVS_MAX(PIECE / LIKE / KVS_MAX(n_vocab, 1), 1));
+    if (!cpu->status) cpu->status = args.status;
 }
 
 typedef struct finite_args {

@@ -250,7 +250,7 @@ void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jo
 void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
 void kvs_cuda_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
 /* sample.cu */
-void kvs_cuda_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out);
+void kvs_cuda_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n);
 /* mix.cu */
 void kvs_cuda_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
 /* prune.cu */

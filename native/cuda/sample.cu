@@ -1,5 +1,5 @@
-/* sample.cu - logits to one id, as native/sampler.c has it. One block reads the row, which lies in the L2 cache, a few times: two passes are
- * the floor (the best one, the sum of exponentials), and each cut and the draw add two or three.
+/* sample.cu - logits to one id, as native/sampler.c has it, for one session or several, a block each. It reads its row, which lies in the L2
+ * cache, a few times: two passes are the floor (the best one, the sum of exponentials), and each cut and the draw add two or three.
  *
  * Cuts and the draw are one question: going down from the best candidate, where do measures add up to so much? For top-k each counts 1, for
  * top-p its weight, and the draw goes down from the other end of the total. The answer is a candidate, found through histograms of ever
@@ -11,12 +11,12 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { THREADS = 1024, BINS = 2 * THREADS, FEW = 256, WEIGHT_BITS = 47 };
+enum { THREADS = 1024, BINS = 2 * THREADS, FEW = 256, WEIGHT_BITS = 47, ROWS = 32 };
 
-typedef struct sample_args {
-    const float *logits;  /* (n) */
-    const uint32_t *seen; /* a bit for each id that is penalised; NULL: no penalty */
-    float *scores;        /* (n) for logits after the penalty, where there is one */
+typedef struct sample_args { /* of one row */
+    const float *logits;     /* (n) */
+    const uint32_t *seen;    /* a bit for each id that is penalised; NULL: no penalty */
+    float *scores;           /* (n) for logits after the penalty, where there is one */
     kvs_drawn *out;
     int32_t n, top_k, n_top; /* top_k: 0 = all */
     int32_t bits;            /* a weight of 1 is 2^bits: the sum of n stays below 2^63 */
@@ -26,6 +26,13 @@ typedef struct sample_args {
     uint64_t uniform; /* in units of 2^-64 */
     int32_t by_mass;
 } sample_args;
+
+/* Of one launch. They go with it, not by way of memory that is staged: a token without a penalty needs no copy to the device. */
+typedef struct sample_batch {
+    sample_args rows[ROWS];
+    int32_t n;
+} sample_batch;
+static_assert(sizeof(sample_batch) <= 4096, "the arguments of a kernel");
 
 typedef struct board {              /* shared memory */
     uint32_t low[BINS], high[BINS]; /* sums of measures: 64-bit atomics of shared memory are slow loops */
@@ -329,8 +336,9 @@ KVS_DEVICE void find_top(const sample_args &a, board &s, const looks &l, float b
     a.out->sample.top_logprobs[rank] = logprob(a, s, id_of(mine), best);
 }
 
-static __global__ void __launch_bounds__(THREADS) sample_kernel(sample_args a) {
+static __global__ void __launch_bounds__(THREADS) sample_kernel(const sample_batch batch) {
     __shared__ board s;
+    const sample_args a = batch.rows[blockIdx.x];
     for (uint32_t i = threadIdx.x; i < sizeof *a.out / 4; i += THREADS) ((uint32_t *)a.out)[i] = 0;
     __syncthreads();
     const looks l = look_at(a, s);
@@ -348,7 +356,9 @@ static __global__ void __launch_bounds__(THREADS) sample_kernel(sample_args a) {
 
 /* ---- the op ---- */
 
-static void launch_sample(kvs_cuda *cu, const sample_args *a) { KVS_LAUNCH(cu, sample_kernel, dim3(1), dim3(THREADS), 0, *a); }
+static void launch_sample(kvs_cuda *cu, const sample_batch *a) {
+    KVS_LAUNCH(cu, sample_kernel, dim3((unsigned)a->n), dim3(THREADS), 0, *a);
+}
 
 /* A bit for each id of the timeline. NULL: there is no penalty, or the step has failed. */
 static const uint32_t *stage_seen(kvs_cuda *cu, int32_t n, const kvs_draw *draw) {
@@ -383,18 +393,37 @@ static void set_cuts(sample_args *a, const kvs_draw *draw) {
     a->penalty = p->repetition_penalty;
 }
 
+/* Room for the scores of those that have a penalty; the launch before this one is through with it. */
+static void set_scores(kvs_cuda *cu, sample_batch *batch) {
+    int32_t n = 0, n_vocab = batch->rows->n;
+    for (int32_t i = 0; i < batch->n; i++) n += batch->rows[i].seen != NULL;
+    float *scores = n ? (float *)kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)n * (uint64_t)n_vocab * sizeof(float)) : NULL;
+    for (int32_t i = 0; i < batch->n && scores; i++) {
+        if (!batch->rows[i].seen) continue;
+        batch->rows[i].scores = scores;
+        scores += n_vocab;
+    }
+}
+
 /* Steps that draw have no rows and are not noted down: the arguments may be others each time. */
-void kvs_cuda_sample(kvs_backend *be, const float *logits, int32_t n_vocab, const kvs_draw *draw, kvs_drawn *out) {
+void kvs_cuda_sample(kvs_backend *be, const float *const *logits, int32_t n_vocab, const kvs_draw *draws, kvs_drawn *out, int32_t n) {
     kvs_cuda *cu = (kvs_cuda *)be;
     if (kvs_cuda_stopped(cu)) return;
-    kvs_cuda_report report = kvs_cuda_reserve_report(cu, sizeof *out);
-    KVS_ARGS(sample_args, a);
-    a.n = n_vocab;
-    a.logits = logits;
-    a.seen = stage_seen(cu, n_vocab, draw);
-    if (a.seen) a.scores = (float *)kvs_cuda_scratch(cu, KVS_SCRATCH_OP, (uint64_t)n_vocab * sizeof(float));
-    a.out = (kvs_drawn *)report.device;
-    set_cuts(&a, draw);
-    kvs_cuda_op<launch_sample>(cu, &a);
-    kvs_cuda_deliver(cu, out, report.host, sizeof *out);
+    const uint64_t bytes = (uint64_t)n * sizeof *out;
+    kvs_cuda_report report = kvs_cuda_reserve_report(cu, bytes);
+    for (int32_t first = 0; first < n && !cu->status; first += ROWS) {
+        KVS_ARGS(sample_batch, batch);
+        batch.n = KVS_MIN(n - first, (int32_t)ROWS);
+        for (int32_t i = 0; i < batch.n; i++) {
+            sample_args *a = &batch.rows[i];
+            a->n = n_vocab;
+            a->logits = logits[first + i];
+            a->seen = stage_seen(cu, n_vocab, &draws[first + i]);
+            a->out = (kvs_drawn *)report.device + first + i;
+            set_cuts(a, &draws[first + i]);
+        }
+        set_scores(cu, &batch);
+        kvs_cuda_op<launch_sample>(cu, &batch);
+    }
+    kvs_cuda_deliver(cu, out, report.host, bytes);
 }
