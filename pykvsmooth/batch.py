@@ -1,4 +1,5 @@
-"""Many requests at once: each has a session of its own, and all that are live take their step together in one pass over the weights."""
+"""Many requests at once: each has a session of its own, and all that are live draw their ids together, and take their step together in one
+pass over the weights."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ._native import Flag
 from .checks import choice, integer
 from .errors import BusyError, CancelledError, ClosedError, NumericError
+from .generation import Generation, sample
 from .handles import CLOSE_SECONDS, refuse_pickle
 from .options import AnswerOptions, Options, RequestOptions, refuse_unknown
 from .prompt import MODES
@@ -20,9 +22,9 @@ from .session import Session, step
 from .stats import Result, Stats, Token
 
 if TYPE_CHECKING:
-    from .generation import Generation
     from .model import Model
 
+T = TypeVar("T")
 Item: TypeAlias = "tuple[int, Token | Result | Exception]"
 MAX_PARALLEL = 256
 
@@ -196,19 +198,11 @@ class Batch:
         return given
 
     def _step(self) -> None:
-        """One token for each that is live. The handles are held for the native work only."""
-        ids: dict[int, int] = {}
-        for index, generation in list(self._live.items()):
-            try:
-                with generation.session._handle as pointer:
-                    id = generation.sample(pointer)
-            except Exception as error:
-                self._fail(index, error)
-                continue
-            if id is None:
-                self._leave(index)
-            else:
-                ids[index] = id
+        """One token for each that is live."""
+        drawn = self._sample([index for index, generation in self._live.items() if generation.goes_on()])
+        for index in [index for index in self._live if drawn.get(index) is None]:
+            self._leave(index)
+        ids = {index: id for index, id in drawn.items() if id is not None}
         try:
             self._step_together(ids)
         except Exception as error:
@@ -217,6 +211,27 @@ class Batch:
                 return
             for index in ids:
                 self._fail(index, error)
+
+    def _sample(self, indices: list[int]) -> dict[int, int | None]:
+        """The next ids, drawn at once; None at an end. One's error has changed nothing for the others: each once more by itself."""
+        if not indices:
+            return {}
+        try:
+            ids = self._together(indices, lambda generations, pointers: sample(generations, pointers, self._flag))
+        except Exception as error:
+            if len(indices) == 1:
+                self._fail(indices[0], error)
+                return {}
+            return {index: id for one in indices for index, id in self._sample([one]).items()}
+        return dict(zip(indices, ids, strict=True))
+
+    def _together(self, indices: Iterable[int], act: Callable[[list[Generation], list[Any]], T]) -> T:
+        """Holds the handles of these sessions, for native work only."""
+        generations, pointers = [self._live[index] for index in indices], []
+        with ExitStack() as held:
+            for generation in generations:  # no comprehension: a handle belongs to the function that took it
+                pointers.append(held.enter_context(generation.session._handle.use(self._flag)))
+            return act(generations, pointers)
 
     def _step_alone(self, ids: dict[int, int]) -> None:
         """One's numbers have ended the joint step, which has changed nothing: whose were they?"""
@@ -229,15 +244,15 @@ class Batch:
     def _step_together(self, ids: dict[int, int]) -> None:
         if not ids:
             return
-        with ExitStack() as held:
-            pointers = []
-            for index in ids:
-                pointers.append(held.enter_context(self._live[index].session._handle.use(self._flag)))
+
+        def act(generations: list[Generation], pointers: list[Any]) -> None:
             begin = time.perf_counter()
             step(pointers, list(ids.values()), self._flag)
             seconds = time.perf_counter() - begin
-            for index, pointer in zip(ids, pointers, strict=True):
-                self._ready.append((index, self._live[index].after_step(pointer, seconds)))
+            for index, generation, pointer in zip(ids, generations, pointers, strict=True):
+                self._ready.append((index, generation.after_step(pointer, seconds)))
+
+        self._together(ids, act)
 
     def _leave(self, index: int) -> None:
         """The end of an answer: text that was held back, and the result."""

@@ -117,15 +117,16 @@ class Generation:
         self.session._chat.turns += [*system, {"role": "user", "content": plan.message}, self._message]
         self.session._chat.rows = lib.kvs_session_n_past(pointer)
 
-    def sample(self, pointer: Any) -> int | None:
-        """The next id, or None at the end; then flush() may hold a last piece of text."""
+    def goes_on(self) -> bool:
+        """Is an id to be sampled? If not, the answer has ended; then flush() may hold a last piece of text."""
         reason = self._reason_to_end()
         if reason is not None:
             self._end(reason)
-            return None
-        begin = time.perf_counter()
-        check(lib.kvs_session_sample(pointer, self._sampling, self._sample, self.flag.pointer, self._err), self._err)
-        self._stats.decode_s += time.perf_counter() - begin
+        return reason is None
+
+    def after_sample(self, pointer: Any, seconds: float) -> int | None:
+        """The id that was sampled, or None at the end, as above."""
+        self._stats.decode_s += seconds
         if self._sample.id in self.session.model._end_ids:
             self._end("stop")
         elif lib.kvs_session_n_past(pointer) >= self.session.n_ctx:
@@ -187,7 +188,7 @@ class Generation:
         try:
             if not self.started and not self.flag:
                 self.start(pointer)
-            id = self.sample(pointer)
+            id = sample([self], [pointer], self.flag)[0] if self.goes_on() else None
             if id is None:
                 return self.flush()
             begin = time.perf_counter()
@@ -225,6 +226,17 @@ class Generation:
 
     def result(self) -> Result:
         return Result("".join(token.text for token in self.tokens), list(self.tokens), self.finish_reason or "cancelled", self.stats())
+
+
+def sample(generations: list[Generation], pointers: list[Any], flag: Flag) -> list[int | None]:
+    """The next ids of several answers that go on, over one model, drawn at once: all or none. None for one that ends with it."""
+    sessions, err = ffi.new("kvs_session *[]", pointers), generations[0]._err
+    sampling = ffi.new("kvs_sampling *[]", [generation._sampling for generation in generations])
+    out = ffi.new("kvs_sample *[]", [generation._sample for generation in generations])
+    begin = time.perf_counter()
+    check(lib.kvs_sessions_sample(sessions, sampling, len(pointers), out, flag.pointer, err), err)
+    seconds = time.perf_counter() - begin
+    return [generation.after_sample(pointer, seconds) for generation, pointer in zip(generations, pointers, strict=True)]
 
 
 def _mean(values: list[float]) -> float:

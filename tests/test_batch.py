@@ -183,6 +183,43 @@ def test_an_error_of_the_joint_step_ends_all_in_it(model: kvs.Model, monkeypatch
     assert open_sessions(model) == 0
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_an_error_of_the_joint_draw_ends_one(model: kvs.Model, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Whose it was is found out; the others draw what they would have drawn."""
+    from pykvsmooth import batch as module
+
+    real, calls = module.sample, []
+
+    def sample(generations: list[Any], *args: Any) -> Any:
+        calls.append(len(generations))
+        if any(one.request.message == "b" and len(one.tokens) == 2 for one in generations):
+            raise kvs.NumericError("not a number", "")
+        return real(generations, *args)
+
+    monkeypatch.setattr(module, "sample", sample)
+    requests = [{"prompt": prompt, "seed": i} for i, prompt in enumerate("abcd")]
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 4}
+    ends = {}
+    for index, item in model.generate_batch(requests, n_ctx=100, kv_type=KV, parallel=n, on_error="yield", **options):
+        if not isinstance(item, kvs.Token):
+            ends[index] = item
+    assert {index: type(end) for index, end in ends.items()} == {0: kvs.Result, 1: kvs.NumericError, 2: kvs.Result, 3: kvs.Result}
+    assert set(calls) == {1, 2} if n == 2 else max(calls) == n
+    for index in (0, 2, 3):
+        assert ids(ends[index]) == ids(answer(model, kv_type=KV, **requests[index], **options))
+    assert open_sessions(model) == 0
+
+
+def test_a_session_that_is_gone_ends_one(model: kvs.Model) -> None:
+    ends, batch = {}, model.generate_batch(["a", "b", "c"], n_ctx=100, parallel=3, max_tokens=4, on_error="yield")
+    for n, (index, item) in enumerate(batch):
+        if n == 2:
+            batch._live[1].session._handle.close()
+        if not isinstance(item, kvs.Token):
+            ends[index] = type(item)
+    assert ends == {0: kvs.Result, 1: kvs.ClosedError, 2: kvs.Result}
+
+
 def test_close_frees_the_sessions(model: kvs.Model) -> None:
     batch = model.generate_batch(["a dog"], n_ctx=100)
     assert open_sessions(model) == 1

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from answers import SMOOTH
 from test_sampler import draw_on
+from test_together import draw, sampling, sessions_of
 
 import pykvsmooth as kvs
 from pykvsmooth._native import library_path
@@ -180,6 +181,32 @@ def test_waits_and_copies_of_a_token(options: dict[str, Any], policy, model: kvs
             next(stream)
         found = [counted(word) - n for word, n in zip(words, before, strict=True)]
     assert found == [20, 20, 10, 0, 20 if "repetition_penalty" in options else 10]
+
+
+@pytest.mark.skipif(not SHIM, reason="counted by the shim")
+@pytest.mark.parametrize("parallel", [2, 16])
+@pytest.mark.parametrize("options", SAMPLING, ids=["greedy", "random", "cuts"])
+def test_waits_and_copies_of_a_batch(options: dict[str, Any], parallel: int, model: kvs.Model) -> None:
+    """However many step together: one wait for their step, one for their ids."""
+    words = ["waits", "to_host", "graphs", "captures", "to_device"]
+    batch = model.generate_batch(["a cat"] * parallel, n_ctx=64, parallel=parallel, template=None, max_tokens=20, **options)
+    with batch:
+        for _ in range(5 * parallel):
+            next(batch)
+        before = [counted(word) for word in words]
+        for _ in range(5 * parallel):
+            next(batch)
+        found = [counted(word) - n for word, n in zip(words, before, strict=True)]
+    assert found == [10, 10, 5, 0, 10 if "repetition_penalty" in options else 5]
+
+
+@pytest.mark.skipif(not SHIM, reason="counted by the shim")
+@pytest.mark.parametrize(("n", "launches"), [(1, 1), (16, 1), (32, 1), (33, 2), (64, 2)])
+def test_launches_of_a_draw(n: int, launches: int, model: kvs.Model, rng: np.random.Generator) -> None:
+    with sessions_of(model, n, rng) as sessions:
+        before = [counted(word) for word in ("waits", "kernels")]
+        draw(sessions, [sampling({})] * n)
+        assert [counted(word) - n for word, n in zip(("waits", "kernels"), before, strict=True)] == [1, launches]
 
 
 @pytest.mark.skipif(not SHIM, reason="calls fail on purpose in the shim alone")

@@ -465,7 +465,7 @@ def test_loading_a_session(tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_error", ["raise", "yield"])
 def test_batch(on_error: Any) -> None:
     """A request that fails alone leaves the others what they are."""
-    requests = [{"prompt": PROMPT, "image": IMAGE}, {"prompt": "a dog"}]
+    requests = [{"prompt": PROMPT, "image": IMAGE}, {"prompt": "a dog", "temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}]
 
     def run(model: kvs.Model) -> dict[int, Any]:
         items = model.generate_batch(requests, n_ctx=100, policy=SMOOTH, parallel=2, on_error=on_error, max_tokens=4)

@@ -106,6 +106,31 @@ def test_caption(kind: str, stack: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MACHINES)
+def test_batch(kind: str) -> None:
+    """A request that fails alone leaves the others what they are. Every refusal on the GPU alone, some of them elsewhere."""
+    requests = [{"prompt": "a dog"}, {"prompt": "a", "temperature": 1.0, "seed": 3}, {"prompt": "a", "repetition_penalty": 1.2}]
+
+    @contextmanager
+    def opened() -> Iterator[kvs.Model]:
+        with machine(kind) as options, open_model(options) as model:
+            yield model
+
+    def run(model: kvs.Model) -> dict[int, Any]:
+        items = model.generate_batch(requests, n_ctx=64, parallel=3, on_error="yield", max_tokens=3)
+        ends = {index: item for index, item in items if not isinstance(item, kvs.Token)}
+        return {index: item if isinstance(item, Exception) else [t.id for t in item.tokens] for index, item in ends.items()}
+
+    def check(model: kvs.Model, outcome: Any, expected: Any) -> None:
+        if isinstance(outcome, Exception):
+            outcome = dict.fromkeys(range(3), outcome)
+        for index, one in outcome.items():
+            assert type(one) is kvs.OutOfMemoryError or one == expected[index]
+        assert run(model) == expected and all(session.closed for session in model._sessions)
+
+    each_refusal(opened, run, check, some=0 if kind == "cuda" else 20)
+
+
+@pytest.mark.parametrize("kind", MACHINES)
 def test_rows_that_come_back(kind: str, tmp_path: Path) -> None:
     """Of a session that was loaded, into a model that has moved none yet: what a GPU moves them with is asked for only now. Without it they
     are neither here nor there, and the GPU is given up."""

@@ -18,6 +18,7 @@ import tiny
 from device_memory import SHIM, ballast, free_bytes
 from devices import revived  # noqa: F401
 from test_numeric import PARTS, tensor
+from test_together import draw, sampling
 from twins import feed_with_flag, picture, step_together, tokens
 
 import pykvsmooth as kvs
@@ -172,6 +173,20 @@ def test_answers_tell_all_layers(cuts: dict[str, Any], cut: kvs.Model, rng: np.r
             for sampling in ({}, {"temperature": 1.0, **cuts}):
                 drawn = [sample(one, **sampling) for one in (session, loaded)]
                 assert drawn[0][0] == drawn[1][0] and drawn[0][1] == pytest.approx(drawn[1][1], rel=1e-6)
+
+
+@needs_gpu
+def test_logits_of_either_side_draw_together(cut: kvs.Model, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Those of a session that was loaded are on the host."""
+    with cut.session(n_ctx=64, seed=5) as session:
+        session.feed(tokens(rng, 5))
+        session.feed(tokens(rng, 2), generated=True)
+        session.save(tmp_path / "s")
+        with kvs.Session.load(cut, tmp_path / "s") as a, kvs.Session.load(cut, tmp_path / "s") as b, session.fork() as fork:
+            for how in ({"temperature": 0.0}, {"repetition_penalty": 1.2}, {"top_k": 50}):
+                drawn = draw([session, a, b, fork], [sampling(how)] * 4)
+                assert len({one.id for one in drawn}) == 1
+                np.testing.assert_allclose([one.logprob for one in drawn], drawn[0].logprob, rtol=1e-6, atol=1e-6)
 
 
 @needs_gpu
@@ -507,8 +522,16 @@ def test_answers_are_compared(layers: int, pair: tuple[str, str], monkeypatch: p
     for check in ("0", "1"):
         monkeypatch.setenv("KVS_CHECK", check)
         with load(pair, layers) as model, model.session(n_ctx=128, policy=POLICIES["kvsmooth"]) as session:
-            for options in ({}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3}):
+            hows: list[dict[str, Any]] = [
+                {},
+                {"temperature": 1.0},
+                {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3},
+            ]
+            for options in hows:
                 answers.append((check, session.generate("a", max_tokens=8, logprobs=5, seed=3, **options).result().tokens))
+            requests = [{"prompt": "a", "seed": i, **options} for i, options in enumerate(hows)]
+            batch = model.generate_batch(requests, n_ctx=128, parallel=3, max_tokens=4, logprobs=5)
+            answers.append((check, [(index, item) for index, item in batch if isinstance(item, kvs.Token)]))
     assert [repr(tokens) for check, tokens in answers if check == "0"] == [repr(tokens) for check, tokens in answers if check == "1"]
 
 
