@@ -1,10 +1,11 @@
-"""pykvsmooth bench: what it counts, its statistics, the peers that fail, and the command on small models."""
+"""pykvsmooth bench: what it counts, its statistics, programs beside it, and the command on small models."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +25,10 @@ from PIL import Image
 import pykvsmooth as kvs
 from pykvsmooth import box, machine
 from pykvsmooth._native import library_path
-from pykvsmooth.bench import STAGES, Bench, Figure, LlamaCpp, Peer, PeerError, Settings, plot, ratio_interval, record, roofs, spread, work
+from pykvsmooth.bench import STAGES, Bench, Figure, Peer, Settings, plot, ratio_interval, record, roofs, spread, stages, work
 from pykvsmooth.bench.child import ChildError, run_child
 from pykvsmooth.bench.counter import Instructions
-from pykvsmooth.bench.peer import read_bench
+from pykvsmooth.bench.origin import commit, compiler
 from pykvsmooth.bench.record import held_against
 from pykvsmooth.cli import bench as command
 from pykvsmooth.gguf_in import Tensor
@@ -34,25 +36,13 @@ from pykvsmooth.gguf_in import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", "24", "--sessions", "1,2", "--threads", 1, "--device", "cpu"]
 
-# llama-bench -p 0 -n 8 -d 64 -fa 0 -o json, build 0c1e570, without the keys that do not matter here
-RECORDED = """[
-  {
-    "build_commit": "0c1e570", "build_number": 1, "cpu_info": "AMD EPYC", "gpu_info": "", "backends": "CPU",
-    "model_filename": "scenes-llava-Q8_0.gguf", "model_type": "llama ?B Q8_0", "model_size": 7816192, "model_n_params": 7344384,
-    "n_batch": 2048, "n_ubatch": 512, "n_threads": 2, "type_k": "f16", "type_v": "f16", "flash_attn": 0, "repack": false,
-    "n_prompt": 0, "n_gen": 8, "n_depth": 64,
-    "test_time": "2026-11-21T21:34:19Z",
-    "avg_ns": 15822097233, "stddev_ns": 3467130033, "avg_ts": 0.947092, "stddev_ts": 0.914454,
-    "samples_ns": [ 26624456224, 5019738243 ],
-    "samples_ts": [ 0.300476, 1.59371 ]
-  }
-]
-"""
 BENCH_HELP = """  -d, --n-depth <n>      (default: 0)
+  -ctk, --cache-type-k <t>                          (default: f16)
   -fa, --flash-attn <on|off|auto>                   (default: auto)
   --repack <0|1>                                    (default: 1)"""
 CLI_HELP = """-fa,   --flash-attn [on|off|auto]       set Flash Attention use
 --repack, -nr, --no-repack              whether to enable weight repacking
+-ctk,  --cache-type-k TYPE              KV cache data type for K
 --ignore-eos                            ignore end of stream token"""
 
 
@@ -179,6 +169,14 @@ def test_tiles_are_the_roof_of_who_has_them():
         assert held_against(Figure(what, "rows/s", 1, roofs=plain, shares=plain)) == vectors
 
 
+def test_a_tower_in_float32_has_no_roof_of_units_that_round():
+    kinds = ("read", "f32", "int8", "bf16", "f16_mma")
+    context = SimpleNamespace(roofs=SimpleNamespace(kinds=kinds), bench=SimpleNamespace(place=SimpleNamespace(tower=True)))
+    for precision, units in (("f32", ["f32", "int8"]), ("bf16", ["f32", "int8", "bf16", "f16_mma"])):
+        context.model = SimpleNamespace(vision_precision=precision)
+        assert stages._tower_units(context) == units
+
+
 def test_a_child(tmp_path):
     program = "import sys, time; x = bytearray(80 << 20); print('out'); print('err', file=sys.stderr); time.sleep(.3)"
     ended = run_child([sys.executable, "-c", program], 60)
@@ -239,33 +237,7 @@ def test_the_machine():
     assert machine.peak_bytes(1 << 30) == 0
 
 
-# ---- llama.cpp ----
-
-
-def test_llama_bench_as_it_was_recorded():
-    assert read_bench(RECORDED, {"n_prompt": 0, "n_gen": 8, "n_depth": 64}) == 0.947092
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "not the JSON"),
-        ("Segmentation fault", "not the JSON"),
-        ("[1, 2]", "not the JSON"),
-        ("7", "not the JSON"),
-        ("[" * 100000, "not the JSON"),
-        ("{}", "0 records"),
-        ("[]", "0 records"),
-        (RECORDED.replace('"n_gen": 8', '"n_gen": 9'), "0 records"),
-        (RECORDED.replace("]\n}", "]}").replace('"avg_ts"', '"ts"'), "not the JSON"),
-        (RECORDED.replace("0.947092", "0"), "no speed"),
-        (RECORDED.replace("0.947092", "NaN"), "no speed"),
-        (RECORDED.replace("0.947092", '"fast"'), "no speed"),
-    ],
-)
-def test_llama_bench_as_it_may_be(text, says):
-    with pytest.raises(PeerError, match=says):
-        read_bench(text, {"n_prompt": 0, "n_gen": 8, "n_depth": 64})
+# ---- a build of llama.cpp, as test_bench_peer.py has it, too ----
 
 
 def peer(folder: Path, bench: str = "", cli: str = "") -> Path:
@@ -282,102 +254,6 @@ while [ $# -gt 0 ]; do
   shift
 done
 echo '[{"n_prompt": '$p', "n_gen": '$n', "n_depth": '$d', "avg_ts": '$s'}]'"""
-ENCODES = "echo a picture; echo 'mtmd batch encoding done in 1500 ms' >&2"
-
-
-def test_settings_are_what_the_build_has(tmp_path):
-    build = LlamaCpp(str(peer(tmp_path / "bin")))
-    assert [setting.flags for setting in build.bench_settings()] == [
-        ("-fa", "on", "--repack", "1"),
-        ("-fa", "on", "--repack", "0"),
-        ("-fa", "off", "--repack", "1"),
-        ("-fa", "off", "--repack", "0"),
-    ]
-    assert [setting.flags for setting in build.cli_settings()] == [
-        ("-fa", "on"),
-        ("-fa", "on", "--no-repack"),
-        ("-fa", "off"),
-        ("-fa", "off", "--no-repack"),
-    ]
-    script(tmp_path / "bin" / "llama-bench", "#!/bin/sh\necho '-fa, --flash-attn <0|1>'")
-    assert [(setting.name, setting.flags) for setting in build.bench_settings()] == [
-        ("flash attention on", ("-fa", "1")),
-        ("flash attention off", ("-fa", "0")),
-    ]
-    script(tmp_path / "bin" / "llama-bench", "#!/bin/sh\necho usage")
-    assert [(setting.name, setting.flags) for setting in build.bench_settings()] == [("as it is", ())]
-
-
-def test_against_a_peer(run, tmp_path):
-    """The best of its settings is what counts; those that are far behind are not run to the end."""
-    folder = peer(tmp_path / "bin", ANSWER)
-    out = tmp_path / "b.json"
-    got = run("bench", *QUICK, "--only", "prefill,decode", "--repeat", 2, "--against", folder, "--json", out)
-    assert got.code == 0, got.err
-    prefill, *decodes = json.loads(out.read_text())["figures"]
-    for figure in (prefill, *decodes):
-        assert figure["peer"] == "flash attention on, repack off" and figure["peers"][figure["peer"]]["values"] == [20.0, 20.0]
-        assert figure["peers"]["flash attention off, repack on"] | {"value": None} == {
-            "value": None,
-            "values": [1.0],
-            "error": "",
-            "dropped": True,
-        }
-        assert figure["ahead"]["median"] == pytest.approx(np.median(figure["values"]) / 20)
-    assert "llama.cpp: flash attention on, repack off" in got.out and got.out.count("20") >= 3
-    log = (folder / "llama-bench.log").read_text().splitlines()
-    assert sum("-d 9 " in line and "-n 2 " in line and "-t 1 " in line for line in log) == 9  # four settings twice, then one
-    assert sum("-p 24 -n 0 -d 0" in line for line in log) == 9
-
-
-def test_pictures_and_captions_of_a_peer(run, tmp_path):
-    folder = peer(tmp_path / "bin", cli=ENCODES)
-    out = tmp_path / "b.json"
-    got = run("bench", *QUICK, "--only", "encode,caption", "--max-tokens", 3, "--against", folder, "--json", out)
-    encode, caption = json.loads(out.read_text())["figures"]
-    assert all(one["values"] == [1.5] for one in encode["peers"].values()) and len(encode["peers"]) == 4, got.err
-    assert encode["ahead"]["median"] == pytest.approx(1.5 / encode["values"][0])
-    assert encode["more"]["operations"] > 0 and encode["more"]["s_per_block"] == pytest.approx(encode["values"][0] / 2)
-    assert caption["more"]["unequal"] is (caption["more"]["tokens"] < 3) and caption["peer"]
-    log = (folder / "llama-mtmd-cli.log").read_text().splitlines()
-    assert len(log) == 16 and all("--ignore-eos" in line and "--temp 0" in line for line in log)
-    assert sum("-n 3 " in line for line in log) == 8 and sum("--no-repack" in line for line in log) == 8
-
-
-@pytest.mark.parametrize(
-    ("bench", "says"),
-    [
-        ("kill -ABRT $$", "died of SIGABRT"),
-        ("echo warming up >&2; exit 1", "ended with status 1: warming up"),
-        ("echo '| model | t/s |'", "not the JSON"),
-        ("head -c 100000 /dev/urandom", "not the JSON"),
-        ("exec sleep 60", "not finished after 1 s"),
-        (None, "can't be started: No such file"),
-        ("help", "ended with status 1: no help here"),
-    ],
-    ids=["crash", "failure", "table", "noise", "hang", "missing", "helpless"],
-)
-def test_a_peer_that_fails_does_not_stop_the_rest(run, tmp_path, bench, says):
-    folder = peer(tmp_path / "bin", bench or "")
-    if bench is None:
-        (folder / "llama-bench").unlink()
-    if bench == "help":
-        script(folder / "llama-bench", "#!/bin/sh\necho no help here >&2; exit 1")
-    out = tmp_path / "b.json"
-    argv = ["bench", *QUICK, "--only", "prefill,policy", "--against", folder, "--timeout", 1, "--json", out]
-    got = run(*argv)
-    assert got.code == 0, got.err
-    prefill, policy = json.loads(out.read_text())["figures"]
-    assert prefill["peers"] and all(says in one["error"] and not one["values"] for one in prefill["peers"].values())
-    assert prefill["values"] and prefill["peer"] is prefill["ahead"] is None and policy["values"]
-    row = next(line for line in got.out.splitlines() if line.startswith("prefill of 24 rows"))
-    assert says in row and "llama.cpp" in row
-
-
-def test_a_picture_whose_time_the_peer_does_not_say(run, tmp_path):
-    folder = peer(tmp_path / "bin", cli="echo a picture")
-    got = run("bench", *QUICK, "--only", "encode", "--against", folder)
-    assert got.code == 0 and "it does not say how long the picture took" in got.out
 
 
 # ---- the command ----
@@ -397,7 +273,7 @@ def test_all_that_it_measures(measured, tmp_path):
     got, figures = measured("--max-tokens", 3)
     assert got.code == 0, got.err
     whats = [figure["what"] for figure in figures]
-    assert list(dict.fromkeys(["roof" if name == "roofs" else name for name in STAGES])) == list(dict.fromkeys(whats))
+    assert list(dict.fromkeys(whats)) == ["roof", "load", "first pass", *list(STAGES)[2:]]
     by = {name: [figure for figure in figures if figure["what"] == name] for name in whats}
     for figure in figures:
         assert figure["error"] == "" and figure["threads"] == 1 and figure["value"]["median"] > 0
@@ -421,6 +297,7 @@ def test_all_that_it_measures(measured, tmp_path):
         "1 thread",
         "roof: read, huge pages",
         "load",
+        "first pass",
         "encode",
         "prefill of 24 rows",
         "decode at depth 9",
@@ -430,12 +307,123 @@ def test_all_that_it_measures(measured, tmp_path):
     assert "2 at once, depth 128" in got.out and "caption of 3 tokens" in got.out
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Type of cache and the model's precision, of all sessions that are made in this process."""
+    found, init = [], kvs.Session.__init__
+
+    def note(self: kvs.Session, *args: object, **more: object) -> None:
+        init(self, *args, **more)
+        found.append((self.kv_type, self.model.precision))
+
+    monkeypatch.setattr(kvs.Session, "__init__", note)
+    return found
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What is started beside us."""
+    started = []
+
+    def note(argv: list[str], *more: object) -> object:
+        started.append(argv)
+        return run_child(argv, *more)
+
+    monkeypatch.setattr(stages, "run_child", note)
+    return started
+
+
+@pytest.mark.parametrize(("kv_type", "precision"), [("q8_0", "exact"), ("f32", "auto"), (None, None)])
+def test_type_of_cache_and_precision(run, tmp_path, made, children, kv_type, precision):
+    """In every stage and process, in the heading, in the record; f16 and auto where nothing is said."""
+    out = tmp_path / "b.json"
+    asked = ["--kv-type", kv_type, "--precision", precision] if kv_type else []
+    kv_type, precision = kv_type or "f16", precision or "auto"
+    stages = "load,encode,prefill,decode,policy,sessions,caption"
+    got = run("bench", *QUICK, *asked, "--only", stages, "--max-tokens", 3, "--json", out)
+    assert got.code == 0, got.err
+    assert len(made) == 7 and set(made) == {(kv_type, precision)}  # of prefill, decode; off and on; one session and two that step together
+    probes, captions = ([argv for argv in children if ("caption" in argv) == each] for each in (False, True))
+    assert len(probes) == len(captions) == 2 and all(kv_type in argv and json.loads(argv[4])["precision"] == precision for argv in probes)
+    assert all(f"--precision {precision} --kv-type {kv_type}" in " ".join(argv) for argv in captions)
+    found = json.loads(out.read_text())
+    assert (found["settings"]["kv_type"], found["settings"]["precision"], found["model"]["kv_type"]) == (kv_type, precision, kv_type)
+    came = found["model"]["vision_precision"]
+    assert came == "f32" or (came == "bf16" and precision == "auto")
+    assert f", {kv_type} cache, precision {precision} ({came})\n" in got.out
+
+
+def test_bytes_of_the_type_of_the_cache(tiny_pair, model):
+    for kv_type in ("f16", "f32", "q8_0"):
+        bench = Bench(Settings(tiny_pair.text, kv_type=kv_type, threads=(1,), depths=(4,), tokens=2, repeat=1, only=("decode",)))
+        bench.run()
+        assert bench.figures[0].more["bytes_per_token"] == work.of_model(model).token_bytes + work.cache_bytes(model, kv_type, 5)
+
+
+def test_a_first_pass(measured):
+    """Of each process but the first, which goes on to a caption and does not count."""
+    _, (load, first) = measured("--only", "load", "--repeat", 3)
+    assert (load["what"], first["what"], first["unit"], first["value"]["n"]) == ("load", "first pass", "s", 3)
+    assert all(0 < value < 60 for value in first["values"])
+
+
+def test_a_first_pass_that_is_not_reached(tiny_pair):
+    """It says why, as the load does."""
+    bench = Bench(Settings(tiny_pair.text, threads=(1,), repeat=1, only=("load",), timeout=0.001))
+    bench.run()
+    assert [figure.what for figure in bench.figures] == ["load", "first pass"]
+    assert all("not finished after 0.001 s" in figure.error and not figure.values for figure in bench.figures)
+
+
+def git(folder: Path, *argv: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    who = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", str(folder), *who, *argv], env=env, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_the_commit(tmp_path, monkeypatch):
+    """Of a checkout with the package at its top: not of one that merely holds the folder in which it is installed."""
+    package = tmp_path / "lib" / "site-packages"
+    package.mkdir(parents=True)
+    (tmp_path / "file").write_text("a")
+    assert commit(tmp_path) == ""
+    git(tmp_path, "init", "--quiet")
+    assert commit(tmp_path) == ""  # without any commit
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "--quiet", "-m", "one")
+    git(tmp_path, "tag", "v1")
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of another checkout
+    short = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert commit(tmp_path) == short and len(short) >= 4 and commit(package) == ""
+    (tmp_path / "file").write_text("b")
+    assert commit(tmp_path) == f"{short}-dirty"
+    monkeypatch.setenv("PATH", str(package))
+    assert commit(tmp_path) == ""
+
+
+def test_the_compiler(tmp_path):
+    library = tmp_path / "lib.so"
+    for comment, says in (
+        (b"GCC: (Debian 12.2.0-14) 12.2.0\0", "GCC: (Debian 12.2.0-14) 12.2.0"),
+        (b"Debian clang version 14.0.6\0GCC: (GNU) 9.1\0GCC: (GNU) 9.1\0", "GCC: (GNU) 9.1; clang version 14.0.6"),
+        (b"GCC", ""),
+    ):
+        library.write_bytes(b"\x7fELF\xff\n" + comment + b"\xff")
+        assert compiler(library) == says
+
+
 def test_the_record(run, tmp_path, monkeypatch):
     monkeypatch.setenv("KVS_CPU", "base")
     out = tmp_path / "b.json"
-    assert run("bench", *QUICK, "--only", "roofs", "--json", out, "--threads", "1,2").code == 0
+    got = run("bench", *QUICK, "--only", "roofs", "--json", out, "--threads", "1,2")
+    assert got.code == 0
     found = json.loads(out.read_text())
     assert found["complete"] and found["version"] == kvs.__version__ and found["settings"]["threads"] == [1, 2]
+    assert found["library"] == str(library_path) and found.get("compiler", "") == compiler(library_path)
+    known = commit(ROOT)
+    assert found.get("commit", "") == known and ("commit" in found) == bool(known)
+    assert f"\npykvsmooth {kvs.__version__}{f' ({known})' if known else ''}, f16 cache" in got.out
     assert found["machine"]["KVS_CPU"] == "base" and "kernels: base" in found["machine"]["cpu"]
     kinds = [(figure["threads"], figure["at"]["kind"]) for figure in found["figures"]]
     assert kinds == [(n, kind) for n in (1, 2) for kind in ("read", "read_huge", "f32", "int8")]
@@ -454,7 +442,7 @@ def test_the_box(tmp_path):
     assert "the small one in the box" in got.stderr and box.TEXT in got.stdout
     found = json.loads(out.read_text())
     assert found["model"]["path"].endswith(box.TEXT) and found["model"]["picture_operations"] > 0
-    assert {figure["what"] for figure in found["figures"]} == {"roof", *STAGES} - {"roofs"}
+    assert {figure["what"] for figure in found["figures"]} == {"roof", "first pass", *STAGES} - {"roofs"}
     with Image.open(plot) as image:
         assert image.size[0] > 1000
 
@@ -524,6 +512,8 @@ def test_usage(run, tmp_path):
         (["--threads", "2000"], "at most 1024"),
         (["--depths", "1,x"], "must be a whole number"),
         (["--repeat", 0], "must be at least 1"),
+        (["--kv-type", "q4_0"], "invalid choice: 'q4_0'"),
+        (["--precision", "half"], "invalid choice: 'half'"),
         (["--json", tmp_path / "none" / "b.json"], "there is no such folder"),
         (["--against", tmp_path / "none"], "there is no such folder"),
     ):

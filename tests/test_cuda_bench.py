@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import tiny
 from test_bench import ANSWER, peer
 from test_cuda import SHIM, counted
 
@@ -115,6 +116,7 @@ def test_a_bench(run, tmp_path) -> None:
     assert math.isclose(by["decode"]["shares"]["copy"]["median"], read / by["decode"]["roofs"]["copy"]["median"])
     assert by["policy"]["more"]["instructions"] == "not available: a GPU does not count them"
     assert by["caption"]["more"]["stats"]["device"] == "cuda:0" and by["load"]["more"]["peak_bytes"] > 0
+    assert by["first pass"]["value"]["median"] > 0
     assert "% f16_mma" in got.out
 
 
@@ -141,6 +143,16 @@ def test_a_tower_that_found_no_room(monkeypatch: pytest.MonkeyPatch, tiny_pair) 
     assert not bench.place.tower and bench.place.whole
     bench.run()
     assert bench.figures[0].values and bench.figures[0].shares == {}
+
+
+@pytest.mark.parametrize(("v_type", "precision", "rounds"), [("f16", "auto", True), ("f16", "exact", False), ("f32", "auto", False)])
+def test_a_tower_in_float32(tmp_path, v_type, precision, rounds) -> None:
+    """It does not multiply on tensor cores, and is not held against theirs."""
+    text, mmproj, _ = tiny.write_pair(tmp_path, seed=1, v_type=v_type, load=False)
+    bench = Bench(Settings(text, mmproj=mmproj, device="cuda", precision=precision, only=("encode",), repeat=1))
+    bench.run()
+    assert bench.figures[0].values and bench.figures[0].shares.keys() == {"f32", "int8"} | ({"f16_mma"} if rounds else set())
+    assert bench.model_facts["vision_precision"] == ("f16" if rounds else "f32")
 
 
 def test_a_peer_gets_the_same_gpu(tiny_pair, tmp_path) -> None:

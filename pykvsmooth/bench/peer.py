@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..session import KVType
 from .child import ChildError, Ended, run_child
 
 HELP_SECONDS = 60.0
 ALL_LAYERS = 999
+BENCH_CACHES = ("f16", "q8_0")  # of ours, those that -ctk of llama-bench takes; llama-mtmd-cli has all
 _ENCODED = re.compile(r"(?:encoding|encoded|encode)[^\n]*?(?:done )?in\s+([0-9.]+)\s*ms")
 
 
@@ -38,20 +40,22 @@ class Setting:
 @dataclass(frozen=True)
 class LlamaCpp:
     """folder: with the programs of a build. timeout: seconds for each run of one. gpu: the number of the one that it is to use, and
-    gpu_layers: how many of the model's it has, None for all. Without gpu it finds none."""
+    gpu_layers: how many of the model's it has, None for all. Without gpu it finds none. kv_type: of its cache."""
 
     folder: str
     timeout: float = 1800.0
     gpu: int | None = None
     gpu_layers: int | None = None
+    kv_type: KVType = "f16"
 
     def bench_settings(self) -> list[Setting]:
-        """Of llama-bench. PeerError if it is missing or has no --help."""
+        """Of llama-bench. PeerError if it is missing, has no --help, or no such cache."""
         text = self._help("llama-bench")
         flash = ("on", "off") if re.search(r"-fa,[^\n]*<on\|off", text) else ("1", "0")
         return _settings(
-            _both("flash attention", "-fa", flash) if "-fa," in text else [],
+            self._flash(flash) if "-fa," in text else [],
             _both("repack", "--repack", ("1", "0")) if "--repack" in text and self._on_cpu else [],
+            self._cache("llama-bench", "-ctk," in text and self.kv_type in BENCH_CACHES),
         )
 
     def cli_settings(self) -> list[Setting]:
@@ -59,7 +63,7 @@ class LlamaCpp:
         text = self._help("llama-mtmd-cli")
         flash = re.search(r"--flash-attn[^\n]*\[on\|off", text)
         repack = [Setting("repack on", ()), Setting("repack off", ("--no-repack",))] if "--no-repack" in text and self._on_cpu else []
-        return _settings(_both("flash attention", "-fa", ("on", "off")) if flash else [], repack)
+        return _settings(self._flash(("on", "off")) if flash else [], repack, self._cache("llama-mtmd-cli", "-ctk," in text))
 
     def prefill(self, model: str, threads: int, rows: int, setting: Setting) -> float:
         """Rows per second."""
@@ -84,6 +88,18 @@ class LlamaCpp:
     def _bench(self, model: str, threads: int, test: dict[str, int], setting: Setting) -> float:
         flags = ["-m", model, "-t", threads, "-p", test["n_prompt"], "-n", test["n_gen"], "-d", test["n_depth"], "-r", 1, "-o", "json"]
         return read_bench(self._run("llama-bench", [*map(str, flags), *setting.flags]).out, test)
+
+    def _flash(self, words: tuple[str, str]) -> list[Setting]:
+        """On alone for a quantized cache: llama.cpp refuses to begin without it."""
+        return _both("flash attention", "-fa", words)[: 1 if self.kv_type == "q8_0" else 2]
+
+    def _cache(self, tool: str, known: bool) -> list[Setting]:
+        """Nothing for f16, which is what its tools take by themselves."""
+        if self.kv_type == "f16":
+            return []
+        if not known:
+            raise PeerError(f"{tool}: it has no {self.kv_type} cache, so it is left out")
+        return [Setting(f"{self.kv_type} cache", ("-ctk", self.kv_type, "-ctv", self.kv_type))]
 
     @property
     def _on_cpu(self) -> bool:

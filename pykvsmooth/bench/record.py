@@ -1,19 +1,22 @@
 """A run as one JSON object. Its keys:
 
-version, complete (false: it was interrupted, or stopped by an error), settings (as bench.Settings has them), machine (as machine.facts
+version, library (its file), commit (short; "-dirty": with changes; only in a git checkout), compiler (of the library; only if it names
+one), complete (false: it was interrupted, or stopped by an error), settings (as bench.Settings has them), machine (as machine.facts
 says), model: path, mmproj, weight_bytes, token_bytes (of the weights, read for one token), row_operations (of the layers' matrices, for
 one row of a prompt), picture_operations (tower and projector), device, device_reason, gpu_layers (of layers), layers, vision_blocks,
-image_rows, kv_type.
+image_rows, vision_precision (what came of settings.precision: f32, bf16, f16; null without a tower), kv_type (of the cache).
 
 figures: a list of
-  what     roof, load, encode, prefill, decode, policy, sessions, caption
+  what     roof, load, first pass (of the first token that is fed to a session of a model just loaded: on a CPU it brings the weights
+           into the order that the kernels read), encode, prefill, decode, policy, sessions, caption
   at       which of them: {"kind": "read"}, {"depth": 640}, {"rows": 640}, {"sessions": 4, "depth": 128}, {"tokens": 128}
   threads, unit ("s", "tokens/s", "rows/s", "bytes/s", "operations/s", "ratio"), error (empty if all went well)
   value    {median, min, q1, q3, max, n} of values, the repetitions that count; null where there are none
   roofs    by kind (read, read_huge, f32, int8, bf16, amx_int8, amx_bf16; of a GPU read, copy, f32, int8, f16_mma): the same of what
            was measured right before and right after each repetition, the mean of both; none where a GPU and the CPU share the layers
   shares   by kind: the same of the share of that roof, 0..1
-  peers    by setting: value, values, error, dropped (true: 15 % behind the best, so it was not run to the end)
+  peers    by setting: value, values, error, dropped (true: 15 % behind the best after three repetitions or
+           more, by the median of pairs, so it was not run to the end)
   peer     the best setting, or null; ahead: how many times faster than it, pair by pair: value as above, or null
   more     encode: operations, s_per_block. prefill: operations. decode: bytes_per_token. load: peak_bytes (after a caption at n_ctx 1024),
            page_cache. caption: tokens, peak_bytes, peer_peak_bytes, stats, unequal (fewer tokens than asked for: not compared).
@@ -28,7 +31,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from .figures import Figure, spread
 from .roofs import MEMORY
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 def record(bench: Bench) -> dict[str, Any]:
     return {
-        "version": __version__,
+        **bench.origin,
         "complete": bench.complete,
         "settings": asdict(bench.settings),
         "machine": bench.machine,

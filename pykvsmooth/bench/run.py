@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from .. import gguf, machine
 from ..errors import KVSmoothError
-from ..model import Model
-from . import stages
+from ..model import Model, Precision
+from ..session import KVType
+from . import origin, stages
 from .counter import Instructions
 from .figures import Entry, Figure, Peer, spread
 from .peer import LlamaCpp
@@ -29,22 +30,26 @@ STAGES: dict[str, Callable[[Bench, Context], None]] = {
     "caption": stages.caption,
 }
 BEHIND = 0.85  # of its best setting: a setting of the peer that is slower is not run again
+RACED = 3  # repetitions that count before one is called slower: bandwidth may change by half from one run to the next
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is measured.
 
-    model, mmproj, device, gpu_layers: as for Model. threads: one or several; () = what Model takes. depths: rows before the tokens of a
-    decode. rows: of each prefill, the most of them also before the tokens of the policy. sessions: how many step together. tokens: of
-    each decode, caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only:
-    names of STAGES, () = all. against: folder of a llama.cpp build. timeout: seconds for each process.
+    model, mmproj, device, gpu_layers, precision: as for Model. kv_type: of each session's cache, and of the peer's. threads: one or
+    several; () = what Model takes. depths: rows before the tokens of a decode. rows: of each prefill, the most of them also before the
+    tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the caption of image (None: a scene
+    of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all. against: folder of a llama.cpp build.
+    timeout: seconds for each process.
     """
 
     model: str | None = None
     mmproj: str | None = None
     device: str = "auto"
     gpu_layers: int | Literal["auto"] = "auto"
+    precision: Precision = "auto"
+    kv_type: KVType = "f16"
     threads: tuple[int, ...] = ()
     depths: tuple[int, ...] = (128, 640, 2048)
     rows: tuple[int, ...] = (640,)
@@ -125,6 +130,7 @@ class Bench:
         self.settings = settings
         self.figures: list[Figure] = []
         self.machine = machine.facts()
+        self.origin = origin.facts()
         self.model_facts: dict[str, Any] = {}
         self.work: Work | None = None
         self.complete = False
@@ -159,8 +165,8 @@ class Bench:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The place as Model takes it in another process, where less may be free: "auto" layers are found anew."""
-        return {"device": self.place.device, "gpu_layers": self.settings.gpu_layers}
+        """As Model takes it in another process, where less may be free: "auto" layers are found anew."""
+        return {"device": self.place.device, "gpu_layers": self.settings.gpu_layers, "precision": self.settings.precision}
 
     @cached_property
     def place(self) -> Place:
@@ -181,13 +187,13 @@ class Bench:
     def peer(self) -> LlamaCpp | None:
         if self.settings.against is None:
             return None
-        peer = LlamaCpp(self.settings.against, self.settings.timeout)
+        peer = LlamaCpp(self.settings.against, self.settings.timeout, kv_type=self.settings.kv_type)
         if self.place.device == "cpu":
             return peer
         return replace(peer, gpu=int(self.place.device.partition(":")[2]), gpu_layers=None if self.place.whole else self.place.gpu_layers)
 
     def open(self, threads: int | None, **place: Any) -> Model:
-        return Model(self.path, mmproj=self.mmproj or False, threads=threads, **place)
+        return Model(self.path, mmproj=self.mmproj or False, threads=threads, precision=self.settings.precision, **place)
 
     def _measurements(self, stage: str) -> int:
         figures = {"prefill": len(self.settings.rows), "decode": len(self.settings.depths), "sessions": len(self.settings.sessions)}
@@ -206,7 +212,8 @@ class Bench:
             "layers": model.n_layer,
             "vision_blocks": int(model._info.n_vision_layer),
             "image_rows": model.n_image,
-            "kv_type": stages.KV_TYPE,
+            "vision_precision": model.vision_precision if model.has_vision else None,
+            "kv_type": self.settings.kv_type,
         }
         return self.work
 
@@ -264,11 +271,12 @@ def _race(peer: Peer, measure: Callable[[], float], counts: bool) -> None:
 
 
 def _drop_slow(figure: Figure) -> None:
+    """Pair by pair with the best: what the machine did in a repetition is common to both."""
     name = figure.best_peer()
     if name is None:
         return
-    best = spread(figure.peers[name].values).median
+    best = figure.peers[name].values
     for peer in figure.peers.values():
-        if peer.values:
-            median = spread(peer.values).median
-            peer.dropped |= (best / median if figure.lower_is_better else median / best) < BEHIND
+        ratios = [b / value if figure.lower_is_better else value / b for b, value in zip(best, peer.values, strict=False)]
+        if len(ratios) >= RACED:
+            peer.dropped |= spread(ratios).median < BEHIND

@@ -22,7 +22,7 @@ from ..batch import Batch
 from ..errors import UnsupportedModelError
 from ..model import Model
 from ..policies.kvsmooth import KVSmooth
-from ..session import KVType, Session
+from ..session import Session
 from . import work
 from .child import ChildError, package_env, run_child
 from .figures import Entry, Figure, ratio_interval
@@ -32,12 +32,12 @@ from .roofs import MEMORY
 if TYPE_CHECKING:
     from .run import Bench, Context
 
-KV_TYPE: KVType = "f16"
 N_CTX = 1024  # of a caption
 SESSIONS_DEPTH = 128
 QUEUE = 16  # generated rows before KVSmooth has ranks for all that come
 PROMPT = "Please describe the image in detail."
 ORDERS = ((0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1))
+ROUNDED = ("bf16", "amx_bf16", "f16_mma")  # units that round operands: not those of a tower in float32
 
 
 def _ids(model: Model, n: int) -> list[int]:
@@ -55,6 +55,12 @@ def _grow(session: Session, rows: int) -> None:
 def _arithmetic(context: Context, there: bool) -> list[str]:
     """there: what is measured runs on the device whose roofs these are."""
     return [kind for kind in context.roofs.kinds if kind not in MEMORY] if there else []
+
+
+def _tower_units(context: Context) -> list[str]:
+    """Without those that round, where the tower does not."""
+    exact = context.model.vision_precision == "f32"
+    return [kind for kind in _arithmetic(context, context.bench.place.tower) if not (exact and kind in ROUNDED)]
 
 
 def _memory(context: Context) -> Sequence[str]:
@@ -83,19 +89,27 @@ def roofs(bench: Bench, context: Context) -> None:
 
 
 def load(bench: Bench, context: Context) -> None:
-    """Model(path) in a fresh process. The first one goes on to a caption's memory, and has read the files: the others find them cached."""
+    """Model(path) in a fresh process, and the first pass there. The first process goes on to a caption's memory instead, and has read the
+    files: the others find them cached."""
     figure = Figure("load", "s", context.threads, more={"page_cache": "warm"})
+    first_pass = Figure("first pass", "s", context.threads)
     asked = json.dumps({"mmproj": bench.mmproj or False, "threads": context.threads, **bench.asked})
-    argv = [sys.executable, "-m", f"{__package__}.probe", bench.path, asked]
+    argv = [sys.executable, "-m", f"{__package__}.probe", bench.path, asked, bench.settings.kv_type]
 
     def measure() -> float:
         whole = [] if "peak_bytes" in figure.more else ["--whole"]
         found = json.loads(run_child([*argv, *whole], bench.settings.timeout, package_env()).out)
         if whole:
             figure.more["peak_bytes"] = found["peak_bytes"]
+        else:
+            first_pass.values.append(float(found["first_pass_s"]))
         return float(found["load_s"])
 
-    bench.repeat(context, Entry(figure, measure))
+    try:
+        bench.repeat(context, Entry(figure, measure))
+    finally:
+        first_pass.error = figure.error
+        bench.figures.append(first_pass)
 
 
 def caption(bench: Bench, context: Context) -> None:
@@ -127,7 +141,7 @@ def _caption(bench: Bench, figure: Figure, image: str) -> float:
     _need_tower(bench)
     tokens = bench.settings.caption_tokens
     asked = {"--model": bench.path, "--mmproj": bench.mmproj, "--threads": figure.threads, "--max-tokens": tokens, "--n-ctx": N_CTX}
-    asked |= {"--device": bench.asked["device"], "--gpu-layers": bench.asked["gpu_layers"]}
+    asked |= {f"--{name.replace('_', '-')}": value for name, value in bench.asked.items()} | {"--kv-type": bench.settings.kv_type}
     options = [str(word) for option in asked.items() for word in option]
     ended = run_child(
         [sys.executable, "-m", "pykvsmooth", "caption", image, "--json", "--quiet", *options], bench.settings.timeout, package_env()
@@ -186,7 +200,7 @@ def encode(bench: Bench, context: Context) -> None:
             Entry(
                 figure,
                 measure,
-                _arithmetic(context, bench.place.tower),
+                _tower_units(context),
                 lambda seconds: operations / seconds,
                 rivals,
             ),
@@ -194,7 +208,7 @@ def encode(bench: Bench, context: Context) -> None:
 
 
 def prefill(bench: Bench, context: Context) -> None:
-    with context.model.session(n_ctx=max(bench.settings.rows), kv_type=KV_TYPE) as session:
+    with context.model.session(n_ctx=max(bench.settings.rows), kv_type=bench.settings.kv_type) as session:
         for rows in sorted(bench.settings.rows):
             _prefill_of(bench, context, session, rows)
 
@@ -217,14 +231,14 @@ def _prefill_of(bench: Bench, context: Context, session: Session, rows: int) -> 
 def decode(bench: Bench, context: Context) -> None:
     """One session that grows; each repetition's tokens are taken back, so that the next begins at the same depth."""
     depths = sorted(bench.settings.depths)
-    with context.model.session(n_ctx=depths[-1] + bench.settings.tokens, kv_type=KV_TYPE) as session:
+    with context.model.session(n_ctx=depths[-1] + bench.settings.tokens, kv_type=bench.settings.kv_type) as session:
         for depth in depths:
             _decode_at(bench, context, session, depth)
 
 
 def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> None:
     model, tokens = context.model, bench.settings.tokens
-    read = context.work.token_bytes + work.cache_bytes(model, KV_TYPE, depth + tokens / 2)
+    read = context.work.token_bytes + work.cache_bytes(model, bench.settings.kv_type, depth + tokens / 2)
     figure = Figure("decode", "tokens/s", context.threads, {"depth": depth}, more={"bytes_per_token": read})
 
     def measure() -> float:
@@ -250,7 +264,7 @@ def policy(bench: Bench, context: Context) -> None:
     figure = Figure("policy", "ratio", context.threads, {"depth": rows})
     with ExitStack() as held:
         off, on = (
-            held.enter_context(model.session(n_ctx=rows + QUEUE + tokens, kv_type=KV_TYPE, policy=chosen))
+            held.enter_context(model.session(n_ctx=rows + QUEUE + tokens, kv_type=bench.settings.kv_type, policy=chosen))
             for chosen in (None, KVSmooth.for_model(model))
         )
         for session in (off, on):
@@ -314,13 +328,13 @@ def _ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 def sessions(bench: Bench, context: Context) -> None:
     """Answers that step together, all of them at the same depth: one more token for each session of each batch, batch by batch."""
     tokens, text = bench.settings.tokens, _text_of(context.model, SESSIONS_DEPTH)
-    depth = len(context.model.tokenize(text))
+    depth, kv_type = len(context.model.tokenize(text)), bench.settings.kv_type
     n_ctx = depth + (bench.settings.repeat + 1) * tokens + 8
     with ExitStack() as held:
         entries = []
         for n in bench.settings.sessions:
             batch = held.enter_context(
-                context.model.generate_batch([text] * n, n_ctx=n_ctx, kv_type=KV_TYPE, parallel=n, template=None, max_tokens=None)
+                context.model.generate_batch([text] * n, n_ctx=n_ctx, kv_type=kv_type, parallel=n, template=None, max_tokens=None)
             )
             figure = Figure("sessions", "tokens/s", context.threads, {"sessions": n, "depth": depth})
             entries.append(Entry(figure, partial(_advance, batch, n * tokens)))

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "caption")
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
 measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
-best of these.
+best of these. Their cache is of the same type; q8_0 they take with flash attention only, and llama-bench has no f32.
 On a GPU both models must fit beside each other. Measure on a machine where nothing else runs. Ctrl-C ends it and shows what there is.
 
 roofs     what the device reads, multiplies and adds at best (a CPU by the kernels that KVS_CPU chooses)
-load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024
+load      a model, in a fresh process whose files are in the page cache; peak memory after a caption at --n-ctx 1024;
+          first pass: the first token fed to a session there; on a CPU it brings the weights into the order that the kernels read
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
 sessions  answers that step together, from a prompt of 128 rows on
@@ -57,7 +58,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", metavar="FILE", help="text model, GGUF (default: PYKVSMOOTH_MODEL, else the small one in the box)")
     parser.add_argument("--mmproj", metavar="FILE", help="its vision tower (default: as in caption)")
     options.add_place(parser)
-    parser.add_argument("--threads", type=_threads, default=(), metavar="N[,N]", help="one run for each (default: what caption takes)")
+    parser.add_argument("--threads", type=_threads, default=(), metavar="N[,N]", help="one run for each: 1,8 (default: what caption takes)")
+    parser.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), default="f16", help="of the cache, llama.cpp's too (default: f16)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "exact"),
+        default="auto",
+        help="of the vision tower, as in caption; llama.cpp has no such choice (default: auto)",
+    )
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
     parser.add_argument(
@@ -181,6 +189,7 @@ def _table(ui: Ui, bench: Bench) -> None:
     ui.put(f"{bench.path}\n{bench.machine['cpu']}\n")
     if bench.place.device != "cpu":
         ui.put(f"{bench.machine['cuda']}\n")
+    ui.put(f"{_measured(bench)}\n")
     for threads in dict.fromkeys(figure.threads for figure in bench.figures):
         titles = [bench.place.text(threads), "median", "", "least .. most"]
         titles += ["of the roof", *(["llama.cpp", "ahead"] if bench.settings.against else []), ""]
@@ -189,6 +198,15 @@ def _table(ui: Ui, bench: Bench) -> None:
         ui.put("\n")
         for i, row in enumerate([titles, *rows]):
             ui.put(_aligned(row, widths) + "\n", "" if i else "bold")
+
+
+def _measured(bench: Bench) -> str:
+    """As in "pykvsmooth 0.1.0 (c86eeb7), f16 cache, precision auto (bf16)": what it is, what was asked for and what came of it."""
+    settings, commit, came = bench.settings, bench.origin.get("commit"), bench.model_facts.get("vision_precision")
+    version = bench.origin["version"] + (f" ({commit})" if commit else "")
+    precision = settings.precision + (f" ({came})" if came else "")
+    alone = "; llama.cpp has no such choice" if settings.against and settings.precision != "auto" else ""
+    return f"pykvsmooth {version}, {settings.kv_type} cache, precision {precision}{alone}"
 
 
 def _aligned(row: list[str], widths: list[int]) -> str:
