@@ -240,17 +240,17 @@ def test_one_of_a_joint_step(spoilt: tuple[kvs.Model, str, str], monkeypatch: py
     for session in sessions:
         session.close()
 
-    real, calls = Generation.sample, dict[Generation, int]()
+    real, calls = Generation.after_sample, dict[Generation, int]()
     prompts = ["the dog", "a cat", "on the table"]
 
-    def sample(self: Generation, pointer: Any) -> int | None:
+    def after_sample(self: Generation, pointer: Any, seconds: float) -> int | None:
         calls[self] = calls.get(self, 0) + 1
-        return BAD if list(calls).index(self) == 1 and calls[self] == 2 else real(self, pointer)
+        return BAD if list(calls).index(self) == 1 and calls[self] == 2 else real(self, pointer, seconds)
 
     options: dict[str, Any] = {"n_ctx": 64, "kv_type": kv_type, "max_tokens": 5, "template": None}
     alone = [model.generate_batch([prompt], **options) for prompt in prompts]
     expected = [next(ids(item) for _, item in batch if isinstance(item, kvs.Result)) for batch in alone]
-    monkeypatch.setattr(Generation, "sample", sample)
+    monkeypatch.setattr(Generation, "after_sample", after_sample)
     ends = {
         i: item for i, item in model.generate_batch(prompts, parallel=3, on_error="yield", **options) if not isinstance(item, kvs.Token)
     }
