@@ -166,6 +166,9 @@ HOOK(__tsan_unaligned_write8, 8, true)
 HOOK(__tsan_unaligned_write16, 16, true)
 void __tsan_read_range(void *p, unsigned long bytes) { note(p, bytes, false, __builtin_return_address(0)); }
 void __tsan_write_range(void *p, unsigned long bytes) { note(p, bytes, true, __builtin_return_address(0)); }
-int __tsan_atomic32_load(const volatile int *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } /* of the host */
+/* of the host */
+int __tsan_atomic32_load(const volatile int *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+long __tsan_atomic64_load(const volatile long *p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+void __tsan_atomic64_store(volatile long *p, long value, int) { __atomic_store_n(p, value, __ATOMIC_SEQ_CST); }
 }
 #endif
