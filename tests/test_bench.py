@@ -34,7 +34,24 @@ from pykvsmooth.cli import bench as command
 from pykvsmooth.gguf_in import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--repeat", 1, "--tokens", 2, "--depths", "3,9", "--rows", "24", "--sessions", "1,2", "--threads", 1, "--device", "cpu"]
+QUICK = [
+    "--repeat",
+    1,
+    "--tokens",
+    2,
+    "--depths",
+    "3,9",
+    "--rows",
+    "24",
+    "--sessions",
+    "1,2",
+    "--session-depth",
+    20,
+    "--threads",
+    1,
+    "--device",
+    "cpu",
+]
 
 BENCH_HELP = """  -d, --n-depth <n>      (default: 0)
   -ctk, --cache-type-k <t>                          (default: f16)
@@ -292,7 +309,8 @@ def test_all_that_it_measures(measured, tmp_path):
     low, high = by["policy"][0]["more"]["interval"]
     assert low <= by["policy"][0]["value"]["median"] <= high
     assert by["load"][0]["more"]["peak_bytes"] > 1 << 20 and by["caption"][0]["more"]["tokens"] <= 3
-    assert [figure["at"]["sessions"] for figure in by["sessions"]] == [1, 2] and by["sessions"][0]["more"]["against_one"]["median"] == 1
+    assert [figure["at"] for figure in by["sessions"]] == [{"sessions": 1, "depth": 20}, {"sessions": 2, "depth": 20}]
+    assert by["sessions"][0]["more"]["against_one"]["median"] == 1
     for name in (
         "1 thread",
         "roof: read, huge pages",

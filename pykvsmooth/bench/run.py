@@ -39,9 +39,9 @@ class Settings:
 
     model, mmproj, device, gpu_layers, precision: as for Model. kv_type: of each session's cache, and of the peer's. threads: one or
     several; () = what Model takes. depths: rows before the tokens of a decode. rows: of each prefill, the most of them also before the
-    tokens of the policy. sessions: how many step together. tokens: of each decode, caption_tokens: of the caption of image (None: a scene
-    of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all. against: folder of a llama.cpp build.
-    timeout: seconds for each process.
+    tokens of the policy. sessions: how many step together, from session_depth rows on. tokens: of each decode, caption_tokens: of the
+    caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all. against:
+    folder of a llama.cpp build. timeout: seconds for each process.
     """
 
     model: str | None = None
@@ -54,6 +54,7 @@ class Settings:
     depths: tuple[int, ...] = (128, 640, 2048)
     rows: tuple[int, ...] = (640,)
     sessions: tuple[int, ...] = (1, 2, 4, 8)
+    session_depth: int = 128
     tokens: int = 32
     caption_tokens: int = 128
     image: str | None = None

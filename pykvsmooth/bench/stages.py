@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .run import Bench, Context
 
 N_CTX = 1024  # of a caption
-SESSIONS_DEPTH = 128
 QUEUE = 16  # generated rows before KVSmooth has ranks for all that come
 PROMPT = "Please describe the image in detail."
 ORDERS = ((0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1))
@@ -327,7 +326,7 @@ def _ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
 def sessions(bench: Bench, context: Context) -> None:
     """Answers that step together, all of them at the same depth: one more token for each session of each batch, batch by batch."""
-    tokens, text = bench.settings.tokens, _text_of(context.model, SESSIONS_DEPTH)
+    tokens, text = bench.settings.tokens, _text_of(context.model, bench.settings.session_depth)
     depth, kv_type = len(context.model.tokenize(text)), bench.settings.kv_type
     n_ctx = depth + (bench.settings.repeat + 1) * tokens + 8
     with ExitStack() as held:

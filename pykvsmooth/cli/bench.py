@@ -30,7 +30,7 @@ load      a model, in a fresh process whose files are in the page cache; peak me
           first pass: the first token fed to a session there; on a CPU it brings the weights into the order that the kernels read
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
-sessions  answers that step together, from a prompt of 128 rows on
+sessions  answers that step together, from a prompt of --session-depth rows on
 caption   from the start of `pykvsmooth caption` to its end
 
 --json writes all that was measured; the keys are described in pykvsmooth/bench/record.py."""
@@ -72,6 +72,7 @@ def add_parser(commands: Any) -> None:
         "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: depth of policy (default: 640)"
     )
     parser.add_argument("--sessions", type=_numbers, default=(1, 2, 4, 8), metavar="N[,N]", help="default: 1,2,4,8")
+    parser.add_argument("--session-depth", type=options._rows, default=128, metavar="N", help="rows of their prompts (default: 128)")
     parser.add_argument("--tokens", type=options._positive, default=32, metavar="N", help="of each decode (default: 32)")
     parser.add_argument("--max-tokens", type=options._positive, default=128, metavar="N", help="of the caption (default: 128)")
     parser.add_argument("--image", metavar="FILE", help="of the caption (default: a scene of the box)")
