@@ -322,7 +322,7 @@ def test_all_that_it_measures(measured, tmp_path):
         "KVSmooth on / off at 24",
     ):
         assert f"\n{name}  " in got.out
-    assert "2 at once, depth 128" in got.out and "caption of 3 tokens" in got.out
+    assert "2 at once, depth 20" in got.out and "caption of 3 tokens" in got.out
 
 
 @pytest.fixture
@@ -439,7 +439,7 @@ def test_the_record(run, tmp_path, monkeypatch):
     found = json.loads(out.read_text())
     assert found["complete"] and found["version"] == kvs.__version__ and found["settings"]["threads"] == [1, 2]
     assert found["library"] == str(library_path) and found.get("compiler", "") == compiler(library_path)
-    known = commit(ROOT)
+    known = commit(Path(kvs.__file__).resolve().parents[1])  # nothing where it is installed
     assert found.get("commit", "") == known and ("commit" in found) == bool(known)
     assert f"\npykvsmooth {kvs.__version__}{f' ({known})' if known else ''}, f16 cache" in got.out
     assert found["machine"]["KVS_CPU"] == "base" and "kernels: base" in found["machine"]["cpu"]
