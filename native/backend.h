@@ -16,10 +16,11 @@ enum { KVS_MAX_HEAD_DIM = 512 }; /* loaders refuse more: kernels have room for s
 
 typedef struct kvs_ops kvs_ops;
 
-enum kvs_failed {                     /* of a device */
-                  KVS_FAILING = 1,    /* somebody is writing down why */
-                  KVS_FAILED,         /* models may be loaded again */
-                  KVS_FAILED_FOR_GOOD /* not by this process */
+/* Of a device that has failed */
+enum kvs_failed {
+    KVS_FAILING = 1,    /* somebody is writing down why */
+    KVS_FAILED,         /* models may be loaded again */
+    KVS_FAILED_FOR_GOOD /* not by this process */
 };
 
 typedef struct kvs_backend { /* a device of this process; each device's own struct begins with it */

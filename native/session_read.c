@@ -116,3 +116,20 @@ int32_t kvs_session_telemetry(kvs_session *session, int32_t n, float *entropies,
     kvs_session_leave(session);
     return status;
 }
+
+int32_t kvs_session_n_prunings(const kvs_session *session) { return session->cache.pruned.n_events; }
+
+int32_t kvs_session_prunings(kvs_session *session, int32_t n, kvs_pruning *prunings, kvs_error *err) {
+    int status = kvs_session_enter(session, err);
+    if (status) return status;
+    const kvs_pruned *p = &session->cache.pruned;
+    if (n < 0 || n > p->n_events) status = kvs_fail(err, KVS_E_ARGUMENT, "n: more prunings than there were");
+    for (int32_t i = 0; i < n && !status; i++) {
+        const kvs_event *e = &p->events[i];
+        prunings[i] = (kvs_pruning){e->index, e->forced, e->n_before, e->n_before - e->n_dropped};
+    }
+    kvs_session_leave(session);
+    return status;
+}
+
+int32_t kvs_session_n_whole(const kvs_session *session) { return kvs_pruned_whole(&session->cache); }

@@ -10,8 +10,8 @@ typedef struct kvs_split {
     kvs_plan plan;       /* the same, part by part */
 } kvs_split;
 
-/* gpu_layers as in kvs_model_params. KVS_E_MEMORY with both numbers where so many layers do not fit, or with KVS_GPU_LAYERS_AUTO not one. */
 kvs_plan kvs_plan_host(const kvs_model *model); /* of a model that is all the CPU's */
+/* gpu_layers as in kvs_model_params. KVS_E_MEMORY with both numbers where so many layers do not fit, or with KVS_GPU_LAYERS_AUTO not one. */
 int kvs_split_choose(const kvs_model *model, int32_t gpu_layers, kvs_split *split, kvs_error *err);
 bool kvs_split_whole(const kvs_model *model, const kvs_split *split); /* nothing is left for the CPU */
 void kvs_split_apply(kvs_model *model, const kvs_split *split);       /* weights know whose they are */
