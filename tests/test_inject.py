@@ -462,21 +462,28 @@ def test_loading_a_session(tmp_path: Path) -> None:
     each_refusal(lambda: fresh(stack), load, check)
 
 
-@pytest.mark.parametrize("on_error", ["raise", "yield"])
-def test_batch(on_error: Any) -> None:
-    """A request that fails alone leaves the others what they are."""
-    requests = [{"prompt": PROMPT, "image": IMAGE}, {"prompt": "a dog", "temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}]
+def each_refusal_of_a_batch(
+    prepare: Callable[[], AbstractContextManager[kvs.Model]], requests: list[Any], some: int = 0, **options: Any
+) -> None:
+    """A request that fails alone leaves the others what they are. options: as generate_batch takes them."""
 
     def run(model: kvs.Model) -> dict[int, Any]:
-        items = model.generate_batch(requests, n_ctx=100, policy=SMOOTH, parallel=2, on_error=on_error, max_tokens=4)
+        items = model.generate_batch(requests, parallel=len(requests), **options)
         ends = {index: item for index, item in items if not isinstance(item, kvs.Token)}
         return {index: item if isinstance(item, Exception) else [t.id for t in item.tokens] for index, item in ends.items()}
 
     def check(model: kvs.Model, outcome: Any, expected: Any) -> None:
         if isinstance(outcome, Exception):
-            outcome = dict.fromkeys(range(2), outcome)
+            outcome = dict.fromkeys(range(len(requests)), outcome)
         for index, one in outcome.items():
             assert type(one) is kvs.OutOfMemoryError or one == expected[index]
-        assert run(model) == expected and all(s.closed for s in model._sessions)
+        assert run(model) == expected and all(session.closed for session in model._sessions)
 
-    each_refusal(lambda: open_model(*pair("plain")), run, check)
+    each_refusal(prepare, run, check, some=some)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "yield"])
+def test_batch(on_error: Any) -> None:
+    requests = [{"prompt": PROMPT, "image": IMAGE}, {"prompt": "a dog", "temperature": 1.0, "seed": 3, "repetition_penalty": 1.2}]
+    options = {"n_ctx": 100, "policy": SMOOTH, "on_error": on_error, "max_tokens": 4}
+    each_refusal_of_a_batch(lambda: open_model(*pair("plain")), requests, **options)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import SEED
-from test_inject import ALL_TESTS, FILES, INJECTS, STACKS, bits, each_refusal, leaks, needs_lsan, nothing_is_left  # noqa: F401
+from test_inject import ALL_TESTS, FILES, INJECTS, STACKS, bits, each_refusal, each_refusal_of_a_batch, leaks, needs_lsan, nothing_is_left  # noqa: F401
 
 import pykvsmooth as kvs
 from pykvsmooth.machine import cuda_text
@@ -107,7 +107,7 @@ def test_caption(kind: str, stack: str) -> None:
 
 @pytest.mark.parametrize("kind", MACHINES)
 def test_batch(kind: str) -> None:
-    """A request that fails alone leaves the others what they are. Every refusal on the GPU alone, some of them elsewhere."""
+    """Every refusal on the GPU alone, some of them elsewhere."""
     requests = [{"prompt": "a dog"}, {"prompt": "a", "temperature": 1.0, "seed": 3}, {"prompt": "a", "repetition_penalty": 1.2}]
 
     @contextmanager
@@ -115,19 +115,7 @@ def test_batch(kind: str) -> None:
         with machine(kind) as options, open_model(options) as model:
             yield model
 
-    def run(model: kvs.Model) -> dict[int, Any]:
-        items = model.generate_batch(requests, n_ctx=64, parallel=3, on_error="yield", max_tokens=3)
-        ends = {index: item for index, item in items if not isinstance(item, kvs.Token)}
-        return {index: item if isinstance(item, Exception) else [t.id for t in item.tokens] for index, item in ends.items()}
-
-    def check(model: kvs.Model, outcome: Any, expected: Any) -> None:
-        if isinstance(outcome, Exception):
-            outcome = dict.fromkeys(range(3), outcome)
-        for index, one in outcome.items():
-            assert type(one) is kvs.OutOfMemoryError or one == expected[index]
-        assert run(model) == expected and all(session.closed for session in model._sessions)
-
-    each_refusal(opened, run, check, some=0 if kind == "cuda" else 20)
+    each_refusal_of_a_batch(opened, requests, some=0 if kind == "cuda" else 20, n_ctx=64, on_error="yield", max_tokens=3)
 
 
 @pytest.mark.parametrize("kind", MACHINES)
