@@ -26,7 +26,7 @@ import pykvsmooth as kvs
 from pykvsmooth import box, machine
 from pykvsmooth._native import library_path
 from pykvsmooth.bench import STAGES, Bench, Figure, Peer, Settings, plot, ratio_interval, record, roofs, spread, stages, work
-from pykvsmooth.bench.child import ChildError, run_child
+from pykvsmooth.bench.child import ChildError, of_package, run_child
 from pykvsmooth.bench.counter import Instructions
 from pykvsmooth.bench.origin import commit, compiler
 from pykvsmooth.bench.record import held_against
@@ -192,6 +192,14 @@ def test_a_tower_in_float32_has_no_roof_of_units_that_round():
     for precision, units in (("f32", ["f32", "int8"]), ("bf16", ["f32", "int8", "bf16", "f16_mma"])):
         context.model = SimpleNamespace(vision_precision=precision)
         assert stages._tower_units(context) == units
+
+
+def test_a_folder_with_another_package(tmp_path, monkeypatch):
+    """As make bench in a checkout, whose package has no library, finds it."""
+    (tmp_path / "pykvsmooth").mkdir()
+    (tmp_path / "pykvsmooth" / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    assert run_child([*of_package("pykvsmooth"), "--version"], 60).out.split()[-1] == kvs.__version__
 
 
 def test_a_child(tmp_path):

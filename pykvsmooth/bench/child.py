@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -55,12 +56,11 @@ def run_child(argv: Sequence[str], timeout: float, env: dict[str, str] | None = 
         return Ended(end - begin, _text(out), said, peak)
 
 
-def package_env() -> dict[str, str]:
-    """An environment in which `python -m pykvsmooth` is this very package."""
-    root, path = Path(__file__).resolve().parents[2], os.environ.get("PYTHONPATH")
-    if root.name.endswith("-packages"):  # installed: Python finds it by itself
-        return dict(os.environ)
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else str(root)}
+def of_package(module: str) -> list[str]:
+    """The command that runs a module of this very package, also in a folder that has another: a checkout beside an installed package."""
+    root = str(Path(__file__).resolve().parents[2])
+    program = f"import runpy, sys; sys.path.insert(0, {root!r}); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", program]
 
 
 def _watch(process: subprocess.Popen[Any], deadline: float) -> tuple[float | None, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from ..model import Model
 from ..policies.kvsmooth import KVSmooth
 from ..session import Session
 from . import work
-from .child import ChildError, package_env, run_child
+from .child import ChildError, of_package, run_child
 from .figures import Entry, Figure, ratio_interval
 from .peer import LlamaCpp, PeerError, Setting, by_setting
 from .roofs import MEMORY
@@ -93,11 +92,11 @@ def load(bench: Bench, context: Context) -> None:
     figure = Figure("load", "s", context.threads, more={"page_cache": "warm"})
     first_pass = Figure("first pass", "s", context.threads)
     asked = json.dumps({"mmproj": bench.mmproj or False, "threads": context.threads, **bench.asked})
-    argv = [sys.executable, "-m", f"{__package__}.probe", bench.path, asked, bench.settings.kv_type]
+    argv = [*of_package(f"{__package__}.probe"), bench.path, asked, bench.settings.kv_type]
 
     def measure() -> float:
         whole = [] if "peak_bytes" in figure.more else ["--whole"]
-        found = json.loads(run_child([*argv, *whole], bench.settings.timeout, package_env()).out)
+        found = json.loads(run_child([*argv, *whole], bench.settings.timeout).out)
         if whole:
             figure.more["peak_bytes"] = found["peak_bytes"]
         else:
@@ -142,9 +141,7 @@ def _caption(bench: Bench, figure: Figure, image: str) -> float:
     asked = {"--model": bench.path, "--mmproj": bench.mmproj, "--threads": figure.threads, "--max-tokens": tokens, "--n-ctx": N_CTX}
     asked |= {f"--{name.replace('_', '-')}": value for name, value in bench.asked.items()} | {"--kv-type": bench.settings.kv_type}
     options = [str(word) for option in asked.items() for word in option]
-    ended = run_child(
-        [sys.executable, "-m", "pykvsmooth", "caption", image, "--json", "--quiet", *options], bench.settings.timeout, package_env()
-    )
+    ended = run_child([*of_package("pykvsmooth"), "caption", image, "--json", "--quiet", *options], bench.settings.timeout)
     try:
         stats = json.loads(ended.out.splitlines()[-1])["stats"]
     except (ValueError, KeyError, IndexError, TypeError):
