@@ -393,6 +393,8 @@ void kvs_roofs_free(kvs_roofs *roofs);
 int32_t kvs_roofs_measure(kvs_roofs *roofs, int32_t kind, double seconds, double *per_second, kvs_error *err);
 
 /* ---- single ops and kernels, for tests: selftest*.c; not part of the stable interface ---- */
+/* The limit of control groups, bytes or (0) processors, by the list of groups in this file in the trees below this folder; 0 = none */
+double kvs_test_cgroup(int32_t bytes, const char *list, const char *trees);
 int32_t kvs_test_isa(const char *isa); /* 1 if these kernels can be run here: base, avx2, avx512, amx; cuda: those of the first GPU */
 int32_t kvs_test_matmul(const char *isa, int32_t threads, int32_t type, const void *w, int64_t rows, int64_t cols, const float *x,
                         int32_t n, const float *bias, int32_t rounding, float *y); /* rounding: kvs_rounding of backend.h */

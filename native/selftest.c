@@ -1,5 +1,6 @@
 /* selftest.c - single matrix products for tests, without a model, and what all tests of single ops share. */
 #include "selftest.h"
+#include "cgroup.h"
 
 #include <string.h>
 
@@ -62,7 +63,11 @@ int kvs_selftest_finish(kvs_lent *lent, int status) {
     return status;
 }
 
-/* ---- which kernels ---- */
+/* ---- which kernels, how much of the machine ---- */
+
+double kvs_test_cgroup(int32_t bytes, const char *list, const char *trees) {
+    return kvs_cgroup_limit_of(bytes ? KVS_CGROUP_BYTES : KVS_CGROUP_PROCESSORS, list, trees);
+}
 
 int32_t kvs_test_isa(const char *isa) {
     int status;

@@ -344,6 +344,9 @@ class Model:
         kv_type: "f16", "f32" or "q8_0". policy: None, one, or a list. seed: of the sampler; None draws one. exact_rows: rows that
         rewind can drop exactly under smoothing, up to 4096 (0 = 32).
 
+        Memory: on a CPU the cache lies on huge pages, and all of it becomes resident with its first rows, while what lies there,
+        weights too, is at most half of what this machine, or its container, has; else it grows with its rows.
+
         Raises PolicyError (a policy that does not fit the model), OutOfMemoryError (needed, free; MemoryLimitError beyond
         limits.cache_bytes), ClosedError, TypeError, ValueError.
         """

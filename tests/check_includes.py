@@ -22,7 +22,7 @@ LAYERS = [
     ["tokenizer.h", "tokenizer.c", "sampler.h", "sampler.c"],
     ["gguf.h", "gguf.c"],
     ["quant.h", "quant.c", "strength.h", "mix.h", "mix.c"],
-    ["turns.h", "turns.c", "mapped.h", "mapped.c"],
+    ["turns.h", "turns.c", "mapped.h", "mapped.c", "cgroup.h", "cgroup.c"],
     ["util.h", "util.c"],
     ["kvs.h"],
 ]

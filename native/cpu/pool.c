@@ -1,4 +1,5 @@
 #include "pool.h"
+#include "../cgroup.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -268,79 +269,12 @@ static int32_t affinity_threads(void) {
     return online > 0 && online < MAX_THREADS ? (int32_t)online : 1;
 }
 
-#ifdef __linux__
-static bool read_line(const char *path, char *line, int size) {
-    FILE *file = kvs_refused() ? NULL : fopen(path, "re");
-    if (!file) return false;
-    bool ok = fgets(line, size, file) != NULL;
-    fclose(file);
-    return ok;
-}
-
-/* Processors that the quota of one group allows; 0 = no limit said here. */
-static double group_quota(const char *group, bool v2) {
-    char path[1200], line[64];
-    double quota = 0, period = 0;
-    snprintf(path, sizeof path, "%s/%s", group, v2 ? "cpu.max" : "cpu.cfs_quota_us");
-    if (!read_line(path, line, sizeof line)) return 0;
-    int n = sscanf(line, "%lf %lf", &quota, &period); /* "max 100000" scans nothing, "-1" is no limit */
-    if (!v2 && n == 1) {
-        snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
-        if (!read_line(path, line, sizeof line) || sscanf(line, "%lf", &period) != 1) return 0;
-    }
-    return quota > 0 && period > 0 ? quota / period : 0;
-}
-
-/* The tightest quota from a group up to the root of its tree. In a container the path may be the host's: then only
- * its upper parts, or the root, exist. */
-static double tree_quota(const char *root, char *path, bool v2) {
-    double tightest = 0;
-    for (;;) {
-        char group[1100];
-        snprintf(group, sizeof group, "%s%s", root, path);
-        double quota = group_quota(group, v2);
-        if (quota > 0 && (tightest == 0 || quota < tightest)) tightest = quota;
-        char *slash = strrchr(path, '/');
-        if (!slash) return tightest;
-        *slash = 0;
-    }
-}
-
-static bool names_cpu(const char *controllers) { /* "cpu,cpuacct" but not "cpuset" */
-    for (const char *p = controllers; p; p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
-        if (!strncmp(p, "cpu", 3) && (p[3] == 0 || p[3] == ',')) return true;
-    return false;
-}
-
-static double cgroup_quota(void) {
-    FILE *file = kvs_refused() ? NULL : fopen("/proc/self/cgroup", "re");
-    if (!file) return 0;
-    char line[1024];
-    double tightest = 0;
-    while (fgets(line, sizeof line, file)) { /* "hierarchy:controllers:/path" */
-        line[strcspn(line, "\n")] = 0;
-        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!path) continue;
-        *path++ = 0;
-        controllers++;
-        bool v2 = !*controllers;
-        if (!v2 && !names_cpu(controllers)) continue;
-        double quota = tree_quota(v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", path, v2);
-        if (quota > 0 && (tightest == 0 || quota < tightest)) tightest = quota;
-    }
-    fclose(file);
-    return tightest;
-}
-#endif
-
 int32_t kvs_pool_default_threads(void) {
     int32_t threads = affinity_threads();
-#ifdef __linux__
-    double quota = cgroup_quota();
+    double quota = kvs_cgroup_limit(KVS_CGROUP_PROCESSORS);
     if (quota > 0 && quota < threads) {
         int32_t whole = (int32_t)quota;
         threads = whole + (quota > whole);
     }
-#endif
     return KVS_MIN(KVS_MAX(threads, 1), (int32_t)MAX_THREADS);
 }
