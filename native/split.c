@@ -7,7 +7,7 @@
 
 enum {
     SESSION_ROWS = 4096, /* of the cache that finds room beside the weights, or as many as the model was trained for */
-    BATCH_ROWS = 16      /* sessions that step together */
+    BATCH_ROWS = 64      /* sessions that step together */
 };
 
 typedef struct costs { /* bytes of the device */
