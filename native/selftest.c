@@ -2,10 +2,27 @@
 #include "selftest.h"
 #include "cgroup.h"
 
+#include "check.h"
+#include "offload.h"
+
 #include <string.h>
+
+/* The first GPU and the CPU as one; host_layers less than 0: to be compared. */
+static kvs_backend *open_both(int32_t threads, int32_t host_layers, int *status) {
+    kvs_backend *cpu = NULL, *device = NULL, *both = NULL;
+    *status = kvs_cuda_open(0, &device, NULL);
+    if (!*status) *status = kvs_cpu_open_isa(NULL, threads, &cpu, NULL);
+    if (!*status)
+        *status = host_layers < 0 ? kvs_check_open(device, cpu, &both, NULL) : kvs_offload_open(device, cpu, host_layers, &both, NULL);
+    if (*status && cpu) cpu->ops->close(cpu);
+    if (*status && device) device->ops->close(device);
+    return both;
+}
 
 kvs_backend *kvs_selftest_open(const char *isa, int32_t threads, int *status) {
     kvs_backend *be = NULL;
+    if (isa && !strcmp(isa, "check")) return open_both(threads, -1, status);
+    if (isa && (!strcmp(isa, "offload:0") || !strcmp(isa, "offload:1"))) return open_both(threads, isa[8] - '0', status);
     *status = isa && !strcmp(isa, "cuda") ? kvs_cuda_open(0, &be, NULL) : kvs_cpu_open_isa(isa, threads, &be, NULL);
     return be;
 }
@@ -17,8 +34,10 @@ void kvs_selftest_begin(kvs_backend *be, kvs_step *step, const kvs_row *rows, in
 
 /* ---- arguments ---- */
 
-void *kvs_lend_new(kvs_lent *lent, uint64_t bytes) {
-    void *device = lent->n < KVS_LENT && !lent->status ? lent->be->ops->alloc(lent->be, bytes) : NULL;
+static void *lend_block(kvs_lent *lent, uint64_t bytes, bool layer) {
+    kvs_backend *be = lent->be;
+    bool room = lent->n < KVS_LENT && !lent->status;
+    void *device = !room ? NULL : layer ? be->ops->alloc_layers(be, 1, bytes) : be->ops->alloc(be, bytes);
     if (!device) {
         lent->status = KVS_E_MEMORY;
         return NULL;
@@ -28,6 +47,9 @@ void *kvs_lend_new(kvs_lent *lent, uint64_t bytes) {
     lent->blocks[lent->n++].bytes = bytes;
     return device;
 }
+
+void *kvs_lend_new(kvs_lent *lent, uint64_t bytes) { return lend_block(lent, bytes, false); }
+void *kvs_lend_layer(kvs_lent *lent, uint64_t bytes) { return lend_block(lent, bytes, true); }
 
 float *kvs_lend_back(kvs_lent *lent, float *host, int64_t n) {
     uint64_t bytes = (uint64_t)n * sizeof *host;

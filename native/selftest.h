@@ -3,7 +3,8 @@
 #define KVS_SELFTEST_H
 #include "backend.h"
 
-/* isa: of the CPU's kernels, or "cuda" for the first GPU; NULL with the reason in status where there are none such. */
+/* isa: of the CPU's kernels, or "cuda" for the first GPU, "check" for it with the CPU beside it (check.h), "offload:0" and "offload:1" where they
+ * share a model whose first layer is the GPU's or the CPU's; NULL with the reason in status where there are none such. */
 kvs_backend *kvs_selftest_open(const char *isa, int32_t threads, int *status);
 
 /* A step of these rows, (n) or NULL; it stays valid until end. */
@@ -26,6 +27,7 @@ typedef struct kvs_lent { /* zeroed, but for be */
 const float *kvs_lend(kvs_lent *lent, const float *host, int64_t n);
 float *kvs_lend_back(kvs_lent *lent, float *host, int64_t n); /* for an array that the op writes to */
 void *kvs_lend_new(kvs_lent *lent, uint64_t bytes);           /* [dev] zeros */
+void *kvs_lend_layer(kvs_lent *lent, uint64_t bytes);         /* the same of an array of a cache */
 /* Results are copied back if all went well, and everything is released. Gives the status of the whole. */
 int kvs_take_back(kvs_lent *lent, int status);
 /* The same, and the backend is closed. */

@@ -23,15 +23,15 @@ bool kvs_selftest_kv_memory(kvs_lent *lent, kvs_kv *kv) {
     uint64_t store = (uint64_t)kv->n_kv_head * (uint64_t)kv->n_ctx * (uint64_t)kv->row_bytes;
     uint64_t history = (uint64_t)kv->n_ctx * (uint64_t)kv->n_group * sizeof(float);
     uint64_t ring = (uint64_t)kv->n_exact * (uint64_t)kv->head_dim * sizeof(float);
-    kv->k = kvs_lend_new(lent, store);
-    kv->v = kvs_lend_new(lent, store);
-    kv->entropy = kvs_lend_new(lent, history);
-    kv->strength = kvs_lend_new(lent, history);
-    kv->mass = kvs_lend_new(lent, (uint64_t)kv->n_ctx * sizeof(float));
+    kv->k = kvs_lend_layer(lent, store);
+    kv->v = kvs_lend_layer(lent, store);
+    kv->entropy = kvs_lend_layer(lent, history);
+    kv->strength = kvs_lend_layer(lent, history);
+    kv->mass = kvs_lend_layer(lent, (uint64_t)kv->n_ctx * sizeof(float));
     if (kv->n_exact) {
-        kv->exact_k = kvs_lend_new(lent, ring * (uint64_t)kv->n_kv_head);
-        kv->exact_v = kvs_lend_new(lent, ring * (uint64_t)kv->n_kv_head);
-        kv->exact_o = kvs_lend_new(lent, ring * (uint64_t)kv->n_head);
+        kv->exact_k = kvs_lend_layer(lent, ring * (uint64_t)kv->n_kv_head);
+        kv->exact_v = kvs_lend_layer(lent, ring * (uint64_t)kv->n_kv_head);
+        kv->exact_o = kvs_lend_layer(lent, ring * (uint64_t)kv->n_head);
     }
     return lent->status == KVS_OK;
 }
