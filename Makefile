@@ -30,7 +30,7 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
 CUDA_TESTS = cuda fuse cuda_bench cuda_fails cuda_devices inject_cuda cancel shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops \
-             together mix_op prune_ops bf16 offload model numeric kvsmooth
+             together mix_op scale_op prune_ops bf16 offload model numeric kvsmooth
 CUDA_LONG_TESTS = stories session batch aio dscr prunehal prunehal_state stacks limits soak
 test-cuda: CUDA_RUN = $(CUDA_TESTS)
 test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
@@ -40,7 +40,7 @@ test-cuda test-cuda-long: $(VENV)/installed $(VENV)/tools ## the CUDA backend's 
 	    $(CUDA_RUN:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 # What a kernel reads and writes beside its memory, and what is left of a model. Reports go to build/cuda-asan/report.*: pytest -n loses stderr
-CUDA_ASAN_TESTS = cuda cuda_fails inject_cuda offload sampler prune_ops mix_op kv_ops
+CUDA_ASAN_TESTS = cuda cuda_fails inject_cuda offload sampler prune_ops mix_op scale_op kv_ops
 test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them under AddressSanitizer (half an hour)
 	$(BIN)/cmake --preset cuda-asan -G Ninja && $(BIN)/cmake --build --preset cuda-asan -j $(JOBS)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:log_path=$(CURDIR)/build/cuda-asan/report \
@@ -48,7 +48,7 @@ test-cuda-asan: $(VENV)/installed $(VENV)/tools ## the shorter ones of them unde
 	    $(CUDA_ASAN_TESTS:%=tests/test_%.py) -p no:cacheprovider -m "not slow" -n $(JOBS)
 
 # Two threads at one byte and nothing that orders them, within a block and between blocks; bytes that nobody wrote; kernels that read too early
-CUDA_RACES_TESTS = shim rowops kv_ops mix_op prune_ops attention_shapes
+CUDA_RACES_TESTS = shim rowops kv_ops mix_op scale_op prune_ops attention_shapes
 CUDA_RACES_LONG_TESTS = $(CUDA_RACES_TESTS) cuda_gemm sampler cuda_matvec matmul bf16 attention sampler_ids kvsmooth numeric fuse
 RACES_OF_STEPS = "how_many and kvsmooth and not wide or put_off and 16"
 RACES_ENV = KVS_TEST_DEVICE=cuda KVS_LIBRARY=$(CURDIR)/build/cuda-races/libkvs_shim.so PYTHONPATH=$(CURDIR)
@@ -74,7 +74,7 @@ test-gpu: gpu-library ## the same on a real GPU (needs nvcc and a driver), behin
 GPU_TOOLS ?= memcheck racecheck initcheck synccheck
 sanitize-gpu: gpu-library ## its kernels under compute-sanitizer: GPU_TOOLS="memcheck racecheck initcheck synccheck"
 	for tool in $(GPU_TOOLS); do $(GPU_ENV) compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(BIN)/python -m pytest \
-	    $(patsubst %,tests/test_%.py,cuda_gemm cuda_matvec rowops attention attention_shapes kv_ops mix_op prune_ops sampler fuse) \
+	    $(patsubst %,tests/test_%.py,cuda_gemm cuda_matvec rowops attention attention_shapes kv_ops mix_op scale_op prune_ops sampler fuse) \
 	    -p no:cacheprovider -m "not slow" -q $(PYTEST_ARGS) || exit 1; done
 
 test-fast: $(VENV)/installed ## the tests that take about a minute

@@ -142,6 +142,18 @@ typedef struct kvs_mix_job { /* rows of a cache become weighted sums of them, DS
     int32_t rope_pre;   /* keys are turned back by their positions, mixed, and turned again */
 } kvs_mix_job;
 
+typedef struct kvs_scale_job { /* rows of a cache are multiplied where they stand, as SPARC (ICML 2025) does with values of patches */
+    kvs_kv *kv;
+    /* Host, and not to change until end. The first n of a list: rows by index, none of them twice, and their places in the layer, less than
+     * 0: they are not there. One list for all KV heads, or n_sets = n_kv_head of them; where nothing was dropped, indices itself. */
+    const int32_t *indices;  /* (room) */
+    const int32_t *places;   /* (n_sets, room) */
+    int32_t n, room, n_sets; /* room: the most that n is in a step of this kind; on a GPU they are one graph, then */
+    int32_t exact_from;      /* the ring of exact rows holds the rows from this index on: they are multiplied there, too */
+    float factor;
+    int32_t target; /* KVS_TARGET_K | KVS_TARGET_V */
+} kvs_scale_job;
+
 typedef struct kvs_rope {
     int32_t n_rot;         /* leading dimensions of a head that turn, even */
     const float *inv_freq; /* [dev] (n_rot / 2), scaling applied */
@@ -199,6 +211,10 @@ struct kvs_ops {
     void (*kv_smooth)(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
     /* read as stored, mixed in float32, stored once; rope->table holds the angles of the step's rows */
     void (*kv_mix)(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
+    /* read as stored, multiplied in float32, stored once; exact rows stay exact; a factor of 1 changes no bit. Products beyond the limit of
+     * the cache become what kv_put makes of such values: Q8_0's largest, or infinities, which finite() finds behind attention. No policy
+     * uses it yet: SPARC will. */
+    void (*kv_scale)(kvs_backend *be, int32_t layer, const kvs_scale_job *job);
     /* attention outputs of prompt rows into exact_o, where a cache has one */
     void (*kv_put_out)(kvs_backend *be, int32_t layer, const float *out);
     /* What the history has of the step's rows in some layers: means over groups of entropy and of strength, and mass. told: host, for each row
@@ -239,6 +255,9 @@ KVS_SHARED int64_t kvs_kv_history(const kvs_kv *kv, int32_t layer, int32_t index
 KVS_SHARED int64_t kvs_kv_mass(const kvs_kv *kv, int32_t layer, int32_t index) { return (int64_t)layer * kv->n_ctx + index; }
 KVS_SHARED int64_t kvs_kv_exact(const kvs_kv *kv, int32_t layer, int32_t index, int32_t n_head) { /* n_head: of what the ring holds */
     return ((int64_t)layer * kv->n_exact + index % kv->n_exact) * n_head * kv->head_dim;
+}
+KVS_SHARED int32_t kvs_scale_place(const kvs_scale_job *job, int32_t head, int32_t i) { /* of a KV head */
+    return job->places[(job->n_sets > 1 ? (int64_t)head * job->room : 0) + i];
 }
 
 /* threads: 0 = what affinity and cgroup quota allow */

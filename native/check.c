@@ -411,6 +411,7 @@ static const kvs_ops check_ops = {
     .kv_record = kvs_check_kv_record,
     .kv_smooth = kvs_check_kv_smooth,
     .kv_mix = kvs_check_kv_mix,
+    .kv_scale = kvs_check_kv_scale,
     .kv_put_out = kvs_check_kv_put_out,
     .kv_tell = kvs_check_kv_tell,
     .sample = kvs_check_sample,

@@ -33,6 +33,7 @@ typedef struct kvs_check {
     kvs_smooth_job *smooth_jobs; /* (room_jobs) for the device */
     int32_t room_jobs;
     kvs_mix_job mix_job;
+    kvs_scale_job scale_job;
     /* What the device gives at the end, and the CPU has given */
     float **told, *told_here; /* (step->n) where it goes; (step->n, 3, n_layer) */
     kvs_range told_layers;    /* none: nothing was told */
@@ -68,6 +69,7 @@ void kvs_check_kv_put(kvs_backend *be, int32_t layer, const float *k, const floa
 void kvs_check_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_check_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
 void kvs_check_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, const kvs_rope *rope);
+void kvs_check_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job);
 void kvs_check_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
 void kvs_check_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores);
 void kvs_check_kv_gather(kvs_backend *be, const kvs_kv *kv, const kvs_move *moves, int32_t n);

@@ -168,6 +168,32 @@ void kvs_check_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *job, co
     compare_ring(c, "kv_mix, exact rows", job->kv, layer, from, job->index + job->mix->n - from, false, KVS_CHECK_FLOAT);
 }
 
+/* From the first place of any head to the last one: what stands between them has not changed. */
+static kvs_range places_of(const kvs_scale_job *job) {
+    int32_t least = INT32_MAX, most = -1;
+    for (int32_t head = 0; head < KVS_MAX(job->n_sets, 1); head++)
+        for (int32_t i = 0; i < job->n; i++) {
+            int32_t place = kvs_scale_place(job, head, i);
+            if (place >= 0) least = KVS_MIN(least, place), most = KVS_MAX(most, place);
+        }
+    return (kvs_range){least, most < 0 ? 0 : most - least + 1};
+}
+
+void kvs_check_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job) {
+    kvs_check *c = (kvs_check *)be;
+    c->scale_job = *job;
+    c->scale_job.kv = kvs_twins_kv(&c->twins, job->kv);
+    if (!c->scale_job.kv && !c->status) c->status = KVS_E_MEMORY;
+    if (!kvs_check_enter(c)) return;
+    c->device->ops->kv_scale(c->device, layer, &c->scale_job);
+    c->cpu->ops->kv_scale(c->cpu, layer, job);
+    kvs_range places = places_of(job);
+    if (places.n) compare_stored(c, "kv_scale", job->kv, layer, places.first, places.n);
+    for (int32_t i = 0; i < job->n; i++)
+        if (job->indices[i] >= job->exact_from)
+            compare_ring(c, "kv_scale, exact rows", job->kv, layer, job->indices[i], 1, false, KVS_CHECK_EXACT);
+}
+
 /* ---- pruning ---- */
 
 void kvs_check_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores) {

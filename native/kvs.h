@@ -445,6 +445,12 @@ int32_t kvs_test_dscr_weights(const kvs_dscr_params *p, const float *depth, floa
 int32_t kvs_test_mix(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows, int32_t first,
                      int32_t n, const float *w, float gamma, int32_t target, int32_t rope_pre, int32_t n_rot, const float *inv_freq,
                      const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out, float *exact_k, float *exact_v);
+/* Rows of a cache of n_rows are multiplied in one step after the other: in step i the first counts[i] of indices (room) and of each list of
+ * places (n_sets, room), less than 0: of none; n_sets 1 or n_kv_head. Cache and rings as above. */
+int32_t kvs_test_scale(const char *isa, int32_t threads, int32_t kv_type, int32_t n_kv_head, int32_t head_dim, int32_t n_rows,
+                       const int32_t *indices, const int32_t *places, int32_t n_sets, int32_t room, const int32_t *counts, int32_t n_steps,
+                       float factor, int32_t target, const float *k, const float *v, int32_t n_exact, float *k_out, float *v_out,
+                       float *exact_k, float *exact_v);
 /* draws ids from one row of logits, the first alone, the others up to 64 at once; last: the whole sample of the last draw. KVS_E_NUMERIC: its id is that of the first logit that is not
  * finite, its n_top their number */
 int32_t kvs_test_sample(const char *isa, const float *logits, int32_t n_vocab, const int32_t *seen, int64_t n_seen,

@@ -27,6 +27,7 @@ typedef struct offload {
     kvs_fault host_fault, device_fault;
     kvs_smooth_job smooth_jobs[MAX_JOBS]; /* at one address in every layer: what the device has staged for one serves all */
     kvs_mix_job mix_job;
+    kvs_scale_job scale_job;
 } offload;
 
 static _Thread_local const offload *stepping; /* whose step this thread has begun */
@@ -481,6 +482,15 @@ static void offload_kv_mix(kvs_backend *be, int32_t layer, const kvs_mix_job *jo
     if (!o->status) c->ops->kv_mix(c, layer, &o->mix_job, &there);
 }
 
+static void offload_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job) {
+    offload *o = (offload *)be;
+    if (!enter(o, side_of_layer(o, layer))) return;
+    kvs_backend *c = child(o, o->side);
+    o->scale_job = *job;
+    o->scale_job.kv = kv_of(o, o->side, job->kv);
+    if (!o->status) c->ops->kv_scale(c, layer, &o->scale_job);
+}
+
 static void offload_kv_score(kvs_backend *be, const kvs_kv *kv, int32_t layer, int32_t maximum, float *scores) {
     offload *o = (offload *)be;
     if (!enter(o, side_of_layer(o, layer))) return;
@@ -563,6 +573,7 @@ static const kvs_ops offload_ops = {
     .kv_record = offload_kv_record,
     .kv_smooth = offload_kv_smooth,
     .kv_mix = offload_kv_mix,
+    .kv_scale = offload_kv_scale,
     .kv_put_out = offload_kv_put_out,
     .kv_tell = offload_kv_tell,
     .sample = offload_sample,

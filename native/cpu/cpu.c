@@ -296,6 +296,7 @@ static const kvs_ops cpu_ops = {
     .kv_record = kvs_cpu_kv_record,
     .kv_smooth = kvs_cpu_kv_smooth,
     .kv_mix = kvs_cpu_kv_mix,
+    .kv_scale = kvs_cpu_kv_scale,
     .kv_put_out = kvs_cpu_kv_put_out,
     .kv_tell = kvs_cpu_kv_tell,
     .sample = cpu_sample,

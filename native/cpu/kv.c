@@ -1,4 +1,4 @@
-/* kv.c - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix. */
+/* kv.c - rows of the cache: storing them, multiplying them, remembering their entropies, and KVSmooth's mix. */
 #include "../strength.h"
 #include "cpu.h"
 
@@ -59,6 +59,51 @@ void kvs_cpu_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
         if (kv->exact_o && newest_of_slot(cpu->step, i))
             memcpy(kv->exact_o + kvs_kv_exact(kv, layer, row->index, kv->n_head), out + i * width, (size_t)width * sizeof *out);
     }
+}
+
+/* ---- kv_scale ---- */
+
+typedef struct scaler {
+    const kvs_rowops *ops;
+    const kvs_scale_job *job;
+    int32_t layer;
+} scaler;
+
+static void multiply(float *x, float factor, int32_t n) {
+    for (int32_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+/* One of K and V, row i of a head: what is stored and what is exact, each by itself. */
+static void scale_row(const scaler *s, int32_t head, int32_t i, uint8_t *base, float *exact) {
+    const kvs_scale_job *job = s->job;
+    const kvs_kv *kv = job->kv;
+    uint8_t *row = kvs_kv_rows(kv, base, s->layer, head) + kvs_scale_place(job, head, i) * kv->row_bytes;
+    float x[KVS_MAX_HEAD_DIM];
+    s->ops->load(kv->type, row, x, kv->head_dim);
+    multiply(x, job->factor, kv->head_dim);
+    s->ops->store(kv->type, row, x, kv->head_dim);
+    if (!exact || job->indices[i] < job->exact_from) return;
+    exact += kvs_kv_exact(kv, s->layer, job->indices[i], kv->n_kv_head) + (int64_t)head * kv->head_dim;
+    multiply(exact, job->factor, kv->head_dim);
+}
+
+static void scale_some(void *arg, int64_t begin, int64_t end, int32_t thread) {
+    const scaler *s = arg;
+    const kvs_scale_job *job = s->job;
+    (void)thread;
+    for (int64_t at = begin; at < end; at++) {
+        int32_t head = (int32_t)(at / job->n), i = (int32_t)(at % job->n);
+        if (kvs_scale_place(job, head, i) < 0) continue;
+        if (job->target & KVS_TARGET_K) scale_row(s, head, i, job->kv->k, job->kv->exact_k);
+        if (job->target & KVS_TARGET_V) scale_row(s, head, i, job->kv->v, job->kv->exact_v);
+    }
+}
+
+void kvs_cpu_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job) {
+    kvs_cpu *cpu = (kvs_cpu *)be;
+    if (kvs_cpu_stopped(cpu) || job->factor == 1.0f) return;
+    scaler s = {.ops = cpu->isa->rows, .job = job, .layer = layer};
+    kvs_cpu_loop(cpu, scale_some, &s, (int64_t)job->n * job->kv->n_kv_head, 64);
 }
 
 /* ---- kv_record ---- */

@@ -238,6 +238,7 @@ static const kvs_ops cuda_ops = {
     .kv_record = kvs_cuda_kv_record,
     .kv_smooth = kvs_cuda_kv_smooth,
     .kv_mix = kvs_cuda_kv_mix,
+    .kv_scale = kvs_cuda_kv_scale,
     .kv_put_out = kvs_cuda_kv_put_out,
     .kv_tell = kvs_cuda_kv_tell,
     .sample = kvs_cuda_sample,

@@ -247,6 +247,7 @@ const void **kvs_cuda_once_slot(kvs_cuda *cu, const void *host, uint64_t bytes);
 void kvs_cuda_kv_put(kvs_backend *be, int32_t layer, const float *k, const float *v);
 void kvs_cuda_kv_record(kvs_backend *be, int32_t layer, const float *q, const kvs_taps *taps);
 void kvs_cuda_kv_smooth(kvs_backend *be, int32_t layer, const kvs_smooth_job *jobs, int32_t n_jobs, const kvs_rope *rope, float *out);
+void kvs_cuda_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job);
 void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out);
 void kvs_cuda_kv_tell(kvs_backend *be, kvs_range layers, float *const *told);
 /* sample.cu */

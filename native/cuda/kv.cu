@@ -1,4 +1,4 @@
-/* kv.cu - rows of the cache: storing them, remembering their entropies, and KVSmooth's mix. The strengths that
+/* kv.cu - rows of the cache: storing them, multiplying them, remembering their entropies, and KVSmooth's mix. The strengths that
  * come out are ranks, and sessions go from device to device: products and sums are those of the CPU, one by one, and never an fmaf. */
 #include "kv.cuh"
 
@@ -187,6 +187,72 @@ void kvs_cuda_kv_put_out(kvs_backend *be, int32_t layer, const float *out) {
     a.n = cu->step->n;
     a.heads = cu->step->rows->kv->n_head;
     kvs_cuda_op<launch_put_out>(cu, &a);
+}
+
+/* ---- kv_scale ---- */
+
+/* A kvs_scale_job as it is staged, all pointers [dev]: how many rows there are, and which, changes from step to step. */
+typedef struct scale_args {
+    const kvs_scale_job *job;
+    int32_t layer, heads, n_sides, values_first, blocks; /* blocks: for the rows of a head */
+} scale_args;
+
+enum { SCALE_BLOCKS = 8 }; /* at most: rows are few, mostly, where room is that of a picture */
+
+/* Row i of a head of K or of V, by a warp: what is stored and what is exact, each by itself. */
+KVS_DEVICE void scale_row(const kvs_scale_job *job, int32_t layer, int32_t head, int32_t i, bool key) {
+    const kvs_kv *kv = job->kv;
+    const int32_t head_dim = kv->head_dim, lane = threadIdx.x % KVS_WARP;
+    uint8_t *row = kvs_kv_rows(kv, key ? kv->k : kv->v, layer, head) + kvs_scale_place(job, head, i) * kv->row_bytes;
+    float *ring = key ? kv->exact_k : kv->exact_v;
+    for (int32_t first = 0; first < head_dim; first += KVS_WARP) {
+        const int32_t d = first + lane;
+        const float x = d < head_dim ? kvs_mul(job->factor, kvs_kv_get(kv->type, row, d)) : 0.0f;
+        kvs_kv_put32(kv->type, row, head_dim, first, x);
+    }
+    if (!ring || job->indices[i] < job->exact_from) return;
+    ring += kvs_kv_exact(kv, layer, job->indices[i], kv->n_kv_head) + (int64_t)head * head_dim;
+    for (int32_t d = lane; d < head_dim; d += KVS_WARP) ring[d] = kvs_mul(job->factor, ring[d]);
+}
+
+/* Blocks along y go through the heads of K, then those of V, where both are wanted. */
+static __global__ void scale_kernel(scale_args a) {
+    const int32_t head = blockIdx.y % a.heads, warp = threadIdx.x / KVS_WARP;
+    const bool key = !a.values_first && (int32_t)blockIdx.y < a.heads;
+    for (int32_t i = blockIdx.x * WARPS + warp; i < a.job->n; i += a.blocks * WARPS)
+        if (kvs_scale_place(a.job, head, i) >= 0) scale_row(a.job, a.layer, head, i, key);
+}
+
+static void launch_scale(kvs_cuda *cu, const scale_args *a) {
+    KVS_LAUNCH(cu, scale_kernel, dim3((unsigned)a->blocks, (unsigned)(a->n_sides * a->heads)), dim3(THREADS), 0, *a);
+}
+
+/* Layers whose lists are the same share one job. */
+static const kvs_scale_job *stage_scale(kvs_cuda *cu, const kvs_scale_job *job) {
+    const void **device = kvs_cuda_once_slot(cu, job, sizeof *job);
+    if (*device) return (const kvs_scale_job *)*device;
+    const uint64_t n = (uint64_t)job->n * sizeof *job->places, room = (uint64_t)job->room * sizeof *job->places;
+    const uint64_t sets = (uint64_t)KVS_MAX(job->n_sets, 1);
+    kvs_scale_job staged = *job;
+    staged.kv = (kvs_kv *)kvs_cuda_kv(cu, job->kv);
+    staged.indices = (const int32_t *)kvs_cuda_stage(cu, job->indices, n, room);
+    staged.places = (const int32_t *)kvs_cuda_stage(cu, job->places, (sets - 1) * room + n, sets * room);
+    *device = kvs_cuda_stage(cu, &staged, sizeof staged, sizeof staged);
+    return (const kvs_scale_job *)*device;
+}
+
+void kvs_cuda_kv_scale(kvs_backend *be, int32_t layer, const kvs_scale_job *job) {
+    kvs_cuda *cu = (kvs_cuda *)be;
+    const bool keys = job->target & KVS_TARGET_K, values = job->target & KVS_TARGET_V;
+    if (kvs_cuda_stopped(cu) || job->n < 1 || job->factor == 1.0f || !(keys || values)) return;
+    KVS_ARGS(scale_args, a);
+    a.job = stage_scale(cu, job);
+    a.layer = layer;
+    a.heads = job->kv->n_kv_head;
+    a.n_sides = keys && values ? 2 : 1;
+    a.values_first = !keys;
+    a.blocks = (int32_t)KVS_MIN(kvs_ceil_div(job->room, WARPS), (int64_t)SCALE_BLOCKS);
+    if (a.job) kvs_cuda_op<launch_scale>(cu, &a); /* what fuse.cu has put off may mix these rows: of a kind that it does not pass by */
 }
 
 /* ---- kv_record ---- */
