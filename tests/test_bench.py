@@ -60,6 +60,9 @@ BENCH_HELP = """  -d, --n-depth <n>      (default: 0)
 CLI_HELP = """-fa,   --flash-attn [on|off|auto]       set Flash Attention use
 --repack, -nr, --no-repack              whether to enable weight repacking
 -ctk,  --cache-type-k TYPE              KV cache data type for K
+-lv,   --verbosity, --log-verbosity N   Set the verbosity threshold
+--log-prefix, --no-log-prefix           Enable prefix in log messages
+--log-timestamps, --no-log-timestamps   Enable timestamps in log messages
 --ignore-eos                            ignore end of stream token"""
 
 
@@ -330,7 +333,7 @@ def test_all_that_it_measures(measured, tmp_path):
         "KVSmooth on / off at 24",
     ):
         assert f"\n{name}  " in got.out
-    assert "2 at once, depth 20" in got.out and "caption of 3 tokens" in got.out
+    assert "2 at once, depth 20" in got.out and "caption of 3 tokens, model loaded  " in got.out
 
 
 @pytest.fixture
@@ -365,10 +368,10 @@ def test_type_of_cache_and_precision(run, tmp_path, made, children, kv_type, pre
     out = tmp_path / "b.json"
     asked = ["--kv-type", kv_type, "--precision", precision] if kv_type else []
     kv_type, precision = kv_type or "f16", precision or "auto"
-    stages = "load,encode,prefill,decode,policy,sessions,caption"
+    stages = "load,encode,prefill,decode,policy,sessions,answer,caption"
     got = run("bench", *QUICK, *asked, "--only", stages, "--max-tokens", 3, "--json", out)
     assert got.code == 0, got.err
-    assert len(made) == 7 and set(made) == {(kv_type, precision)}  # of prefill, decode; off and on; one session and two that step together
+    assert len(made) == 8 and set(made) == {(kv_type, precision)}  # of prefill, decode; off and on; one and two that step together; answer
     probes, captions = ([argv for argv in children if ("caption" in argv) == each] for each in (False, True))
     assert len(probes) == len(captions) == 2 and all(kv_type in argv and json.loads(argv[4])["precision"] == precision for argv in probes)
     assert all(f"--precision {precision} --kv-type {kv_type}" in " ".join(argv) for argv in captions)
@@ -523,9 +526,10 @@ def test_a_text_model(run, tmp_path, monkeypatch):
     """What needs a picture says why not; the rest is measured, and the exit code says that something is missing."""
     text, _, _ = tiny.write_pair(tmp_path, seed=1, vision=False, load=False)
     monkeypatch.setenv("PYKVSMOOTH_MMPROJ", "")
-    got = run("bench", *QUICK, "--model", text, "--only", "load,encode,decode,caption", "--max-tokens", 3)
+    got = run("bench", *QUICK, "--model", text, "--only", "load,encode,decode,answer,caption", "--max-tokens", 3)
     assert got.code == 1
     rows = {line.split("  ")[0]: line for line in got.out.splitlines()}
+    assert "error: " in rows["caption of 3 tokens, model loaded"]
     for name in ("encode", "caption of 3 tokens"):
         assert "no picture without an mmproj; give --mmproj FILE" in rows[name]
     assert "tok/s" in rows["decode at depth 3"] and "peak" in rows["load"]

@@ -11,7 +11,7 @@ from test_bench import ANSWER, QUICK, peer, script
 
 from pykvsmooth.bench import Bench, Figure, LlamaCpp, Peer, PeerError, Settings, roofs
 from pykvsmooth.bench.figures import Entry
-from pykvsmooth.bench.peer import read_bench
+from pykvsmooth.bench.peer import read_answer, read_bench
 
 # llama-bench -p 0 -n 8 -d 64 -fa 0 -o json, build 0c1e570, without the keys that do not matter here
 RECORDED = """[
@@ -26,6 +26,20 @@ RECORDED = """[
     "samples_ts": [ 0.300476, 1.59371 ]
   }
 ]
+"""
+# the lines that matter of llama-mtmd-cli --log-prefix --log-timestamps --verbosity 4, build 0c1e570: 4.898438 s, of which the prompt's
+# time holds the picture's
+LOGGED = """0.01.567.000 I cmn          init: llama threadpool init, n_threads = 2
+0.01.684.218 I main: loading model: models/demo/scenes-llava-Q8_0.gguf
+0.01.684.594 W WARN: This is an experimental CLI for testing multimodal capability.
+0.03.206.261 I encoding mtmd batch, n_chunks = 1 (done = 1, total = 3)
+0.04.102.173 I mtmd batch encoding done in 896 ms
+
+ The picture shows a quiet bedroom with walls
+
+0.06.582.656 I llama_perf_context_print:        load time =    1525.03 ms
+0.06.582.694 I llama_perf_context_print: prompt eval time =    4881.67 ms /    80 tokens (   61.02 ms per token,    16.39 tokens per second)
+0.06.582.724 I llama_perf_context_print:        eval time =       9.59 ms /     7 runs   (    1.37 ms per token,   729.85 tokens per second)
 """
 ENCODES = "echo a picture; echo 'mtmd batch encoding done in 1500 ms' >&2"
 
@@ -59,6 +73,15 @@ def test_llama_bench_as_it_was_recorded():
 def test_llama_bench_as_it_may_be(text, says):
     with pytest.raises(PeerError, match=says):
         read_bench(text, {"n_prompt": 0, "n_gen": 8, "n_depth": 64})
+
+
+def test_the_log_of_an_answer():
+    """Between two lines, over full minutes, too."""
+    assert read_answer(LOGGED) == pytest.approx(4.898438)
+    assert read_answer(LOGGED.replace("0.06.582.656", "12.00.000.000")) == pytest.approx(720 - 1.684218)
+    for missing in ("main: loading model", "llama_perf_context_print: ", "0.01.684.218 I "):
+        with pytest.raises(PeerError, match="its log does not say when"):
+            read_answer(LOGGED.replace(missing, ""))
 
 
 def test_settings_are_what_the_build_has(tmp_path):
@@ -174,6 +197,24 @@ def test_pictures_and_captions_of_a_peer(run, tmp_path):
     log = (folder / "llama-mtmd-cli.log").read_text().splitlines()
     assert len(log) == 16 and all("--ignore-eos" in line and "--temp 0" in line for line in log)
     assert sum("-n 3 " in line for line in log) == 8 and sum("--no-repack" in line for line in log) == 8
+
+
+def test_an_answer_of_a_peer(run, tmp_path):
+    """Its log is asked for with times; a build whose log has none is left out, and ours stays."""
+    folder, out = peer(tmp_path / "bin", cli=f"cat >&2 <<'END'\n{LOGGED}\nEND"), tmp_path / "b.json"
+    argv = ["bench", *QUICK, "--only", "answer", "--max-tokens", 3, "--against", folder, "--json", out]
+    got = run(*argv)
+    (answer,) = json.loads(out.read_text())["figures"]
+    assert got.code == 0 and all(one["values"] == pytest.approx([4.898438]) for one in answer["peers"].values()) and answer["peer"]
+    assert answer["ahead"]["median"] == pytest.approx(4.898438 / answer["values"][0])
+    stats = answer["more"]["stats"]
+    assert stats["decode_tokens"] == 3 and stats["reused_images"] == stats["reused_tokens"] == 0  # each is a whole one
+    assert answer["values"][0] >= stats["encode_s"] + stats["prefill_s"] + stats["decode_s"] and "by its log" in answer["more"]["compared"]
+    log = (folder / "llama-mtmd-cli.log").read_text().splitlines()
+    assert len(log) == 8 and all("-n 3 " in line and "--log-prefix --log-timestamps --verbosity 4" in line for line in log)
+    script(folder / "llama-mtmd-cli", "#!/bin/sh\necho a picture")
+    got = run(*argv)
+    assert got.code == 0 and "its log does not say when" in got.out and json.loads(out.read_text())["figures"][0]["values"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,11 @@ from .child import ChildError, Ended, run_child
 
 HELP_SECONDS = 60.0
 ALL_LAYERS = 999
+TRACE = "4"  # the verbosity at which llama-mtmd-cli closes with its figures
 BENCH_CACHES = ("f16", "q8_0")  # of ours, those that -ctk of llama-bench takes; llama-mtmd-cli has all
+_STAMP = r"^(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) [A-Z] "  # of a line of its log: minutes, seconds, milliseconds, microseconds
+_LOADED = re.compile(_STAMP + r"main: loading model:", re.MULTILINE)  # said behind loading and warming up
+_ANSWERED = re.compile(_STAMP + r"llama_perf_context_print:", re.MULTILINE)
 _ENCODED = re.compile(r"(?:encoding|encoded|encode)[^\n]*?(?:done )?in\s+([0-9.]+)\s*ms")
 
 
@@ -77,13 +81,34 @@ class LlamaCpp:
         self, pair: tuple[str, str], threads: int, image: str, prompt: str, tokens: int, n_ctx: int, setting: Setting
     ) -> tuple[Ended, float | None]:
         """(one whole run that makes so many tokens, seconds of them that went into the picture or None if it does not say so)"""
+        ended = self._caption(pair, threads, image, prompt, tokens, n_ctx, setting)
+        found = [float(text) for text in _ENCODED.findall(ended.err + ended.out)]
+        return ended, sum(found) / 1000 if found else None
+
+    def answer(self, pair: tuple[str, str], threads: int, image: str, prompt: str, tokens: int, n_ctx: int, setting: Setting) -> float:
+        """Seconds from the model loaded to the last of so many tokens. PeerError if it does not say so."""
+        known = self._help("llama-mtmd-cli")
+        flags = [flag for flag in ("--log-prefix", "--log-timestamps") if flag in known]
+        flags += ["--verbosity", TRACE] if "--verbosity" in known else []
+        ended = self._caption(pair, threads, image, prompt, tokens, n_ctx, setting, flags)
+        return read_answer(ended.err + ended.out)
+
+    def _caption(
+        self,
+        pair: tuple[str, str],
+        threads: int,
+        image: str,
+        prompt: str,
+        tokens: int,
+        n_ctx: int,
+        setting: Setting,
+        log: Sequence[str] = (),
+    ) -> Ended:
         argv = ["-m", pair[0], "--mmproj", pair[1], "--image", image, "-p", prompt, "-n", tokens, "-c", n_ctx, "-t", threads, "--temp", 0]
         known = self._help("llama-mtmd-cli")
         more = ["--ignore-eos"] if "--ignore-eos" in known else []
         more += ["--chat-template", "vicuna"] if "--chat-template " in known else []  # LLaVA-1.5's; a file without a template is refused
-        ended = self._run("llama-mtmd-cli", [*map(str, argv), *more, *setting.flags])
-        found = [float(text) for text in _ENCODED.findall(ended.err + ended.out)]
-        return ended, sum(found) / 1000 if found else None
+        return self._run("llama-mtmd-cli", [*map(str, argv), *more, *log, *setting.flags])
 
     def _bench(self, model: str, threads: int, test: dict[str, int], setting: Setting) -> float:
         flags = ["-m", model, "-t", threads, "-p", test["n_prompt"], "-n", test["n_gen"], "-d", test["n_depth"], "-r", 1, "-o", "json"]
@@ -141,6 +166,20 @@ def read_bench(text: str, test: dict[str, int]) -> float:
     if not isinstance(found[0], (int, float)) or not math.isfinite(found[0]) or found[0] <= 0:
         raise PeerError(f"llama-bench: {found[0]!r} is no speed")
     return float(found[0])
+
+
+def read_answer(text: str) -> float:
+    """Seconds between two lines of llama-mtmd-cli's log: the model is loaded, and the figures that stand behind the last token. The times
+    that it prints there are no such sum: that of the prompt runs on while the picture is encoded. PeerError where one is missing."""
+    begin, end = _LOADED.search(text), _ANSWERED.search(text)
+    if not (begin and end):
+        raise PeerError("llama-mtmd-cli: its log does not say when the model was loaded, or when the last token came")
+    return _seconds(end) - _seconds(begin)
+
+
+def _seconds(found: re.Match[str]) -> float:
+    minutes, seconds, milli, micro = map(int, found.groups())
+    return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
 def by_setting(settings: Callable[[], list[Setting]], measure: Callable[[Setting], float]) -> dict[str, Callable[[], float]]:

@@ -27,6 +27,7 @@ STAGES: dict[str, Callable[[Bench, Context], None]] = {
     "decode": stages.decode,
     "policy": stages.policy,
     "sessions": stages.sessions,
+    "answer": stages.answer,
     "caption": stages.caption,
 }
 BEHIND = 0.85  # of its best setting: a setting of the peer that is slower is not run again

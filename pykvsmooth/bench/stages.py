@@ -250,6 +250,35 @@ def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> 
     bench.repeat(context, Entry(figure, measure, _memory(context), lambda speed: speed * read, rivals))
 
 
+def answer(bench: Bench, context: Context) -> None:
+    """As caption, with the model loaded and warm: from the picture's file to the last token, which is what a server's client waits for."""
+    tokens = bench.settings.caption_tokens
+    figure = Figure("answer", "s", context.threads, {"tokens": tokens})
+    with tempfile.TemporaryDirectory() as folder, context.model.session(n_ctx=N_CTX, kv_type=bench.settings.kv_type) as session:
+        image = bench.settings.image or _picture(folder)
+
+        def peer_measure(peer: LlamaCpp, setting: Setting) -> float:
+            figure.more["compared"] = "llama-mtmd-cli: by its log, from its model loaded and warmed up to its last token"
+            pair = bench.path, _need_tower(bench)
+            return peer.answer(pair, context.threads, image, PROMPT, tokens, N_CTX, setting)
+
+        measure = partial(_answer, session, figure, image, tokens)
+        bench.repeat(context, Entry(figure, measure, rivals=_rivals(bench, "cli_settings", peer_measure)))
+
+
+def _answer(session: Session, figure: Figure, image: str, tokens: int) -> float:
+    """With nothing left of the answer before: neither rows nor the picture's embedding."""
+    session.reset()
+    session.model._images.clear()
+    begin = time.perf_counter()
+    stream = session.generate(PROMPT, image=image, max_tokens=tokens)
+    for _ in stream:
+        pass
+    seconds = time.perf_counter() - begin
+    figure.more["stats"] = dict(stream.stats)
+    return seconds
+
+
 # ---- the policy ----
 
 

@@ -19,7 +19,7 @@ from .terminal import Ui, bytes_text
 if TYPE_CHECKING:
     from ..bench import Bench, Figure
 
-STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "caption")
+STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "answer", "caption")
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
 measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
 best of these. Their cache is of the same type; q8_0 they take with flash attention only, and llama-bench has no f32.
@@ -31,6 +31,7 @@ load      a model, in a fresh process whose files are in the page cache; peak me
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
 sessions  answers that step together, from a prompt of --session-depth rows on
+answer    a caption with the model loaded: from the picture's file to the last token
 caption   from the start of `pykvsmooth caption` to its end
 
 --json writes all that was measured; the keys are described in pykvsmooth/bench/record.py."""
@@ -41,6 +42,7 @@ NAMES = {
     "decode": "decode at depth {depth}",
     "policy": "KVSmooth on / off at {depth}",
     "sessions": "{sessions} at once, depth {depth}",
+    "answer": "caption of {tokens} tokens, model loaded",
     "caption": "caption of {tokens} tokens",
 }
 KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # of a CPU; the other roofs are called as they are
