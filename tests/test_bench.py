@@ -82,8 +82,10 @@ def tensor(name: str, *shape: int, n_bytes: int = 0) -> Tensor:
 def test_bytes_of_a_token():
     layers = [tensor("blk.0.attn_q.weight", 8, 8, n_bytes=100), tensor("blk.0.attn_norm.weight", 8, n_bytes=32)]
     embedding = tensor("token_embd.weight", 50, 8, n_bytes=1000)
-    assert work.token_bytes([embedding, *layers, tensor("output.weight", 50, 8, n_bytes=700)]) == 100 + 32 + 700
+    output = tensor("output.weight", 50, 8, n_bytes=700)
+    assert work.token_bytes([embedding, *layers, output]) == 100 + 32 + 700 and work.output_bytes([embedding, *layers, output]) == 700
     assert work.token_bytes([embedding, *layers]) == 100 + 32 + 1000  # tied: the embedding is the output
+    assert work.output_bytes([embedding, *layers]) == 1000
 
 
 def test_operations_of_a_row():
@@ -170,6 +172,17 @@ def test_ahead_is_paired_and_to_the_best_setting():
     slow.more["unequal"] = True
     assert slow.ahead() == []
     assert Figure("load", "s", 1, values=[1.0]).best_peer() is None
+
+
+def test_what_two_devices_predict():
+    """32 layers of 1 ms on the GPU and 10 on the CPU; an output matrix as large as a layer, 1 ms or 10: it is the GPU's."""
+    assert stages.split_seconds(gpu=33, cpu=330, on_gpu=12 / 32, output=1 / 33) == pytest.approx(12 * 1 + 20 * 10 + 1)
+    assert stages.split_seconds(gpu=5, cpu=50, on_gpu=1, output=0.1) == pytest.approx(5)
+
+
+def test_a_split_asks_for_a_gpu(run):
+    got = run("bench", *QUICK, "--only", "split")
+    assert got.code == 1 and "split" in got.out and "layers are split between a GPU and the CPU; give --device cuda" in got.out
 
 
 # ---- programs beside us ----
@@ -301,7 +314,7 @@ def test_all_that_it_measures(measured, tmp_path):
     got, figures = measured("--max-tokens", 3)
     assert got.code == 0, got.err
     whats = [figure["what"] for figure in figures]
-    assert list(dict.fromkeys(whats)) == ["roof", "load", "first pass", *list(STAGES)[2:]]
+    assert list(dict.fromkeys(whats)) == ["roof", "load", "first pass", *(name for name in list(STAGES)[2:] if name != "split")]
     by = {name: [figure for figure in figures if figure["what"] == name] for name in whats}
     for figure in figures:
         assert figure["error"] == "" and figure["threads"] == 1 and figure["value"]["median"] > 0
@@ -471,7 +484,7 @@ def test_the_box(tmp_path):
     assert "the small one in the box" in got.stderr and box.TEXT in got.stdout
     found = json.loads(out.read_text())
     assert found["model"]["path"].endswith(box.TEXT) and found["model"]["picture_operations"] > 0
-    assert {figure["what"] for figure in found["figures"]} == {"roof", "first pass", *STAGES} - {"roofs"}
+    assert {figure["what"] for figure in found["figures"]} == {"roof", "first pass", *STAGES} - {"roofs", "split"}
     with Image.open(plot) as image:
         assert image.size[0] > 1000
 

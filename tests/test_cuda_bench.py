@@ -134,6 +134,21 @@ def test_a_shared_model(run, tmp_path) -> None:
     assert figures["caption"]["more"]["stats"]["device"] == "cuda:0"
 
 
+def test_a_model_on_two_devices(run, tmp_path) -> None:
+    """The ratio is that of the seconds beside it and of the shares; where the layers are by themselves does not matter."""
+    out = tmp_path / "b.json"
+    got = run("bench", *QUICK, "--device", "cuda", "--gpu-layers", 1, "--threads", 1, "--only", "split", "--json", out)
+    assert got.code == 0, got.err
+    found = json.loads(out.read_text())
+    (figure,) = found["figures"]
+    model, more = found["model"], figure["more"]
+    assert figure["at"] == {"depth": 24, "gpu_layers": model["layers"] // 2} and model["output_bytes"] > 0
+    assert 0 < more["output_share"] < model["output_bytes"] / model["token_bytes"]
+    predicted = (1 - more["output_share"]) * (more["gpu_s"] + more["cpu_s"]) / 2 + more["output_share"] * more["gpu_s"]
+    assert math.isclose(figure["value"]["median"], more["half_s"] / predicted)  # one repetition
+    assert f"{model['layers'] // 2} layers on the GPU, depth 24" in got.out and "a token: " in got.out
+
+
 def test_a_tower_that_found_no_room(monkeypatch: pytest.MonkeyPatch, tiny_pair) -> None:
     """Then pictures are not held against the GPU's roofs."""
     bench = Bench(Settings(tiny_pair.text, mmproj=tiny_pair.mmproj, device="cuda", only=("encode",), repeat=1))

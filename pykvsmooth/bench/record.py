@@ -2,14 +2,16 @@
 
 version, library (its file), commit (short; "-dirty": with changes; only in a git checkout), compiler (of the library; only if it names
 one), complete (false: it was interrupted, or stopped by an error), settings (as bench.Settings has them), machine (as machine.facts
-says), model: path, mmproj, weight_bytes, token_bytes (of the weights, read for one token), row_operations (of the layers' matrices, for
-one row of a prompt), picture_operations (tower and projector), device, device_reason, gpu_layers (of layers), layers, vision_blocks,
-image_rows, vision_precision (what came of settings.precision: f32, bf16, f16; null without a tower), kv_type (of the cache).
+says), model: path, mmproj, weight_bytes, token_bytes (of the weights, read for one token), output_bytes (of them, the output matrix's),
+row_operations (of the layers' matrices, for one row of a prompt), picture_operations (tower and projector), device, device_reason,
+gpu_layers (of layers), layers, vision_blocks, image_rows, vision_precision (what came of settings.precision: f32, bf16, f16; null without
+a tower), kv_type (of the cache).
 
 figures: a list of
   what     roof, load, first pass (of the first token that is fed to a session of a model just loaded: on a CPU it brings the weights
            into the order that the kernels read), encode, prefill, decode, policy, sessions, answer (a caption with the model
-           loaded: from the picture's file to the last token), caption (the whole process)
+           loaded: from the picture's file to the last token), split (a token with half of the layers on a GPU, over what those with
+           all and none of them there predict), caption (the whole process)
   at       which of them: {"kind": "read"}, {"depth": 640}, {"rows": 640}, {"sessions": 4, "depth": 128}, {"tokens": 128}
   threads, unit ("s", "tokens/s", "rows/s", "bytes/s", "operations/s", "ratio"), error (empty if all went well)
   value    {median, min, q1, q3, max, n} of values, the repetitions that count; null where there are none
@@ -21,7 +23,8 @@ figures: a list of
   peer     the best setting, or null; ahead: how many times faster than it, pair by pair: value as above, or null
   more     encode: operations, s_per_block. prefill: operations. decode: bytes_per_token. load: peak_bytes (after a caption at n_ctx 1024),
            page_cache. caption: tokens, peak_bytes, peer_peak_bytes, stats, unequal (fewer tokens than asked for: not compared).
-           answer: stats, compared (what the peer's seconds are).
+           answer: stats, compared (what the peer's seconds are). split: gpu_s, cpu_s, half_s (of a token), output_share (of what is
+           read for it: the output matrix, which is the GPU's).
            sessions: against_one. policy (values: seconds of a token with KVSmooth over those without it): interval (95 %, bootstrap over
            tokens), off_s, on_s, control (without it against without it: the noise), instructions (the ratio of those, or why not)
 Bytes, operations (a multiply-add is two) and seconds throughout.

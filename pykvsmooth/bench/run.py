@@ -28,6 +28,7 @@ STAGES: dict[str, Callable[[Bench, Context], None]] = {
     "policy": stages.policy,
     "sessions": stages.sessions,
     "answer": stages.answer,
+    "split": stages.split,
     "caption": stages.caption,
 }
 BEHIND = 0.85  # of its best setting: a setting of the peer that is slower is not run again
@@ -40,9 +41,9 @@ class Settings:
 
     model, mmproj, device, gpu_layers, precision: as for Model. kv_type: of each session's cache, and of the peer's. threads: one or
     several; () = what Model takes. depths: rows before the tokens of a decode. rows: of each prefill, the most of them also before the
-    tokens of the policy. sessions: how many step together, from session_depth rows on. tokens: of each decode, caption_tokens: of the
-    caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES, () = all. against:
-    folder of a llama.cpp build. timeout: seconds for each process.
+    tokens of the policy and the split. sessions: how many step together, from session_depth rows on. tokens: of each decode,
+    caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES,
+    () = all there is on this device. against: folder of a llama.cpp build. timeout: seconds for each process.
     """
 
     model: str | None = None
@@ -144,7 +145,7 @@ class Bench:
 
     def run(self) -> None:
         threads = self.settings.threads or (self.place.threads,)
-        chosen = [name for name in STAGES if name in (self.settings.only or STAGES)]
+        chosen = [name for name in STAGES if name in (self.settings.only or self._usual)]
         self._total = len(threads) * sum(self._measurements(name) for name in chosen)
         try:
             for n in threads:
@@ -152,6 +153,11 @@ class Bench:
             self.complete = True
         finally:
             self.counter.close()
+
+    @property
+    def _usual(self) -> set[str]:
+        """What there is to measure where nobody says what."""
+        return set(STAGES) - ({"split"} if self.place.device == "cpu" else set())
 
     def _run(self, context: Context, chosen: list[str]) -> None:
         try:

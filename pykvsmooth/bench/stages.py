@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import box
 from ..batch import Batch
-from ..errors import UnsupportedModelError
+from ..errors import DeviceError, UnsupportedModelError
 from ..model import Model
 from ..policies.kvsmooth import KVSmooth
 from ..session import Session
@@ -232,19 +232,24 @@ def decode(bench: Bench, context: Context) -> None:
             _decode_at(bench, context, session, depth)
 
 
+def _token_seconds(session: Session, depth: int, tokens: int) -> float:
+    """Of each of so many behind depth rows. They are taken back."""
+    _grow(session, depth)
+    begin = time.perf_counter()
+    for id in _ids(session.model, tokens):
+        session.feed([id], generated=True)
+    seconds = time.perf_counter() - begin
+    session.rewind(tokens)
+    return seconds / tokens
+
+
 def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> None:
     model, tokens = context.model, bench.settings.tokens
     read = context.work.token_bytes + work.cache_bytes(model, bench.settings.kv_type, depth + tokens / 2)
     figure = Figure("decode", "tokens/s", context.threads, {"depth": depth}, more={"bytes_per_token": read})
 
     def measure() -> float:
-        _grow(session, depth)
-        begin = time.perf_counter()
-        for id in _ids(model, tokens):
-            session.feed([id], generated=True)
-        seconds = time.perf_counter() - begin
-        session.rewind(tokens)
-        return tokens / seconds
+        return 1 / _token_seconds(session, depth, tokens)
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.decode(bench.path, context.threads, depth, tokens, setting))
     bench.repeat(context, Entry(figure, measure, _memory(context), lambda speed: speed * read, rivals))
@@ -277,6 +282,44 @@ def _answer(session: Session, figure: Figure, image: str, tokens: int) -> float:
     seconds = time.perf_counter() - begin
     figure.more["stats"] = dict(stream.stats)
     return seconds
+
+
+# ---- a model on two devices ----
+
+
+def split(bench: Bench, context: Context) -> None:
+    """A token of a model with half of its layers on the GPU, over what a model that is there as a whole and one that is on the CPU say of
+    it: each device's layers at their own speed, the output matrix on the GPU. The three in turns, so they must fit beside each other."""
+    gpu, depth, tokens = bench.place.device, max(bench.settings.rows), bench.settings.tokens
+    if gpu == "cpu":
+        raise DeviceError("layers are split between a GPU and the CPU; give --device cuda")
+    layers, half = bench.place.layers, bench.place.layers // 2
+    output = context.work.output_bytes / (context.work.token_bytes + work.cache_bytes(context.model, bench.settings.kv_type, depth))
+    context.close_model()
+    figure = Figure("split", "ratio", context.threads, {"depth": depth, "gpu_layers": half}, more={"output_share": output})
+    places = {"gpu_s": (gpu, layers), "cpu_s": ("cpu", "auto"), "half_s": (gpu, half)}
+    with ExitStack() as held:
+
+        def session(device: str, gpu_layers: Any) -> Session:
+            model = held.enter_context(Model(bench.path, False, threads=context.threads, device=device, gpu_layers=gpu_layers))
+            return held.enter_context(model.session(n_ctx=depth + tokens, kv_type=bench.settings.kv_type))
+
+        sessions, seconds = {name: session(*place) for name, place in places.items()}, {name: list[float]() for name in places}
+
+        def measure() -> float:
+            one = {name: _token_seconds(sessions[name], depth, tokens) for name in places}
+            for name, value in one.items():
+                seconds[name].append(value)
+            figure.more |= {name: statistics.median(values[1:] or values) for name, values in seconds.items()}  # the first warms up
+            return one["half_s"] / split_seconds(one["gpu_s"], one["cpu_s"], half / layers, output)
+
+        bench.repeat(context, Entry(figure, measure))
+
+
+def split_seconds(gpu: float, cpu: float, on_gpu: float, output: float) -> float:
+    """Of a token with this share of the layers on the GPU, from its seconds on either device alone. output: the share of what is read for
+    it that is not the layers', and of its time, since memory is what limits it."""
+    return (1 - output) * (on_gpu * gpu + (1 - on_gpu) * cpu) + output * gpu
 
 
 # ---- the policy ----

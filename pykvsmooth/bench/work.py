@@ -16,12 +16,14 @@ from ..session import KV_TYPES, KVType
 
 @dataclass(frozen=True)
 class Work:
-    """token_bytes: of the weights, read for one generated token. row_operations: of the layers' matrices, for one row of a prompt.
-    picture_operations: of the tower and the projector, attention among them; 0 without a tower."""
+    """token_bytes: of the weights, read for one generated token; output_bytes: of them, the output matrix's. row_operations: of the
+    layers' matrices, for one row of a prompt. picture_operations: of the tower and the projector, attention among them; 0 without a
+    tower."""
 
     token_bytes: int
     row_operations: int
     picture_operations: int
+    output_bytes: int = 0
 
 
 def of_model(model: Model) -> Work:
@@ -29,7 +31,8 @@ def of_model(model: Model) -> Work:
     text = gguf_in.read(model.path).tensors
     tower = gguf_in.read(model.mmproj).tensors if model.mmproj else ()
     blocks, rows = int(model._info.n_vision_layer), model.n_image
-    return Work(token_bytes(text), row_operations(text), picture_operations(tower, blocks, rows) if tower else 0)
+    picture = picture_operations(tower, blocks, rows) if tower else 0
+    return Work(token_bytes(text), row_operations(text), picture, output_bytes(text))
 
 
 def token_bytes(tensors: Iterable[Tensor]) -> int:
@@ -37,6 +40,12 @@ def token_bytes(tensors: Iterable[Tensor]) -> int:
     sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
     embedding = sizes.pop("token_embd.weight", 0)
     return sum(sizes.values()) + (0 if "output.weight" in sizes else embedding)
+
+
+def output_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the output matrix, which is the embedding where there is no other."""
+    sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
+    return sizes.get("output.weight", sizes.get("token_embd.weight", 0))
 
 
 def row_operations(tensors: Iterable[Tensor]) -> int:

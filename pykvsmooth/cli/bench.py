@@ -19,7 +19,7 @@ from .terminal import Ui, bytes_text
 if TYPE_CHECKING:
     from ..bench import Bench, Figure
 
-STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "answer", "caption")
+STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "answer", "split", "caption")
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
 measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
 best of these. Their cache is of the same type; q8_0 they take with flash attention only, and llama-bench has no f32.
@@ -31,7 +31,8 @@ load      a model, in a fresh process whose files are in the page cache; peak me
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
 sessions  answers that step together, from a prompt of --session-depth rows on
-answer    a caption with the model loaded: from the picture's file to the last token
+answer    a caption with the model loaded: from the picture's file to the last token; llama.cpp's by the times of its log
+split     seconds of a token with half of the layers on the GPU, over what a model that is there as a whole and one on the CPU predict
 caption   from the start of `pykvsmooth caption` to its end
 
 --json writes all that was measured; the keys are described in pykvsmooth/bench/record.py."""
@@ -43,6 +44,7 @@ NAMES = {
     "policy": "KVSmooth on / off at {depth}",
     "sessions": "{sessions} at once, depth {depth}",
     "answer": "caption of {tokens} tokens, model loaded",
+    "split": "{gpu_layers} layers on the GPU, depth {depth}",
     "caption": "caption of {tokens} tokens",
 }
 KINDS = {"read": "read, 4 KiB pages", "read_huge": "read, huge pages"}  # of a CPU; the other roofs are called as they are
@@ -71,7 +73,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
     parser.add_argument(
-        "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: depth of policy (default: 640)"
+        "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: depth of policy and split (default: 640)"
     )
     parser.add_argument("--sessions", type=_numbers, default=(1, 2, 4, 8), metavar="N[,N]", help="default: 1,2,4,8")
     parser.add_argument("--session-depth", type=options._rows, default=128, metavar="N", help="rows of their prompts (default: 128)")
@@ -259,6 +261,8 @@ def _remarks(figure: Figure, bench: Bench) -> list[str]:
         said.append(f"{_median(ratios):.2f} x one")
     if more.get("peak_bytes"):
         said.append(f"peak {bytes_text(more['peak_bytes'])}")
+    if "half_s" in more:
+        said.append("a token: {half_s:.3g} s; all layers there {gpu_s:.3g}, none {cpu_s:.3g}".format(**more))
     if more.get("unequal"):
         said.append(f"the model ended it after {more['tokens']} tokens, so it is not compared")
     if "interval" in more:
