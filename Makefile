@@ -30,7 +30,7 @@ inject: $(VENV)/installed $(VENV)/tools ## want of memory: each allocation fails
 
 # The CUDA backend compiled for the CPU (tests/shim): every kernel against NumPy and the reference, no GPU needed
 CUDA_TESTS = cuda fuse cuda_bench cuda_fails cuda_devices inject_cuda cancel shim sampler sampler_ids cuda_gemm cuda_matvec matmul rowops attention attention_shapes kv_ops \
-             together mix_op scale_op prune_ops bf16 offload model numeric kvsmooth profile_kernels
+             together mix_op scale_op prune_ops bf16 offload model numeric kvsmooth profile_kernels cards
 CUDA_LONG_TESTS = stories session batch aio dscr prunehal prunehal_state stacks limits soak
 test-cuda: CUDA_RUN = $(CUDA_TESTS)
 test-cuda-long: CUDA_RUN = $(CUDA_LONG_TESTS)
