@@ -23,8 +23,8 @@ figures: a list of
   peer     the best setting, or null; ahead: how many times faster than it, pair by pair: value as above, or null
   more     encode: operations, s_per_block. prefill: operations. decode: bytes_per_token. load: peak_bytes (after a caption at n_ctx 1024),
            page_cache. caption: tokens, peak_bytes, peer_peak_bytes, stats, unequal (fewer tokens than asked for: not compared).
-           answer: stats, compared (what the peer's seconds are). split: gpu_s, cpu_s, half_s (of a token), output_share (of what is
-           read for it: the output matrix, which is the GPU's).
+           answer: tokens, stats, unequal, compared (what the peer's seconds are). split: gpu_s, cpu_s, half_s (of a token),
+           output_share (of what is read for it: the output matrix, which is the GPU's).
            sessions: against_one. policy (values: seconds of a token with KVSmooth over those without it): interval (95 %, bootstrap over
            tokens), off_s, on_s, control (without it against without it: the noise), instructions (the ratio of those, or why not)
 Bytes, operations (a multiply-add is two) and seconds throughout.

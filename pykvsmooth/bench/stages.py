@@ -280,7 +280,8 @@ def _answer(session: Session, figure: Figure, image: str, tokens: int) -> float:
     for _ in stream:
         pass
     seconds = time.perf_counter() - begin
-    figure.more["stats"] = dict(stream.stats)
+    figure.more |= {"tokens": stream.stats.decode_tokens, "stats": dict(stream.stats)}
+    figure.more["unequal"] = stream.stats.decode_tokens != tokens  # as in a caption
     return seconds
 
 
