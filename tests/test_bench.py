@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -26,7 +27,7 @@ import pykvsmooth as kvs
 from pykvsmooth import box, machine
 from pykvsmooth._native import library_path
 from pykvsmooth.bench import STAGES, Bench, Figure, Peer, Settings, plot, ratio_interval, record, roofs, spread, stages, work
-from pykvsmooth.bench.child import ChildError, of_package, run_child
+from pykvsmooth.bench.child import ChildError, busy_process, of_package, run_child
 from pykvsmooth.bench.counter import Instructions
 from pykvsmooth.bench.origin import commit, compiler
 from pykvsmooth.bench.record import held_against
@@ -258,6 +259,66 @@ def test_an_interrupt_kills_the_child(tmp_path):
         signal.signal(signal.SIGALRM, old)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def processor_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended and were waited for
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_busy_process(error):
+    """It takes a good part of a processor while the block lasts, and has ended behind it, however that is left."""
+    before = processor_seconds_of_children()
+    with contextlib.suppress(KeyboardInterrupt), busy_process():
+        time.sleep(1)
+        if error:
+            raise error
+    used = processor_seconds_of_children() - before
+    assert used > 0.2  # other work may take the rest
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_busy_process_does_not_outlive_who_started_it(tmp_path):
+    """Even if that is killed. It has the same standard error, which ends when both have."""
+    program = (
+        "import os, signal\nfrom pykvsmooth.bench.child import busy_process\nwith busy_process(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KVS_LIBRARY": str(library_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL and done.stderr == b""
+
+
+def test_a_busy_process_that_does_not_begin(monkeypatch, tmp_path):
+    for program, says in (("/bin/false", "does not begin"), (str(tmp_path / "none"), "can't be started: No such file")):
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(ChildError, match=says), busy_process():
+            pytest.fail("there is none")
+
+
+def test_a_fair_share():
+    shares = [stages._fair_share(threads, cores) for threads, cores in ((1, 1), (2, 2), (8, 8), (1, 2), (4, 8), (4, 2))]
+    assert shares == [2, 1.5, 9 / 8, 1, 1, 5 / 4]
+
+
+def test_beside_a_busy_process(measured, monkeypatch):
+    """In turns: each repetition has a token without it and one with it, at the same depth."""
+    depths, seconds = [], stages._token_seconds
+
+    def note(session: kvs.Session, tokens: int) -> float:
+        depths.append(session.n_past)
+        return seconds(session, tokens)
+
+    monkeypatch.setattr(stages, "_token_seconds", note)
+    got, (figure,) = measured("--only", "beside", "--repeat", 3)
+    more = figure["more"]
+    assert got.code == 0 and depths == [24] * 8 and figure["at"] == {"depth": 24} and figure["value"]["n"] == 3
+    low, high = more["interval"]
+    assert 0 < low <= figure["value"]["median"] <= high and more["alone_s"] > 0 and more["beside_s"] > 0
+    assert more["fair"] == stages._fair_share(1, machine.facts()["cores_allowed"])
+    row = next(line for line in got.out.splitlines() if line.startswith("beside a busy process at 24"))
+    assert f"a fair share: {more['fair']:.2f}" in row and "95 %: " in row
 
 
 def test_instructions_are_counted_or_the_reason_is_given():

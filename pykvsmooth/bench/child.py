@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,10 @@ from ..machine import peak_bytes
 
 MOST_OUTPUT = 4 << 20  # bytes of each stream that are read
 LOOK = 0.05  # seconds between two looks at its memory
+BUSY = """import os, sys
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    sum(range(100000))"""  # without whoever started it it ends by itself: nobody else would know of it
 
 
 class ChildError(KVSmoothError):
@@ -54,6 +59,23 @@ def run_child(argv: Sequence[str], timeout: float, env: dict[str, str] | None = 
         if process.returncode:
             raise ChildError(f"{name}: {_cause(process.returncode)}: {_last_line(said) or 'it says nothing'}")
         return Ended(end - begin, _text(out), said, peak)
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Beside what is done within, another process has one thread that computes all the time, in few bytes. Raises ChildError."""
+    argv = [sys.executable, "-I", "-S", "-c", BUSY, str(os.getpid())]
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    except OSError as error:
+        raise ChildError(f"{argv[0]}: can't be started: {error.strerror}") from error
+    with process:
+        try:
+            if not process.stdout or not process.stdout.readline():
+                raise ChildError("the busy process does not begin")
+            yield
+        finally:
+            process.kill()
 
 
 def of_package(module: str) -> list[str]:

@@ -9,7 +9,7 @@ a tower), kv_type (of the cache).
 
 figures: a list of
   what     roof, load, first pass (of the first token that is fed to a session of a model just loaded: on a CPU it brings the weights
-           into the order that the kernels read), encode, prefill, decode, policy, sessions, answer (a caption with the model
+           into the order that the kernels read), encode, prefill, decode, policy, beside, sessions, answer (a caption with the model
            loaded: from the picture's file to the last token), split (a token with half of the layers on a GPU, over what those with
            all and none of them there predict), caption (the whole process)
   at       which of them: {"kind": "read"}, {"depth": 640}, {"rows": 640}, {"sessions": 4, "depth": 128}, {"tokens": 128}
@@ -26,7 +26,9 @@ figures: a list of
            answer: tokens, stats, unequal, compared (what the peer's seconds are). split: gpu_s, cpu_s, half_s (of a token),
            output_share (of what is read for it: the output matrix, which is the GPU's).
            sessions: against_one. policy (values: seconds of a token with KVSmooth over those without it): interval (95 %, bootstrap over
-           tokens), off_s, on_s, control (without it against without it: the noise), instructions (the ratio of those, or why not)
+           tokens), off_s, on_s, control (without it against without it: the noise), instructions (the ratio of those, or why not).
+           beside (values: seconds of a token while another process keeps one thread busy over those without it): interval (over
+           repetitions), alone_s, beside_s, fair (what it would be if all threads shared the cores evenly; only of a CPU)
 Bytes, operations (a multiply-add is two) and seconds throughout.
 """
 

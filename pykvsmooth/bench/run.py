@@ -26,6 +26,7 @@ STAGES: dict[str, Callable[[Bench, Context], None]] = {
     "prefill": stages.prefill,
     "decode": stages.decode,
     "policy": stages.policy,
+    "beside": stages.beside,
     "sessions": stages.sessions,
     "answer": stages.answer,
     "split": stages.split,
@@ -41,9 +42,10 @@ class Settings:
 
     model, mmproj, device, gpu_layers, precision: as for Model. kv_type: of each session's cache, and of the peer's. threads: one or
     several; () = what Model takes. depths: rows before the tokens of a decode. rows: of each prefill, the most of them also before the
-    tokens of the policy and the split. sessions: how many step together, from session_depth rows on. tokens: of each decode,
-    caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that count. only: names of STAGES,
-    () = all there is on this device. against: folder of a llama.cpp build. timeout: seconds for each process.
+    tokens of the policy, the split, and those beside a busy process. sessions: how many step together, from session_depth rows on.
+    tokens: of each decode, caption_tokens: of the caption of image (None: a scene of the box, else noise). repeat: repetitions that
+    count. only: names of STAGES, () = all there is on this device. against: folder of a llama.cpp build. timeout: seconds for each
+    process.
     """
 
     model: str | None = None

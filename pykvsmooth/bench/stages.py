@@ -23,7 +23,7 @@ from ..model import Model
 from ..policies.kvsmooth import KVSmooth
 from ..session import Session
 from . import work
-from .child import ChildError, of_package, run_child
+from .child import ChildError, busy_process, of_package, run_child
 from .figures import Entry, Figure, ratio_interval
 from .peer import LlamaCpp, PeerError, Setting, by_setting
 from .roofs import MEMORY
@@ -253,6 +253,34 @@ def _decode_at(bench: Bench, context: Context, session: Session, depth: int) -> 
 
     rivals = _rivals(bench, "bench_settings", lambda peer, setting: peer.decode(bench.path, context.threads, depth, tokens, setting))
     bench.repeat(context, Entry(figure, measure, _memory(context), lambda speed: speed * read, rivals))
+
+
+def beside(bench: Bench, context: Context) -> None:
+    """A token beside another process that keeps one thread busy against one without it, in turns."""
+    model, rows, tokens = context.model, max(bench.settings.rows), bench.settings.tokens
+    figure, turns = Figure("beside", "ratio", context.threads, {"depth": rows}), list[tuple[float, float]]()
+    if bench.place.device == "cpu":
+        figure.more["fair"] = _fair_share(context.threads, bench.machine["cores_allowed"])
+    with model.session(n_ctx=rows + tokens, kv_type=bench.settings.kv_type) as session:
+
+        def measure() -> float:
+            alone = _token_seconds(session, rows, tokens)
+            with busy_process():
+                turns.append((alone, _token_seconds(session, rows, tokens)))
+            return turns[-1][1] / alone
+
+        try:
+            bench.repeat(context, Entry(figure, measure))
+        finally:
+            if figure.values:
+                alone, both = zip(*turns[1:], strict=True)
+                found = {"alone_s": statistics.median(alone), "beside_s": statistics.median(both)}
+                figure.more |= {"interval": ratio_interval(both, alone)[1:], **found}
+
+
+def _fair_share(threads: int, cores: int) -> float:
+    """How many times as long it takes where each thread, the other one too, gets as much of the cores as the next."""
+    return max(1.0, (threads + 1) / max(threads, cores))
 
 
 def answer(bench: Bench, context: Context) -> None:

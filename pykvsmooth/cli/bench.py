@@ -19,7 +19,7 @@ from .terminal import Ui, bytes_text
 if TYPE_CHECKING:
     from ..bench import Bench, Figure
 
-STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "sessions", "answer", "split", "caption")
+STAGES = ("roofs", "load", "encode", "prefill", "decode", "policy", "beside", "sessions", "answer", "split", "caption")
 EPILOG = """Everything is repeated, the first repetition is thrown away, medians are shown. Before and after each repetition the roofs are
 measured again, and with --against llama.cpp's tools run in between, with flash attention and repacking on and off: the ratio is to the
 best of these. Their cache is of the same type; q8_0 they take with flash attention only, and llama-bench has no f32.
@@ -30,6 +30,7 @@ load      a model, in a fresh process whose files are in the page cache; peak me
           first pass: the first token fed to a session there; on a CPU it brings the weights into the order that the kernels read
 encode    a picture; prefill: prompts of --rows rows; decode: tokens behind --depths rows, of a session that grows
 policy    seconds of a token with KVSmooth over those without, in turns, with a 95 % interval and the same of off against off
+beside    seconds of a token while another process keeps one thread busy over those without it, in turns
 sessions  answers that step together, from a prompt of --session-depth rows on
 answer    a caption with the model loaded: from the picture's file to the last token; llama.cpp's by the times of its log
 split     seconds of a token with half of the layers on the GPU, over what a model that is there as a whole and one on the CPU predict
@@ -42,6 +43,7 @@ NAMES = {
     "prefill": "prefill of {rows} rows",
     "decode": "decode at depth {depth}",
     "policy": "KVSmooth on / off at {depth}",
+    "beside": "beside a busy process at {depth}",
     "sessions": "{sessions} at once, depth {depth}",
     "answer": "caption of {tokens} tokens, model loaded",
     "split": "{gpu_layers} layers on the GPU, depth {depth}",
@@ -73,7 +75,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--only", type=_stages, default=(), metavar="STAGE[,]", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--depths", type=_numbers, default=(128, 640, 2048), metavar="N[,N]", help="of decode (default: 128,640,2048)")
     parser.add_argument(
-        "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: depth of policy and split (default: 640)"
+        "--rows", type=_numbers, default=(640,), metavar="N[,N]", help="of prefill; the most: of policy, beside and split (default: 640)"
     )
     parser.add_argument("--sessions", type=_numbers, default=(1, 2, 4, 8), metavar="N[,N]", help="default: 1,2,4,8")
     parser.add_argument("--session-depth", type=options._rows, default=128, metavar="N", help="rows of their prompts (default: 128)")
@@ -266,18 +268,21 @@ def _remarks(figure: Figure, bench: Bench) -> list[str]:
     if more.get("unequal"):
         said.append(f"the model ended it after {more['tokens']} tokens, so it is not compared")
     if "interval" in more:
+        said.append("95 %: {:.3f} .. {:.3f}".format(*more["interval"]))
+    if "control" in more:
         said += _policy_remarks(more)
+    if "fair" in more:
+        said.append(f"a fair share: {more['fair']:.2f}")
     if name := figure.best_peer():
         said.append(f"llama.cpp: {name}")
     return said + [f"llama.cpp, {name}: {peer.error}" for name, peer in figure.peers.items() if peer.error]
 
 
 def _policy_remarks(more: dict[str, Any]) -> list[str]:
-    low, high = more["interval"]
     control = more["control"]["interval"]
     counted = more["instructions"]
     instructions = counted if isinstance(counted, str) else f"{counted['ratio']:.4f}"
-    return [f"95 %: {low:.3f} .. {high:.3f}", f"off / off: {control[0]:.3f} .. {control[1]:.3f}", f"instructions: {instructions}"]
+    return [f"off / off: {control[0]:.3f} .. {control[1]:.3f}", f"instructions: {instructions}"]
 
 
 def _median(values: list[float]) -> float:
