@@ -15,7 +15,7 @@
 enum {
     KVS_KC = 512,        /* columns of a float panel: a multiple of every block */
     KVS_XT = 320,        /* activation rows of one call at most: half a picture's prompt */
-    KVS_XT_FLOAT = 128,  /* of a call of floats, whose rows are four times as long: more would not stay in the second-level cache */
+    KVS_XT_FLOAT = 128,  /* of a pass over a float panel: their rows are four times as long, and more would leave the second-level cache */
     KVS_FEW = 4,         /* up to so many activation rows, stripes are read once, and nothing is unpacked to memory */
     KVS_FEW_FLOAT = 3,   /* the same for float weights: straight from their rows */
     KVS_ROWS_FLOAT = 32, /* weight rows of a float panel */
@@ -76,7 +76,7 @@ typedef struct kvs_dots {
     const char *isa;
     bool striped; /* few and many read stripes (stripes.h), not rows */
     void (*quantize)(const float *x, int64_t cols, const kvs_acts *acts, int64_t row);
-    /* y[i * y_step + r] for activation rows row..row + n and all rows of the panel; n <= KVS_FEW: no scratch; n <= KVS_XT, or KVS_XT_FLOAT */
+    /* y[i * y_step + r] for activation rows row..row + n and all rows of the panel; n <= KVS_FEW: no scratch; n <= KVS_XT */
     void (*few)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step);
     void (*many)(const kvs_panel *p, const kvs_acts *acts, int64_t row, int64_t n, float *y, int64_t y_step, void *scratch);
     void (*floats)(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, void *scratch);

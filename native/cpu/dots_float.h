@@ -115,11 +115,13 @@ static void float_strips(const kvs_panel *p, const float *wide, int64_t k, int64
     }
 }
 
+/* Columns are widened once for all activation rows. */
 static void float_panel(const kvs_panel *p, const float *x, int64_t n, float *y, int64_t y_step, float *wide) {
     for (int64_t k = 0; k < p->cols; k += KVS_KC) {
         int64_t kn = KVS_MIN(KVS_KC, p->cols - k);
         for (int64_t r = 0; r < p->rows && wide; r++) widen(p, r, k, kn, wide + r * KVS_KC);
-        float_strips(p, wide, k, kn, x, n, y, y_step);
+        for (int64_t i = 0; i < n; i += KVS_XT_FLOAT)
+            float_strips(p, wide, k, kn, x + i * p->cols, KVS_MIN(KVS_XT_FLOAT, n - i), y + i * y_step, y_step);
     }
 }
 

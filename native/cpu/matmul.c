@@ -85,8 +85,7 @@ static void multiply(const run *r, const kvs_matmul *job, int64_t row, int64_t r
     float *y = job->y + first * w->rows + row;
     void *scratch = r->scratch + (int64_t)thread * KVS_DOTS_SCRATCH;
     if (!block_of(job))
-        for (int64_t i = 0; i < n; i += KVS_XT_FLOAT)
-            r->dots->floats(&p, r->x + (first + i) * w->cols, KVS_MIN(KVS_XT_FLOAT, n - i), y + i * w->rows, w->rows, scratch);
+        r->dots->floats(&p, r->x + first * w->cols, n, y, w->rows, scratch);
     else if (r->n <= KVS_FEW)
         r->dots->few(&p, acts_of(r, w->type), first, n, y, w->rows);
     else
