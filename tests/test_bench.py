@@ -306,9 +306,10 @@ def test_beside_a_busy_process(measured, monkeypatch):
     """In turns: each repetition has a token without it and one with it, at the same depth."""
     depths, seconds = [], stages._token_seconds
 
-    def note(session: kvs.Session, tokens: int) -> float:
+    def note(session: kvs.Session, depth: int, tokens: int) -> float:
+        took = seconds(session, depth, tokens)
         depths.append(session.n_past)
-        return seconds(session, tokens)
+        return took
 
     monkeypatch.setattr(stages, "_token_seconds", note)
     got, (figure,) = measured("--only", "beside", "--repeat", 3)
